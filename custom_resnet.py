@@ -1,0 +1,295 @@
+"""Train torchvision ResNets on their own: every recipe without a teacher.
+
+    python custom_resnet.py                     # teacher and student, as in the README's table
+    python custom_resnet.py --preset demo       # two minutes on a CPU, nothing to download
+
+Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained again.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from tqdm import tqdm
+
+from config import Config, Recipe, UserError, one_line_errors, parse
+from utils import (
+    Batch,
+    Dataset,
+    autocast,
+    batches,
+    checkpoint_path,
+    device_name,
+    environment,
+    load_checkpoint,
+    load_dataset,
+    prepare,
+    refuse_other_settings,
+    resolve,
+    save_checkpoint,
+    say,
+    training_settings,
+)
+
+LossFunction = Callable[[torch.Tensor, Batch], torch.Tensor]  # logits (B, C) float32, batch -> mean loss
+
+
+def build_resnet(arch: str, num_classes: int, pretrained: bool) -> nn.Module:
+    """torchvision's `arch` with `fc` replaced by a new layer of `num_classes`; parameter names are torchvision's.
+
+    Raises UserError if the ImageNet weights are neither in torch's cache nor to be had.
+    """
+    model = torchvision.models.get_model(arch)
+    if pretrained:
+        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        try:
+            # weights_only: a file in the cache is read as tensors, whatever else it holds
+            model.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+        except Exception as error:  # no network, a damaged or foreign file: urllib, pickle, zip and torch raise a dozen
+            state = "cannot be used" if file.exists() else "is missing and could not be downloaded"
+            raise UserError(
+                f"{file}: {state} ({str(error).splitlines()[0]}). Put the file from {weights.url} there, or start from "
+                "random weights: --preset scratch, or --RECIPE.pretrained false"
+            ) from None
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model
+
+
+def predict(
+    model: nn.Module,
+    images: torch.Tensor,
+    image_size: int | None = None,
+    precision: str = "fp32",
+    batch_size: int = 250,
+    title: str = "predicting",
+) -> torch.Tensor:
+    """Logits (N, C) float32 of a model in evaluation mode, on its device; the model's own mode is kept.
+
+    uint8 images (N, 3, H, W) are resized to `image_size` (None: left as they are) and normalised here; float images are
+    taken to be ready for the model.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits = []
+    with torch.inference_mode(), tqdm(total=len(images), desc=title, unit=" images", leave=False, disable=None) as bar:
+        for chunk in images.split(batch_size):
+            chunk = chunk.to(device)
+            if chunk.dtype == torch.uint8:
+                chunk = prepare(chunk, image_size)
+            with autocast(device, precision):
+                logits.append(model(chunk).float())
+            bar.update(len(chunk))
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The hard loss, for a recipe without a teacher."""
+    return F.cross_entropy(logits, batch.labels)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    """The recipe's schedule over `steps` steps of the optimizer."""
+    if recipe.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if recipe.schedule == "onecycle":
+        return OneCycleLR(optimizer, recipe.lr, total_steps=steps, cycle_momentum=False)
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def fit(
+    model: nn.Module,
+    recipe: Recipe,
+    config: Config,
+    seed: int,
+    dataset: Dataset,
+    loss_fn: LossFunction,
+    title: str,
+    state: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda state: None,
+) -> list[dict[str, float]]:
+    """Train the model in place and return its history, a record for each epoch.
+
+    After each epoch `save` is given all that a later call needs, as `state`, to go on from there.
+    """
+    subset = dataset.subset(recipe.train_size)
+    steps = len(subset) // config.batch_size
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+    )
+    scheduler = make_scheduler(optimizer, recipe, recipe.epochs * steps)
+    history = []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        history = state["history"]
+
+    for epoch in range(len(history), recipe.epochs):
+        started = time.perf_counter()
+        model.train()
+        totals = torch.zeros(2, device=config.device)  # sums of the loss and of the correct predictions
+        seen = 0
+        bar = tqdm(total=steps * config.batch_size, unit=" images", leave=False, disable=None, mininterval=0.5)
+        bar.set_description(f"{title} epoch {epoch + 1}/{recipe.epochs}")
+        for batch in batches(dataset.train, subset, config, seed, epoch):
+            optimizer.zero_grad()
+            with autocast(config.device, config.precision):
+                logits = model(batch.images)
+            loss = loss_fn(logits.float(), batch)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+            seen += len(batch.labels)
+            correct = (logits.detach().argmax(1) == batch.labels).sum()
+            totals += torch.stack([loss.detach() * len(batch.labels), correct])
+            if bar.update(len(batch.labels)):  # drawn anew, twice a second at most: only then is the device read
+                mean_loss, accuracy = (totals / seen).tolist()
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+        bar.close()
+        mean_loss, accuracy = (totals / seen).tolist()
+        seconds = time.perf_counter() - started
+
+        held_out, split = dataset.held_out
+        logits = predict(
+            model, split.images, config.image_size, config.precision, title=f"{title} on {held_out} images"
+        )
+        measured = (logits.argmax(1) == split.labels).float().mean().item()
+        record = {"epoch": epoch + 1, "lr": scheduler.get_last_lr()[0], "loss": mean_loss, "train_accuracy": accuracy}
+        history.append({**record, f"{held_out}_accuracy": measured, "seconds": seconds})
+        say(
+            f"{title}  epoch {epoch + 1:>2}/{recipe.epochs}  loss {mean_loss:.4f}  training {accuracy:7.2%}"
+            f"  {held_out} {measured:7.2%}  {seen / seconds:,.0f} images/s  {seconds:,.0f} s"
+        )
+        save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "history": history,
+            }
+        )
+    return history
+
+
+def load_model(state: dict[str, Any], device: str) -> nn.Module:
+    """The model that a checkpoint's state describes, in evaluation mode."""
+    model = build_resnet(state["arch"], len(state["classes"]), pretrained=False)
+    model.load_state_dict(state["model"])
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def train(
+    name: str,
+    seed: int,
+    config: Config,
+    dataset: Dataset,
+    make_loss: Callable[[], LossFunction] = lambda: cross_entropy,
+    teacher_digest: str | None = None,
+) -> None:
+    """Train one recipe with one seed into its checkpoint, unless that is finished; an unfinished one is continued.
+
+    Raises UserError if the checkpoint was made with other settings and config.overwrite is off.
+    """
+    recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
+    settings = training_settings(name, config, dataset, teacher_digest)
+    state = None
+    if path.exists() and not config.overwrite:
+        state = load_checkpoint(path)
+        refuse_other_settings(path, state, settings)
+        if state["finished"]:
+            say(f"{title}  is finished: {path}")
+            return
+        say(f"{title}  continues after epoch {len(state['history'])}: {path}")
+
+    torch.manual_seed(seed)  # the same first weights for every recipe of this architecture
+    model = build_resnet(recipe.arch, len(dataset.classes), recipe.pretrained and state is None)
+    model.to(config.device, memory_format=torch.channels_last)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    start = "ImageNet weights" if recipe.pretrained else "random weights"
+    say(
+        f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters from {start}, "
+        f"{recipe.epochs} epochs of {len(dataset.subset(recipe.train_size)):,} images"
+        + (f", taught by {recipe.teacher}" if recipe.teacher else "")
+    )
+
+    def save(progress: dict[str, Any]) -> None:
+        finished = len(progress["history"]) == recipe.epochs
+        about = {"name": name, "seed": seed, "arch": recipe.arch, "classes": list(dataset.classes)}
+        made = {"settings": settings, "environment": environment(config), "finished": finished}
+        if finished:
+            progress = {key: progress[key] for key in ("model", "history")}
+        weights = {key: tensor.contiguous() for key, tensor in progress["model"].items()}
+        save_checkpoint(path, {**about, **made, **progress, "model": weights})
+
+    fit(model, recipe, config, seed, dataset, make_loss(), title, state, save)
+    say(f"{title}  is done: {path}")
+
+
+def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) -> float:
+    """How long the jobs (recipe, seed) will take, from one timed training step on a few images for each arch."""
+    images = prepare(dataset.train.images[:8], config.image_size)
+    labels = dataset.train.labels[:8]
+
+    def seconds_per_image(arch: str) -> float:
+        model = build_resnet(arch, len(dataset.classes), pretrained=False).to(memory_format=torch.channels_last)
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            with autocast(config.device, config.precision):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
+        return (time.perf_counter() - started) / len(images)
+
+    speed = {arch: seconds_per_image(arch) for arch in {config.recipes[name].arch for name, _ in jobs}}
+    seconds = 0.0
+    for name, _ in jobs:
+        recipe = config.recipes[name]
+        trained = len(dataset.subset(recipe.train_size)) * recipe.epochs
+        measured = len(dataset.held_out[1].labels) * recipe.epochs
+        seconds += speed[recipe.arch] * (trained + measured / 3)  # a forward pass is a third of a step
+    return seconds / 3600
+
+
+def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
+    """Choose the device, load the images, and say on stderr what is going to be done on what."""
+    config = resolve(config)
+    dataset = load_dataset(config)
+    validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
+    say(
+        f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
+        f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
+        f"{device_name(config)}, {config.precision}"
+    )
+    jobs = [(name, seed) for seed in config.seeds for name in names]
+    jobs = [job for job in jobs if config.overwrite or not checkpoint_path(config, *job).exists()]
+    if jobs and config.device == "cpu" and (hours := hours_on_cpu(jobs, config, dataset)) > 1:
+        say(
+            f"On this CPU that takes about {hours:.0f} hours. To see it all in minutes: "
+            "python teacher_student_model.py --preset demo"
+        )
+    return config, dataset
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    config = parse(argv)
+    names = [name for name in config.selected() if config.recipes[name].teacher is None]
+    if not names:
+        raise UserError(f"only = {config.only}: these have a teacher; python teacher_student_model.py trains them")
+    config, dataset = start(config, names)
+    for seed in config.seeds:
+        for name in names:
+            train(name, seed, config, dataset)
+
+
+if __name__ == "__main__":
+    main()

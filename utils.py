@@ -1,0 +1,476 @@
+"""What the scripts share: the device, the images on it, the batches made from them, and checkpoints."""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+from config import TRAINING_IMAGES, Config, UserError, nearest
+
+CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def say(message: str) -> None:
+    """A line on stderr that stays above a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def resolve(config: Config) -> Config:
+    """The config with `device` and `precision` decided for this machine. Raises UserError for a device it lacks."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UserError(f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if gains_by_bf16(kind, config.image_size) else "fp32"
+    return replace(config, device=device, precision=precision)
+
+
+def gains_by_bf16(device_type: str, image_size: int) -> bool:
+    """Whether bfloat16 is faster: not where a CPU emulates it, and on no CPU below 64 px."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch has no public name for these two that torch 2.10 knows.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device_type == "cpu" and native and image_size >= 64
+
+
+def autocast(device: str | torch.device, precision: str) -> torch.autocast:
+    """Forward passes run under this: in bfloat16 where that is the precision, else as written."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def device_name(config: Config) -> str:
+    if torch.device(config.device).type == "cuda":
+        return torch.cuda.get_device_name(config.device)
+    return f"{config.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def environment(config: Config) -> dict[str, str]:
+    """What a result depends on besides the settings."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "device": device_name(config),
+        "precision": config.precision,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: disk to device, once
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+
+
+def to_split(images: np.ndarray, labels: list[int]) -> Split:
+    """From images (N, H, W, 3) as PIL and torchvision have them."""
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+
+
+class Dataset(NamedTuple):
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split | None
+    test: Split
+    digest: str  # of the classes and every image and label
+
+    def subset(self, size: int | None) -> torch.Tensor:
+        """Indices (size,) of a stratified choice of training images, the same for everyone who asks; None: all."""
+        everything = torch.arange(len(self.train.labels))
+        return everything if size is None else stratified(self.train.labels, size)[0]
+
+    @property
+    def held_out(self) -> tuple[str, Split]:
+        """What is measured while training: the validation images where there are any, else the test images."""
+        return ("validation", self.validation) if self.validation else ("test", self.test)
+
+
+def load_dataset(config: Config) -> Dataset:
+    """The images of `config.dataset` as uint8 tensors on `config.device`. Raises UserError saying what to put where."""
+    read = {"cifar10": read_cifar10, "digits": read_digits}.get(config.dataset, read_folder)
+    classes, train, test = read(config)
+    digest = hashlib.sha256(repr(classes).encode())
+    for split in (train, test):
+        for tensor in split:
+            digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+
+    available = len(train.labels) - config.validation_size
+    if config.batch_size > available:
+        held_out = f" and validation_size = {config.validation_size} of them are held out" * bool(
+            config.validation_size
+        )
+        raise UserError(
+            f"batch_size = {config.batch_size}: takes at most the number of training images;"
+            f" {config.dataset} has {len(train.labels)}{held_out}"
+        )
+    for name, recipe in config.recipes.items():
+        if recipe.train_size is not None and recipe.train_size > available:
+            raise UserError(f"{name}.train_size = {recipe.train_size}: takes at most the {available} training images")
+
+    validation = None
+    if config.validation_size:
+        held_out, kept = stratified(train.labels, config.validation_size)
+        validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
+    on_device = [split and Split(*(t.to(config.device) for t in split)) for split in (train, validation, test)]
+    return Dataset(classes, *on_device, digest.hexdigest())
+
+
+def stratified(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of `size` images with the classes in proportion, and of the others; both sorted, always the same."""
+    labels = labels.cpu().numpy()
+    if size == len(labels):
+        return torch.arange(size), torch.arange(0)
+    try:
+        parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
+    except ValueError as error:
+        raise UserError(
+            f"cannot choose {size} of {len(labels)} images with the classes in proportion: {error}"
+        ) from None
+    return tuple(torch.from_numpy(np.sort(part)) for part in parts)
+
+
+def read_cifar10(config: Config) -> tuple[tuple[str, ...], Split, Split]:
+    """CIFAR-10 through torchvision, which downloads it once and verifies it."""
+    try:
+        splits = [CIFAR10(config.data_path, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:  # OSError: no network, no space, no permission; RuntimeError: damaged
+        raise UserError(
+            f"CIFAR-10 is not in {config.data_path}/ and could not be downloaded ({error}). Put {CIFAR10.filename} "
+            f"(md5 {CIFAR10.tgz_md5}, from {CIFAR10.url}) into {config.data_path}/ and run this again, or try what "
+            "needs no download: python teacher_student_model.py --preset demo"
+        ) from None
+    return CIFAR10_CLASSES, *(to_split(split.data, split.targets) for split in splits)
+
+
+def read_digits(config: Config) -> tuple[tuple[str, ...], Split, Split]:
+    """The 1,797 handwritten digits, 8 x 8 pixels of 0 to 16, that come with scikit-learn; 500 are the test set."""
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
+    images = images.unsqueeze(1).expand(-1, 3, -1, -1)  # (N, 3, 8, 8)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    parts = stratified(labels, TRAINING_IMAGES["digits"])
+    return tuple("0123456789"), *(Split(images[index], labels[index]) for index in parts)
+
+
+def read_folder(config: Config) -> tuple[tuple[str, ...], Split, Split]:
+    """train/CLASS/* and test/CLASS/* (or val/CLASS/*): every file that PIL opens, as RGB.
+
+    Images that are larger than `image_size` are resized while reading, and if the sizes still differ, all are.
+    """
+    root = Path(config.dataset)
+    if not root.is_dir():
+        hint = f"no such folder ({nearest(config.dataset, TRAINING_IMAGES)})"
+        raise UserError(f"dataset = {config.dataset!r}: {hint}; takes cifar10, digits or a folder with train/CLASS/*")
+    test = root / "test" if (root / "test").is_dir() else root / "val"
+    folders = [root / "train", test]
+    if missing := [f"{folder}" for folder in folders if not folder.is_dir()]:
+        raise UserError(f"{root}: takes the folders train/ and test/ (or val/); there is no {' and no '.join(missing)}")
+    files = [{d.name: visible(d) for d in visible(folder) if d.is_dir()} for folder in folders]  # [train, test][class]
+    classes = tuple(sorted(files[0].keys() | files[1].keys()))
+    problems = [
+        f"{folder}: has no folder for class {name!r}" if name not in found else f"{folder / name}: holds no images"
+        for folder, found in zip(folders, files, strict=True)
+        for name in classes
+        if not found.get(name)
+    ]
+    if len(classes) < 2:
+        problems.append(f"{folders[0]}: takes one folder of images for each class, two or more; it has {len(classes)}")
+    if problems:
+        raise UserError(*problems[:10], *[f"and {len(problems) - 10} more"] * (len(problems) > 10))
+    return classes, *(
+        read_images(folder, found, classes, config.image_size) for folder, found in zip(folders, files, strict=True)
+    )
+
+
+def visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...], size: int) -> Split:
+    paths = [path for name in classes for path in files[name]]
+    labels = [label for label, name in enumerate(classes) for _ in files[name]]
+    arrays, unreadable = [], []
+    for path in tqdm(paths, desc=f"reading {folder}", unit=" images", leave=False, disable=None):
+        try:
+            with Image.open(path) as image:
+                arrays.append(pixels(image.convert("RGB"), size if max(image.size) > size else None))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
+            unreadable.append(f"{path}: cannot be read as an image ({str(error).splitlines()[0]})")
+    if unreadable:
+        more = [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
+        raise UserError(*unreadable[:10], *more, "mend or remove what is not an image")
+    if len({array.shape for array in arrays}) > 1:
+        arrays = [pixels(Image.fromarray(array), size) for array in arrays]
+    return to_split(np.stack(arrays), labels)
+
+
+def pixels(image: Image.Image, size: int | None) -> np.ndarray:
+    """(H, W, 3) uint8, resized to (size, size, 3) if a size is given."""
+    return np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From uint8 images to what a model takes
+
+
+@lru_cache
+def resize_taps(before: int, after: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tap of Pillow's bilinear filter: which pixel each of `after` pixels reads, and its 22-bit weight.
+
+    Source: Pillow, src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc. Growing takes 2 taps,
+    shrinking by a factor f up to 2 f + 1.
+    """
+    scale = before / after
+    support = max(scale, 1.0)
+    rows = []
+    for center in ((pixel + 0.5) * scale for pixel in range(after)):
+        first, last = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), before)
+        weights = [max(0.0, 1.0 - abs(pixel + 0.5 - center) / support) for pixel in range(first, last)]
+        rows.append((first, [int(0.5 + weight / sum(weights) * (1 << 22)) for weight in weights]))
+    taps = range(max(len(weights) for _, weights in rows))
+    return [
+        (
+            torch.tensor([min(first + tap, before - 1) for first, _ in rows], device=device),
+            torch.tensor(
+                [([*weights, *[0] * len(taps)])[tap] for _, weights in rows], dtype=torch.int32, device=device
+            ),
+        )
+        for tap in taps
+    ]
+
+
+def resize_axis(images: torch.Tensor, size: int, axis: int) -> torch.Tensor:
+    """One pass of Pillow's resize over int32 images, in its own fixed-point arithmetic."""
+    if images.shape[axis] == size:
+        return images
+    total = None
+    for index, weight in resize_taps(images.shape[axis], size, images.device):
+        taken = images.index_select(axis, index)
+        weight = weight.view([-1 if a == axis else 1 for a in range(images.ndim)])
+        total = taken.mul_(weight).add_(1 << 21) if total is None else total.addcmul_(taken, weight)
+    return total.bitwise_right_shift_(22)
+
+
+def in_chunks(function, images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = function(images), on a CPU a few images at a time so that what lies between stays in its cache."""
+    chunk = len(images) if images.device.type != "cpu" else max(1, 2**20 // out[0].numel())
+    for start in range(0, len(images), max(1, chunk)):
+        out[start : start + chunk] = function(images[start : start + chunk])
+    return out
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The bits of PIL's bilinear resize, on any device: uint8 (N, 3, H, W) -> uint8 (N, 3, size, size).
+
+    Exact for every size of square images and of images that grow. Where the height shrinks and the width shrinks less
+    or grows, Pillow 13 makes the vertical pass first; older ones, and this, always the horizontal one: off by one
+    level there.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"resize takes uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+
+    def passes(chunk):
+        return resize_axis(resize_axis(chunk.to(torch.int32), size, 3), size, 2)
+
+    return in_chunks(passes, images, images.new_empty((*images.shape[:2], size, size)))
+
+
+def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), channels_last.
+
+    Size None leaves the size as it is. Mean and standard deviation are ImageNet's, as in torchvision's own transforms.
+    """
+    size_after = images.shape[2:] if size is None else (size, size)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    shift = -torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1) / std
+    scale = 1 / (255 * std)
+
+    def normalise(chunk):
+        chunk = chunk if size is None else resize(chunk, size)
+        return chunk.to(torch.float32).mul_(scale).add_(shift)
+
+    shape = (*images.shape[:2], *size_after)
+    out = torch.empty(shape, device=images.device, memory_format=torch.channels_last)
+    return in_chunks(normalise, images, out)
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, 3, S, S) float32, normalised
+    labels: torch.Tensor  # (B,) int64
+    index: torch.Tensor  # (B,) int64, into the training images
+    flipped: torch.Tensor  # (B,) bool
+
+
+def flip(images: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    """Mirror the images (N, 3, H, W) for which `flipped` (N,) is true, left to right."""
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def batches(
+    split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """The batches of one epoch, from `first_step` on; batch k is a function of (seed, epoch, k) and nothing else.
+
+    Every image of `subset` (M,) comes at most once an epoch; the M % batch_size that fill no batch are left out.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = subset[torch.from_numpy(random.permutation(len(subset)))].to(split.labels.device)
+    flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(split.labels.device)
+    for step in range(first_step, len(subset) // config.batch_size):
+        here = slice(step * config.batch_size, (step + 1) * config.batch_size)
+        index = order[here]
+        images = prepare(flip(split.images[index], flipped[here]), config.image_size)
+        yield Batch(images, split.labels[index], index, flipped[here])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+FORMAT = 1
+_COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
+
+
+def checkpoint_path(config: Config, name: str, seed: int) -> Path:
+    return Path(config.checkpoints_path, config.run, f"seed{seed}", f"{name}.pt")
+
+
+def training_settings(name: str, config: Config, dataset: Dataset, teacher_digest: str | None) -> dict[str, Any]:
+    """All that the weights of one recipe and seed depend on; a checkpoint made with anything else is not that model."""
+    recipe = asdict(config.recipes[name])
+    if recipe["teacher"] is None:
+        for unused in ("alpha", "temperature", "scale_soft_loss"):
+            del recipe[unused]
+    shared = ("image_size", "horizontal_flip", "validation_size", "batch_size", "precision")
+    return {
+        **{f"{name}.{field}": value for field, value in recipe.items()},
+        **{field: getattr(config, field) for field in shared},
+        "images of the data set": dataset.digest,
+        "weights of the teacher": teacher_digest,
+    }
+
+
+def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise UserError, naming what differs, if the checkpoint was made with other settings."""
+
+    def short(value: Any) -> Any:
+        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
+
+    made_with = state["settings"]
+    differing = [
+        f"{field} was {short(made_with.get(field))}, is now {short(value)}"
+        for field, value in settings.items()
+        if made_with.get(field) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{path}: was trained with other settings: {'; '.join(differing)}. Set them back, give this experiment "
+            "a name of its own (--run NAME), or train it again in its place (--overwrite)"
+        )
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, shapes, types and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) so that `path` holds the old state or the new one, never half of one.
+
+    The file is torch's own format, with the sha256 of its content in the zip comment, which torch does not read.
+    Raises UserError, the old file untouched, if the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    content = buffer.getvalue()
+    comment = _COMMENT + hashlib.sha256(content[:-2]).hexdigest().encode()
+    # The last two bytes of a zip file without a comment are the comment's length, 0.
+    write_durably(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace the file in one step: a crash at any moment leaves the old content or the new. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # make the new name durable too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}), needs {math.ceil(len(content) / 1e6)} MB; what was there "
+            "is untouched. Make room or choose another folder, and run this again"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote, its digest verified, on the CPU. Raises UserError naming the file."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    comment_length = len(_COMMENT) + 64
+    body, tail = content[: -comment_length - 2], content[-comment_length - 2 :]
+    length, comment = tail[:2], tail[2:]
+    mend = "delete it and train again"
+    if not content.startswith(b"PK"):
+        raise UserError(f"{path}: is not a checkpoint; {mend}")
+    if length != comment_length.to_bytes(2, "little") or not comment.startswith(_COMMENT):
+        raise UserError(f"{path}: is damaged or was not written by this program (it carries no sha256); {mend}")
+    if comment[len(_COMMENT) :].decode(errors="replace") != hashlib.sha256(body).hexdigest():
+        raise UserError(f"{path}: is damaged (its content does not match its sha256); {mend}")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file from elsewhere provokes in torch's reader; nothing of it is executed
+        raise UserError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}); {mend}") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{path}: has format {found}, this program reads format {FORMAT}; {mend}")
+    return state
