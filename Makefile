@@ -1,0 +1,43 @@
+# Each target does its own set-up: a virtual environment in .venv, redone only when requirements change.
+# Flags go through ARGS, for instance: make train ARGS="--preset scratch --seeds 0 1 2"
+
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.PHONY: demo train evaluate test test-slow lint clean
+
+demo: .venv/installed
+	$(PYTHON) teacher_student_model.py --preset demo $(ARGS)
+	$(PYTHON) evaluate.py --preset demo $(ARGS)
+
+train: .venv/installed
+	$(PYTHON) teacher_student_model.py $(ARGS)
+
+evaluate: .venv/installed
+	$(PYTHON) evaluate.py $(ARGS)
+
+test: .venv/installed-for-tests
+	$(PYTHON) -m pytest $(ARGS)
+
+test-slow: .venv/installed-for-tests
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+lint: .venv/installed-for-tests
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON3) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	@echo "Installing PyTorch and what goes with it: a few minutes, up to 6 GB where it comes with CUDA"
+	$(PYTHON) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-for-tests: tests/requirements.txt .venv/installed
+	$(PYTHON) -m pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,88 @@
+"""Small experiments on real digits: 16 px, ResNet18, a few steps, all on the CPU."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import teacher_student_model
+from config import PRESETS, Config, Recipe
+from utils import load_dataset, resolve
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "train_size": 100}
+SMALL_FLAGS = [
+    *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--device", "cpu"),
+    *(f"--{name}.{field}={value}" for name in ("teacher", "student", "student_kd") for field, value in SMALL.items()),
+]
+
+
+def flags(folder: Path) -> list[str]:
+    """The command line of a small experiment that keeps to `folder`."""
+    return [*SMALL_FLAGS, f"--checkpoints_path={folder / 'checkpoints'}", f"--imgs_path={folder / 'imgs'}"]
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """The same small experiment as a Config, with half of the images flipped."""
+    recipes = {
+        "teacher": Recipe(**SMALL),
+        "student": Recipe(**SMALL),
+        "student_kd": Recipe(**SMALL, teacher="teacher"),
+    }
+    small = replace(PRESETS["demo"], recipes=recipes, image_size=16, batch_size=25, horizontal_flip=0.5, device="cpu")
+    return resolve(
+        replace(small, checkpoints_path=str(tmp_path / "checkpoints"), imgs_path=str(tmp_path / "imgs"))
+    )
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_dataset(replace(PRESETS["demo"], device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which the small experiment has been trained with two seeds. Tests only read it."""
+    folder = tmp_path_factory.mktemp("trained")
+    teacher_student_model.main([*flags(folder), "--seeds", "0", "1"])
+    return folder
+
+
+@pytest.fixture
+def script():
+    """Run a script as a person would: script("evaluate.py", "--preset", "demo")."""
+
+    def run(*words, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
+        environment = {**os.environ, **variables}
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Write a folder data set of coloured noise: image_folder({"train/cat": 3, "test/cat": 2}, size=(8, 8))."""
+
+    def write(counts: dict[str, int], size=(8, 8), root=tmp_path / "images") -> Path:
+        random = np.random.default_rng(0)
+        for folder, count in counts.items():
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                noise = random.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+                Image.fromarray(noise).save(root / folder / f"{number}.png")
+        return root
+
+    return write
+
+
+def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
