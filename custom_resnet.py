@@ -123,7 +123,12 @@ def fit(
     subset = dataset.subset(recipe.train_size)
     steps = len(subset) // config.batch_size
     optimizer = torch.optim.SGD(
-        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+        model.parameters(),
+        recipe.lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=torch.device(config.device).type in ("cpu", "cuda"),
     )
     scheduler = make_scheduler(optimizer, recipe, recipe.epochs * steps)
     history = []

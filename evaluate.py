@@ -144,7 +144,7 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def paired_bootstrap(correct: np.ndarray, correct_baseline: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval for the difference in accuracy over 10,000 resamples of the test images, and of the seeds.
+    """95% percentile interval for the difference in accuracy, over 10,000 resamples of the test images and the seeds.
 
     `correct` and `correct_baseline` are bool (S, n), S seeds by n images, `labels` (n,). Images are resampled within
     their class, in pairs (Efron and Tibshirani 1993, chapter 8). Images on which the models differ alike over all seeds
@@ -179,6 +179,7 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
 def model_metrics(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
     """The entry of one model in results.json. Accuracies are shares; confusion counts are summed over the seeds."""
     counts = sum(confusion_matrix(labels, p, labels=range(len(classes))) for p in model.predictions.values())
+    of_class = counts.sum(1)
     accuracies = {seed: float((p == labels).mean()) for seed, p in model.predictions.items()}
     values = list(accuracies.values())
     several = len(values) > 1
@@ -191,7 +192,9 @@ def model_metrics(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]
             "ci95": t_interval(values) if several else wilson_interval(int(np.trace(counts)), len(labels)),
             "seeds": {str(seed): accuracy for seed, accuracy in accuracies.items()},
         },
-        "per_class": dict(zip(classes, (np.diag(counts) / counts.sum(1)).tolist(), strict=True)),
+        "per_class": {
+            name: float(counts[c, c] / of_class[c]) if of_class[c] else None for c, name in enumerate(classes)
+        },
         "confusion_matrix": counts.tolist(),
         "expected_calibration_error": float(
             np.mean([expected_calibration_error(logits, labels) for logits in model.logits.values()])
@@ -262,7 +265,7 @@ def confusion_figure(counts: np.ndarray, classes: tuple[str, ...], title: str) -
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
     names = [plain(name) for name in classes]
-    shares = counts / counts.sum(1, keepdims=True)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     seaborn.heatmap(
         100 * shares,
         annot=counts if len(classes) <= 20 else False,
@@ -364,9 +367,11 @@ def table(header: list[Any], rows: list[list[Any]]) -> str:
 def accuracy_table(results: dict[str, Any]) -> str:
     """The original's table: accuracy in percent, a row for each class, a column for each model."""
     models = results["models"]
-    rows = [
-        [name, *(f"{100 * model['per_class'][name]:.1f}" for model in models.values())] for name in results["classes"]
-    ]
+
+    def percent(share: float | None) -> str:
+        return "none" if share is None else f"{100 * share:.1f}"
+
+    rows = [[name, *(percent(model["per_class"][name]) for model in models.values())] for name in results["classes"]]
     overall = []
     for model in models.values():
         accuracy = model["accuracy"]
@@ -389,16 +394,15 @@ def comparison_sentence(comparison: dict[str, Any]) -> str:
 def setup_table(config: Config, names: Iterable[str]) -> str:
     fields = ("arch", "pretrained", "epochs", "train_size", "schedule", "lr", "momentum", "weight_decay", "teacher")
     taught = ("alpha", "temperature", "scale_soft_loss")
-    rows = []
-    for field in (*fields, *taught):
-        values = [getattr(config.recipes[name], field) for name in names]
-        shown = [
-            "" if field in taught and not config.recipes[name].teacher else "all" if (field, value) == ("train_size", None)
-            else "none" if value is None else value
-            for name, value in zip(names, values, strict=True)
-        ]  # fmt: skip
-        rows.append([field, *shown])
-    return table(["", *names], rows)
+
+    def shown(field: str, recipe: Recipe) -> Any:
+        value = getattr(recipe, field)
+        if field in taught and not recipe.teacher:
+            return ""
+        return {"train_size": "all", "teacher": "none"}[field] if value is None else str(value).lower()
+
+    recipes = [config.recipes[name] for name in names]
+    return table(["", *names], [[field, *(shown(field, recipe) for recipe in recipes)] for field in (*fields, *taught)])
 
 
 def results_markdown(results: dict[str, Any], config: Config) -> str:

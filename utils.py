@@ -284,8 +284,8 @@ def resize_axis(images: torch.Tensor, size: int, axis: int) -> torch.Tensor:
 
 def in_chunks(function, images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = function(images), on a CPU a few images at a time so that what lies between stays in its cache."""
-    chunk = len(images) if images.device.type != "cpu" else max(1, 2**20 // out[0].numel())
-    for start in range(0, len(images), max(1, chunk)):
+    chunk = max(1, 2**20 // out.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(images))
+    for start in range(0, len(images), chunk):
         out[start : start + chunk] = function(images[start : start + chunk])
     return out
 

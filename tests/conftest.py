@@ -37,9 +37,7 @@ def config(tmp_path) -> Config:
         "student_kd": Recipe(**SMALL, teacher="teacher"),
     }
     small = replace(PRESETS["demo"], recipes=recipes, image_size=16, batch_size=25, horizontal_flip=0.5, device="cpu")
-    return resolve(
-        replace(small, checkpoints_path=str(tmp_path / "checkpoints"), imgs_path=str(tmp_path / "imgs"))
-    )
+    return resolve(replace(small, checkpoints_path=str(tmp_path / "checkpoints"), imgs_path=str(tmp_path / "imgs")))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,195 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags
+
+import custom_resnet
+import teacher_student_model
+import utils
+from config import UserError
+from teacher_student_model import distillation_loss, load_teacher, taught_by, teacher_logits
+
+B, C = 7, 10
+
+
+def closed_form(z, v, y, alpha, temperature, scale=True):
+    """The loss in NumPy float64, term by term."""
+
+    def softmax(x):
+        e = np.exp(x - x.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    hard = -np.log(softmax(z)[np.arange(len(y)), y]).mean()
+    p_teacher, p_student = softmax(v / temperature), softmax(z / temperature)
+    soft = (p_teacher * (np.log(p_teacher) - np.log(p_student))).sum(axis=1).mean()
+    return alpha * hard + (1 - alpha) * (temperature**2 if scale else 1) * soft
+
+
+@pytest.fixture
+def logits():
+    random = np.random.default_rng(0)
+    return 3 * random.normal(size=(B, C)), 3 * random.normal(size=(B, C)), random.integers(0, C, B)
+
+
+grid = pytest.mark.parametrize(
+    ("alpha", "temperature"), [(alpha, temperature) for alpha in (0, 0.25, 1) for temperature in (1, 2, 5, 20)]
+)
+
+
+@grid
+@pytest.mark.parametrize("scale", [True, False])
+def test_the_loss_is_its_closed_form(logits, alpha, temperature, scale):
+    z, v, y = logits
+    expected = closed_form(z, v, y, alpha, temperature, scale)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        student, teacher = torch.tensor(z, dtype=dtype), torch.tensor(v, dtype=dtype)
+        loss = distillation_loss(student, teacher, torch.tensor(y), alpha, temperature, scale)
+        assert loss.item() == pytest.approx(expected, rel=tolerance)
+
+
+@grid
+def test_the_gradient_is_that_of_finite_differences(logits, alpha, temperature):
+    z, v, y = logits
+    student = torch.tensor(z, requires_grad=True)
+    distillation_loss(student, torch.tensor(v), torch.tensor(y), alpha, temperature).backward()
+    step = 1e-5
+    for row, column in np.ndindex(B, C):
+        up, down = z.copy(), z.copy()
+        up[row, column] += step
+        down[row, column] -= step
+        slope = (closed_form(up, v, y, alpha, temperature) - closed_form(down, v, y, alpha, temperature)) / (2 * step)
+        assert student.grad[row, column].item() == pytest.approx(slope, abs=1e-8)
+
+
+def test_a_student_that_says_what_the_teacher_says_has_no_soft_loss(logits):
+    z, v, y = (torch.tensor(array) for array in logits)
+    assert distillation_loss(v, v, y, 0.0, 5.0).item() == pytest.approx(0, abs=1e-12)
+    assert distillation_loss(z, v, y, 0.0, 5.0) != distillation_loss(v, z, y, 0.0, 5.0)  # KL is not symmetric
+
+
+def test_no_gradient_reaches_the_teacher(logits):
+    z, v, y = (torch.tensor(array) for array in logits)
+    teacher = v.clone().requires_grad_()
+    distillation_loss(z.requires_grad_(), teacher, y, 0.25, 5.0).backward()
+    assert teacher.grad is None
+
+
+# The teacher's logits
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(1)
+    model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
+    with torch.no_grad():  # BatchNorm's statistics as after some training
+        for _ in range(5):
+            model(torch.randn(8, 3, 16, 16))
+    return model.eval().requires_grad_(False)
+
+
+def test_logits_are_those_of_the_teacher_on_every_view(config, digits, teacher):
+    subset = digits.subset(100)
+    logits = teacher_logits(teacher, digits, config, subset)
+    assert logits.shape == (2, 1297, C)
+    for index in subset[:5]:
+        image = digits.train.images[index][None]
+        for view, shown in enumerate((image, torch.flip(image, dims=[3]))):
+            expected = teacher(utils.prepare(shown, 16))[0]
+            torch.testing.assert_close(logits[view, index], expected, atol=1e-4, rtol=0)
+    others = torch.ones(1297, dtype=torch.bool)
+    others[subset] = False
+    assert logits[:, others].isnan().all()
+    assert not logits[:, subset].isnan().any()
+
+
+@pytest.mark.parametrize(("share", "views"), [(0.0, [True, False]), (0.5, [True, True]), (1.0, [False, True])])
+def test_views_that_no_batch_shows_are_not_computed(config, digits, teacher, share, views):
+    logits = teacher_logits(teacher, digits, replace(config, horizontal_flip=share), digits.subset(50))
+    assert [not logits[view].isnan().all() for view in (0, 1)] == views
+
+
+def test_a_batch_is_taught_by_the_logits_of_its_own_images_and_views(config, digits, teacher):
+    """The stored logits teach as the teacher itself would on the student's very batch; any others do not."""
+    subset = digits.subset(100)
+    logits = teacher_logits(teacher, digits, config, subset)
+    loss_fn = taught_by(logits, replace(config.recipes["student_kd"], alpha=0.0))
+    for batch in utils.batches(digits.train, subset, config, seed=0, epoch=0):
+        online = teacher(batch.images)
+        assert loss_fn(online, batch).item() == pytest.approx(0, abs=1e-5)
+        assert loss_fn(online, batch._replace(flipped=~batch.flipped)) > 1e-3
+        assert loss_fn(online, batch._replace(index=batch.index.roll(1))) > 1e-3
+
+
+# Runs
+
+
+def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
+    recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], alpha=1.0)}
+    config = replace(config, recipes=recipes)
+    untaught = torch.full((2, 1297, C), 0.5)
+    custom_resnet.train("student", 0, config, digits)
+    custom_resnet.train("student_kd", 0, config, digits, lambda: taught_by(untaught, recipes["student_kd"]), "digest")
+    states = [utils.load_checkpoint(utils.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+    for plain, taught in zip(states[0]["history"], states[1]["history"], strict=True):
+        assert {**plain, "seconds": 0} == {**taught, "seconds": 0}
+
+
+def test_a_run_leaves_the_teacher_as_it_was_and_teaches_the_student(config, digits, monkeypatch):
+    custom_resnet.train("teacher", 0, config, digits)
+    before = utils.checkpoint_path(config, "teacher", 0).read_bytes()
+    taught = load_teacher("teacher", 0, config)
+    state = {name: tensor.clone() for name, tensor in taught.model.state_dict().items()}
+    assert not taught.model.training
+    assert not any(parameter.requires_grad for parameter in taught.model.parameters())
+
+    def make_loss():
+        logits = teacher_logits(taught.model, digits, config, digits.subset(100))
+        return taught_by(logits, config.recipes["student_kd"])
+
+    custom_resnet.train("student_kd", 0, config, digits, make_loss, taught.digest)
+    for name, tensor in taught.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert utils.checkpoint_path(config, "teacher", 0).read_bytes() == before
+
+
+def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
+    files = sorted(str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file())
+    expected = [f"checkpoints/demo/seed{s}/{m}.pt" for s in (0, 1) for m in ("student", "student_kd", "teacher")]
+    assert files == expected
+    times = {path: (trained / path).stat().st_mtime_ns for path in files}
+    teacher_student_model.main([*flags(trained), "--seeds", "0", "1"])
+    assert {path: (trained / path).stat().st_mtime_ns for path in files} == times
+    assert capsys.readouterr().err.count("is finished") == 6
+
+
+def test_the_chain_of_teachers_is_followed(tmp_path, capsys):
+    chain = ["--student.teacher", "teacher", "--student_kd.teacher", "student", "--only", "student_kd", "student"]
+    with pytest.raises(SystemExit) as exit:
+        teacher_student_model.main([*flags(tmp_path), *chain])
+    assert exit.value.code == 2
+    assert "the teacher 'teacher' is not trained yet" in capsys.readouterr().err
+    teacher_student_model.main([*flags(tmp_path), *chain, "teacher"])
+    state = utils.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt")
+    middle = utils.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
+    assert state["settings"]["weights of the teacher"] == utils.tensors_digest(middle["model"])
+
+
+def test_a_student_of_another_teacher_is_refused(tmp_path, capsys):
+    teacher_student_model.main(flags(tmp_path))
+    other = ["--teacher.lr", "0.02"]
+    with pytest.raises(SystemExit):
+        teacher_student_model.main([*flags(tmp_path), *other])
+    assert "teacher.lr was 0.01, is now 0.02" in capsys.readouterr().err
+    teacher_student_model.main([*flags(tmp_path), *other, "--only", "teacher", "--overwrite"])
+    with pytest.raises(SystemExit):
+        teacher_student_model.main([*flags(tmp_path), *other])
+    assert "weights of the teacher was" in capsys.readouterr().err
+
+
+def test_load_teacher_names_the_file_that_is_missing(config):
+    with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
+        load_teacher("teacher", 0, config)
