@@ -151,6 +151,9 @@ class Recipe:
     scale_soft_loss: bool = setting(
         True, FLAG, "multiply the soft loss by T^2; without it its gradients shrink by 1/T^2"
     )
+    baseline: str | None = setting(
+        None, optional(NAME), "the recipe to compare this one with; none: that of the same arch without a teacher"
+    )
     train_size: int | None = setting(
         None, optional(whole(1)), "train on this many images, stratified, the same for every seed; none: all"
     )
@@ -233,10 +236,12 @@ class Config:
                     f"{name}.train_size = {recipe.train_size}: takes a number from batch_size = {batch_size}"
                     + (f" to the {available} training images" if available < math.inf else " up")
                 )
-            if recipe.teacher is not None and recipe.teacher not in self.recipes:
-                hint = nearest(recipe.teacher, self.recipes)
-                problems.append(f"{name}.teacher = {recipe.teacher!r}: no such recipe; {hint}")
-            elif name in (teachers := self.teachers_of(name)):
+            for field, other in (("teacher", recipe.teacher), ("baseline", recipe.baseline)):
+                if other is not None and other not in self.recipes:
+                    problems.append(f"{name}.{field} = {other!r}: no such recipe; {nearest(other, self.recipes)}")
+            if recipe.baseline == name:
+                problems.append(f"{name}.baseline = {name!r}: takes another recipe than itself")
+            if name in (teachers := self.teachers_of(name)):
                 circle = " <- ".join([name, *teachers[: teachers.index(name) + 1]])
                 problems.append(f"{name}.teacher = {recipe.teacher!r}: teaches itself in a circle, {circle}")
         return problems

@@ -203,11 +203,15 @@ def model_metrics(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]
 
 
 def baseline_of(name: str, models: dict[str, Evaluated]) -> str | None:
-    """The model to compare a taught one with: the same architecture without a teacher."""
+    """What a model is compared with: its `baseline`, else the first of its architecture without a teacher.
+
+    Its own teacher, in self-distillation, is that only if there is no other.
+    """
     recipe = models[name].recipe
-    untaught = [
-        other for other, model in models.items() if not model.recipe.teacher and model.recipe.arch == recipe.arch
-    ]
+    if recipe.baseline:
+        return recipe.baseline if recipe.baseline in models else None
+    untaught = [other for other, m in models.items() if not m.recipe.teacher and m.recipe.arch == recipe.arch]
+    untaught.sort(key=lambda other: other == recipe.teacher)
     return untaught[0] if recipe.teacher and untaught else None
 
 

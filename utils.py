@@ -309,18 +309,16 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), channels_last.
 
-    Size None leaves the size as it is. Mean and standard deviation are ImageNet's, as in torchvision's own transforms.
+    The bits of torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation. Size None
+    leaves the size as it is.
     """
-    size_after = images.shape[2:] if size is None else (size, size)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
-    shift = -torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1) / std
-    scale = 1 / (255 * std)
+    mean, std = (torch.tensor(t, device=images.device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
 
     def normalise(chunk):
         chunk = chunk if size is None else resize(chunk, size)
-        return chunk.to(torch.float32).mul_(scale).add_(shift)
+        return chunk.to(torch.float32).div_(255).sub_(mean).div_(std)
 
-    shape = (*images.shape[:2], *size_after)
+    shape = images.shape if size is None else (*images.shape[:2], size, size)
     out = torch.empty(shape, device=images.device, memory_format=torch.channels_last)
     return in_chunks(normalise, images, out)
 
@@ -368,9 +366,8 @@ def checkpoint_path(config: Config, name: str, seed: int) -> Path:
 def training_settings(name: str, config: Config, dataset: Dataset, teacher_digest: str | None) -> dict[str, Any]:
     """All that the weights of one recipe and seed depend on; a checkpoint made with anything else is not that model."""
     recipe = asdict(config.recipes[name])
-    if recipe["teacher"] is None:
-        for unused in ("alpha", "temperature", "scale_soft_loss"):
-            del recipe[unused]
+    for unused in ("baseline",) if recipe["teacher"] else ("baseline", "alpha", "temperature", "scale_soft_loss"):
+        del recipe[unused]
     shared = ("image_size", "horizontal_flip", "validation_size", "batch_size", "precision")
     return {
         **{f"{name}.{field}": value for field, value in recipe.items()},

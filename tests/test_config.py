@@ -77,6 +77,8 @@ def test_each_preset_is_its_own_run():
         ("--student.nesterov true --student.momentum 0", ["student.nesterov", "momentum above 0"]),
         ("--student.train_size 50", ["student.train_size = 50", "batch_size = 100"]),
         ("--student.teacher nobody", ["student.teacher = 'nobody'", "no such recipe"]),
+        ("--student_kd.baseline nobody", ["student_kd.baseline = 'nobody'", "no such recipe"]),
+        ("--student.baseline student", ["student.baseline = 'student'", "another recipe"]),
         ("--teacher.teacher student_kd", ["teacher.teacher = 'student_kd'", "teacher <- student_kd <- teacher"]),
         ("--student.teacher student", ["student.teacher = 'student'", "in a circle"]),
         ("--run ../elsewhere", ["run = '../elsewhere'", "letters, digits"]),

@@ -1,0 +1,286 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import flags, random_images
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+import custom_resnet
+import utils
+from config import Recipe, UserError
+from custom_resnet import build_resnet, fit, hours_on_cpu, load_model, make_scheduler, predict, train
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = build_resnet("resnet18", 10, pretrained=False)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 16, 16))
+    return model
+
+
+# The model
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
+def test_parameters_are_named_as_torchvision_names_them(arch):
+    ours = build_resnet(arch, 7, pretrained=False).state_dict()
+    theirs = torchvision.models.get_model(arch, num_classes=7).state_dict()
+    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """torch's cache of weights, empty, with no network behind it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def _no_network(*_, **__):
+    raise OSError("no network")
+
+
+def test_imagenet_weights_come_from_torchs_own_place(hub):
+    torch.manual_seed(1)
+    state = torchvision.models.resnet18().state_dict()
+    hub.mkdir(parents=True)
+    torch.save(state, hub / "resnet18-f37072fd.pth")
+    model = build_resnet("resnet18", 10, pretrained=True)
+    assert model.fc.out_features == 10
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_missing_or_damaged_imagenet_weights_are_named(hub):
+    with pytest.raises(UserError) as error:
+        build_resnet("resnet50", 10, pretrained=True)
+    for part in (str(hub / "resnet50-11ad3fa6.pth"), "is missing", "--preset scratch", "download.pytorch.org"):
+        assert part in str(error.value)
+    hub.mkdir(parents=True, exist_ok=True)
+    (hub / "resnet50-11ad3fa6.pth").write_bytes(b"PK no weights")
+    with pytest.raises(UserError, match="cannot be used"):
+        build_resnet("resnet50", 10, pretrained=True)
+
+
+def test_a_checkpoint_is_a_plain_torchvision_model(trained):
+    state = torch.load(trained / "checkpoints/demo/seed0/student.pt", weights_only=True)
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.load_state_dict(state["model"], strict=True)
+    images = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(theirs.eval()(images), predict(load_model(state, "cpu"), images), atol=1e-5, rtol=0)
+    assert state["classes"] == list("0123456789")
+    assert state["settings"]["student.lr"] == 0.01
+    assert len(state["history"]) == 2
+    assert state["environment"]["torch"] == torch.__version__
+    assert "optimizer" not in state
+
+
+# Prediction
+
+
+def test_predictions_are_made_in_evaluation_mode_and_leave_the_model_as_it_was(model):
+    images = random_images(30, 8, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    logits = predict(model, images, image_size=16, batch_size=7)
+    assert model.training
+    assert (logits.shape, logits.dtype) == ((30, 10), torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(utils.prepare(image[None], 16)) for image in images])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    predict(model, images[:2])
+    assert not model.training
+
+
+def test_float_images_are_taken_as_they_are(model):
+    images = random_images(3, 16, 16)
+    torch.testing.assert_close(predict(model, images), predict(model, utils.prepare(images)))
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", lambda step: 0.1),
+        ("cosine", lambda step: 0.1 * (1 + math.cos(math.pi * step / 100)) / 2),
+    ],
+)
+def test_schedules_follow_their_formula(schedule, expected):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = make_scheduler(optimizer, Recipe(lr=0.1, schedule=schedule), 100)
+    for step in range(100):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected(step), abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_onecycle_rises_for_three_tenths_of_the_steps_then_falls_to_nothing():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    scheduler = make_scheduler(optimizer, Recipe(lr=0.1, schedule="onecycle"), 101)
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step() if len(rates) < 101 else None
+    assert np.argmax(rates) == pytest.approx(30, abs=1)
+    assert max(rates) == pytest.approx(0.1, rel=1e-3)
+    assert rates[-1] < 1e-5
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_fit_is_the_plain_loop(config, digits, model):
+    """Against the loop as a tutorial writes it: PIL images, torchvision's transforms, one image at a time."""
+    config = replace(config, image_size=32)
+    recipe = Recipe(epochs=1, lr=0.01, weight_decay=1e-3, nesterov=True, pretrained=False, train_size=75)
+    transform = transforms.Compose(
+        [
+            transforms.Resize((32, 32)),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+        ]
+    )
+    plain = build_resnet("resnet18", 10, pretrained=False)
+    plain.load_state_dict(model.state_dict())
+    for either in (model, plain):  # in one layout, as few pixels make BatchNorm blow rounding up
+        either.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    plain.train()
+    losses, correct = [], 0
+    for batch in utils.batches(digits.train, digits.subset(75), config, seed=5, epoch=0):
+        images = []
+        for index, flipped in zip(batch.index, batch.flipped, strict=True):
+            image = Image.fromarray(digits.train.images[index].permute(1, 2, 0).contiguous().numpy())
+            images.append(transform(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image))
+        logits = plain(torch.stack(images).contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        correct += (logits.argmax(1) == batch.labels).sum().item()
+
+    history = fit(model, recipe, config, 5, digits, custom_resnet.cross_entropy, "test")
+    assert len(losses) == 3
+    assert history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert history[0]["train_accuracy"] == pytest.approx(correct / 75)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_every_step_is_taken_in_training_mode_and_the_history_is_measured_in_evaluation_mode(config, digits, model):
+    modes = []
+
+    def loss_fn(logits, batch):
+        modes.append(model.training)
+        return custom_resnet.cross_entropy(logits, batch)
+
+    history = fit(model, Recipe(epochs=2, lr=0.01, train_size=50), config, 0, digits, loss_fn, "test")
+    assert modes == [True] * 4
+    measured = (predict(model, digits.test.images, 16).argmax(1) == digits.test.labels).float().mean().item()
+    assert history[-1]["test_accuracy"] == pytest.approx(measured)
+    assert [record["epoch"] for record in history] == [1, 2]
+
+
+def test_validation_images_are_measured_where_there_are_any(config, model):
+    config = replace(config, validation_size=100)
+    dataset = utils.load_dataset(config)
+    history = fit(model, Recipe(epochs=1, train_size=50), config, 0, dataset, custom_resnet.cross_entropy, "test")
+    assert "validation_accuracy" in history[0]
+    assert "test_accuracy" not in history[0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+def test_a_run_that_is_interrupted_ends_as_one_that_is_not(config, digits, monkeypatch, schedule):
+    recipes = {"student": replace(config.recipes["student"], epochs=3, schedule=schedule)}
+    whole = replace(config, recipes=recipes, run="whole")
+    train("student", 0, whole, digits)
+
+    cut = replace(config, recipes=recipes, run="cut")
+    real_save = utils.save_checkpoint
+
+    def save_and_die(path, state):
+        real_save(path, state)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(custom_resnet, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train("student", 0, cut, digits)
+    monkeypatch.undo()
+    train("student", 0, cut, digits)
+
+    states = [utils.load_checkpoint(utils.checkpoint_path(c, "student", 0)) for c in (whole, cut)]
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+    for one, other in zip(states[0]["history"], states[1]["history"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, digits, monkeypatch):
+    first = []
+    monkeypatch.setattr(
+        custom_resnet, "fit", lambda model, *_: first.append({k: v.clone() for k, v in model.state_dict().items()})
+    )
+    for name, seed in (("student", 0), ("student_kd", 0), ("student", 1)):
+        train(name, seed, config, digits)
+    assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
+    assert not torch.equal(first[0]["conv1.weight"], first[2]["conv1.weight"])
+
+
+# The script
+
+
+def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_again(tmp_path, capsys):
+    small = [*flags(tmp_path), "--only", "student"]
+    custom_resnet.main(small)
+    told = capsys.readouterr().err
+    assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in told
+    assert "resnet18, 11.2 million parameters from random weights, 2 epochs of 100 images" in told
+    assert told.count("epoch  ") == 2
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    before = path.read_bytes()
+
+    custom_resnet.main(small)
+    assert f"student seed 0  is finished: {path}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        custom_resnet.main([*small, "--batch_size", "20", "--student.lr", "0.02"])
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert "student.lr was 0.01, is now 0.02; batch_size was 25, is now 20" in told
+    assert "--overwrite" in told
+    assert path.read_bytes() == before
+
+    custom_resnet.main([*small, "--student.lr", "0.02", "--overwrite"])
+    assert utils.load_checkpoint(path)["settings"]["student.lr"] == 0.02
+
+
+def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
+    custom_resnet.main([*flags(tmp_path), "--student.epochs=1", "--teacher.epochs=1"])
+    assert sorted(path.name for path in tmp_path.rglob("*.pt")) == ["student.pt", "teacher.pt"]
+    with pytest.raises(SystemExit):
+        custom_resnet.main([*flags(tmp_path), "--only", "student_kd"])
+    assert "teacher_student_model.py trains them" in capsys.readouterr().err
+
+
+def test_a_long_run_on_a_cpu_is_announced_with_the_demo(config, digits, capsys, monkeypatch):
+    jobs = [("student", 0), ("student", 1)]
+    one, two = hours_on_cpu(jobs[:1], config, digits), hours_on_cpu(jobs, config, digits)
+    assert 0 < one < two < 1
+    monkeypatch.setattr(custom_resnet, "hours_on_cpu", lambda *_: 31.4)
+    custom_resnet.start(config, ["student"])
+    assert "takes about 31 hours" in (told := capsys.readouterr().err)
+    assert "--preset demo" in told
