@@ -1,6 +1,8 @@
 """Small experiments on real digits: 16 px, ResNet18, a few steps, all on the CPU."""
 
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 import teacher_student_model
 from config import PRESETS, Config, Recipe
@@ -79,6 +82,40 @@ def image_folder(tmp_path):
         return root
 
     return write
+
+
+@pytest.fixture
+def miniature_cifar10(tmp_path, monkeypatch):
+    """cifar-10-batches-py with 20 images a file, and torchvision told its checksums."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": random.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{i}", batch()) for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch())])
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    meta = write("batches.meta", {"label_names": names})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """torch's cache of weights, empty, with no network behind it."""
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    return tmp_path / "hub" / "checkpoints"
 
 
 def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -1,13 +1,13 @@
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import flags, random_images
+from conftest import flags as small_flags
+from conftest import random_images
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -35,18 +35,6 @@ def test_parameters_are_named_as_torchvision_names_them(arch):
     ours = build_resnet(arch, 7, pretrained=False).state_dict()
     theirs = torchvision.models.get_model(arch, num_classes=7).state_dict()
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """torch's cache of weights, empty, with no network behind it."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
-    return tmp_path / "hub" / "checkpoints"
-
-
-def _no_network(*_, **__):
-    raise OSError("no network")
 
 
 def test_imagenet_weights_come_from_torchs_own_place(hub):
@@ -245,7 +233,7 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
 
 
 def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_again(tmp_path, capsys):
-    small = [*flags(tmp_path), "--only", "student"]
+    small = [*small_flags(tmp_path), "--only", "student"]
     custom_resnet.main(small)
     told = capsys.readouterr().err
     assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in told
@@ -269,11 +257,33 @@ def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_aga
 
 
 def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
-    custom_resnet.main([*flags(tmp_path), "--student.epochs=1", "--teacher.epochs=1"])
+    custom_resnet.main([*small_flags(tmp_path), "--student.epochs=1", "--teacher.epochs=1"])
     assert sorted(path.name for path in tmp_path.rglob("*.pt")) == ["student.pt", "teacher.pt"]
     with pytest.raises(SystemExit):
-        custom_resnet.main([*flags(tmp_path), "--only", "student_kd"])
+        custom_resnet.main([*small_flags(tmp_path), "--only", "student_kd"])
     assert "teacher_student_model.py trains them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_sise", "64"], "did you mean --batch_size?"),
+        (["--student.epochs", "0", "--seeds", "1", "1"], "student.epochs = 0"),
+        (["--device", "cuda:99"], "CUDA devices; try cpu"),
+        (["--dataset", "nowhere"], "dataset = 'nowhere': no such folder"),
+        (["--student.pretrained", "true"], "resnet18-f37072fd.pth: is missing"),
+        (["--student.train_size", "1290", "--validation_size", "100"], "student.train_size = 1290"),
+        (["--student.train_size", "26", "--validation_size", "3"], "cannot choose 3 of 1297 images"),
+        (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo/seed0/student.pt: cannot be written"),
+    ],
+)
+def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        custom_resnet.main([*small_flags(tmp_path), "--only", "student", *flags])
+    assert exit.value.code == 2
+    last = capsys.readouterr().err.split("error: ")[-1]
+    assert message in last
+    assert "Traceback" not in last
 
 
 def test_a_long_run_on_a_cpu_is_announced_with_the_demo(config, digits, capsys, monkeypatch):

@@ -3,9 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import flags
 
 import custom_resnet
+import evaluate
 import teacher_student_model
 import utils
 from config import UserError
@@ -193,3 +195,20 @@ def test_a_student_of_another_teacher_is_refused(tmp_path, capsys):
 def test_load_teacher_names_the_file_that_is_missing(config):
     with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
         load_teacher("teacher", 0, config)
+
+
+def test_the_original_set_up_runs_end_to_end(miniature_cifar10, hub, tmp_path, capsys):
+    """CIFAR-10 and ImageNet weights from torchvision's own places, with stand-ins in them; smaller and shorter."""
+    hub.mkdir(parents=True)
+    for arch, file in (("resnet18", "resnet18-f37072fd.pth"), ("resnet50", "resnet50-11ad3fa6.pth")):
+        torch.save(torchvision.models.get_model(arch).state_dict(), hub / file)
+    paths = {"data_path": miniature_cifar10.parent, "checkpoints_path": tmp_path / "c", "imgs_path": tmp_path / "i"}
+    small = {"image_size": 32, "batch_size": 50, "teacher.epochs": 1, "student.epochs": 1, "student_kd.epochs": 2}
+    words = [f"--{name}={value}" for name, value in {**paths, **small, "device": "cpu"}.items()]
+    teacher_student_model.main(words)
+    evaluate.main(words)
+    told = capsys.readouterr()
+    assert "cifar10, 100 training and 20 test images of 10 classes at 32 px" in told.err
+    assert "resnet50, 23.5 million parameters from ImageNet weights" in told.err
+    assert [line.split("|")[1].strip() for line in told.out.splitlines()[2:5]] == ["plane", "car", "bird"]
+    assert (tmp_path / "i/cifar10/results.md").is_file()

@@ -165,28 +165,6 @@ def test_validation_images_are_held_out_of_training(config, digits):
     assert torch.equal(with_validation.test.images, digits.test.images)
 
 
-@pytest.fixture
-def miniature_cifar10(tmp_path, monkeypatch):
-    """cifar-10-batches-py with 20 images a file, and torchvision told its checksums."""
-    random = np.random.default_rng(0)
-    folder = tmp_path / "data" / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    def batch():
-        return {"data": random.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
-
-    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{i}", batch()) for i in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch())])
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    meta = write("batches.meta", {"label_names": names})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    return folder
-
-
 def cifar10(folder: Path):
     return replace(PRESETS["cifar10"], data_path=str(folder.parent), batch_size=10, device="cpu")
 
