@@ -181,6 +181,9 @@ class Config:
     horizontal_flip: float = setting(
         0.5, number("0 to 1", lambda v: 0 <= v <= 1), "share of the training images that are mirrored"
     )
+    crop_padding: int = setting(
+        0, whole(0, 1000), "training images are shifted at random by up to this many of their own pixels each way"
+    )
     validation_size: int = setting(
         0, whole(0), "training images held out, stratified, and measured in place of the test set while training"
     )
@@ -199,6 +202,11 @@ class Config:
         "auto",
         choice("auto", "bf16", "fp32"),
         "bf16: autocast over float32 weights; auto: bf16 where the hardware computes in it and gains by it",
+    )
+    compile: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "torch.compile the model; auto: on CUDA, once what is left of the training repays the minute it takes",
     )
     data_path: str = setting("data", PATH, "where CIFAR-10 is kept")
     checkpoints_path: str = setting("checkpoints", PATH, "where models are written: RUN/seedS/MODEL.pt")
@@ -281,10 +289,11 @@ with one_line_errors():  # a mistake made while editing is told as one made on t
     }
 
     # The teacher sees every digit, the students 200 of them: here the teacher has something to give.
+    FEW_IMAGES = {**FROM_SCRATCH, "lr": 0.01}
     DEMO = {
-        "teacher": Recipe(arch="resnet50", epochs=10, **FROM_SCRATCH),
-        "student": Recipe(arch="resnet18", epochs=30, train_size=200, **FROM_SCRATCH),
-        "student_kd": Recipe(arch="resnet18", epochs=30, train_size=200, teacher="teacher", **FROM_SCRATCH),
+        "teacher": Recipe(arch="resnet50", epochs=8, **FEW_IMAGES),
+        "student": Recipe(arch="resnet18", epochs=30, train_size=200, **FEW_IMAGES),
+        "student_kd": Recipe(arch="resnet18", epochs=30, train_size=200, teacher="teacher", **FEW_IMAGES),
     }
 
     PRESETS = {

@@ -6,6 +6,7 @@
 Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained again.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from utils import (
     autocast,
     batches,
     checkpoint_path,
+    describe_precision,
     device_name,
     environment,
     load_checkpoint,
@@ -62,6 +65,23 @@ def build_resnet(arch: str, num_classes: int, pretrained: bool) -> nn.Module:
     return model
 
 
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy of a torchvision ResNet for inference, each BatchNorm folded into the convolution before it.
+
+    Other models come back as they are: only of torchvision's is it known which layer follows which.
+    """
+    if not isinstance(model, torchvision.models.ResNet):
+        return model
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):  # "0", "1": downsample
+            pair = getattr(module, conv, None), getattr(module, bn, None)
+            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
+                setattr(module, conv, fuse_conv_bn_eval(*pair))
+                setattr(module, bn, nn.Identity())
+    return model
+
+
 def predict(
     model: nn.Module,
     images: torch.Tensor,
@@ -70,22 +90,22 @@ def predict(
     batch_size: int = 250,
     title: str = "predicting",
 ) -> torch.Tensor:
-    """Logits (N, C) float32 of a model in evaluation mode, on its device; the model's own mode is kept.
+    """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left as it is.
 
     uint8 images (N, 3, H, W) are resized to `image_size` (None: left as they are) and normalised here; float images are
     taken to be ready for the model.
     """
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
+    folded = fold_batchnorm(model.eval())
     logits = []
     with torch.inference_mode(), tqdm(total=len(images), desc=title, unit=" images", leave=False, disable=None) as bar:
         for chunk in images.split(batch_size):
-            chunk = chunk.to(device)
+            chunk = chunk.to(device, non_blocking=True)
             if chunk.dtype == torch.uint8:
                 chunk = prepare(chunk, image_size)
             with autocast(device, precision):
-                logits.append(model(chunk).float())
+                logits.append(folded(chunk).float())
             bar.update(len(chunk))
     model.train(was_training)
     return torch.cat(logits)
@@ -103,6 +123,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     if recipe.schedule == "onecycle":
         return OneCycleLR(optimizer, recipe.lr, total_steps=steps, cycle_momentum=False)
     return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def compiling_pays(config: Config, seconds_left: float) -> bool:
+    """Whether torch.compile, as `compile` = auto, saves more than the minute that it takes; on a CPU it is never used.
+
+    That it saves a fifth of a step is FIELD_NOTE.
+    """
+    return config.compile == "auto" and torch.device(config.device).type == "cuda" and seconds_left / 5 > 60
 
 
 def fit(
@@ -138,7 +166,10 @@ def fit(
         scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
 
+    forward = torch.compile(model) if config.compile == "on" else model
     for epoch in range(len(history), recipe.epochs):
+        if forward is model and history and compiling_pays(config, history[-1]["seconds"] * (recipe.epochs - epoch)):
+            forward = torch.compile(model)
         started = time.perf_counter()
         model.train()
         totals = torch.zeros(2, device=config.device)  # sums of the loss and of the correct predictions
@@ -148,7 +179,7 @@ def fit(
         for batch in batches(dataset.train, subset, config, seed, epoch):
             optimizer.zero_grad()
             with autocast(config.device, config.precision):
-                logits = model(batch.images)
+                logits = forward(batch.images)
             loss = loss_fn(logits.float(), batch)
             loss.backward()
             optimizer.step()
@@ -242,8 +273,8 @@ def train(
 
 def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) -> float:
     """How long the jobs (recipe, seed) will take, from one timed training step on a few images for each arch."""
-    images = prepare(dataset.train.images[:8], config.image_size)
-    labels = dataset.train.labels[:8]
+    several = slice(min(32, config.batch_size))
+    images, labels = prepare(dataset.train.images[several], config.image_size), dataset.train.labels[several]
 
     def seconds_per_image(arch: str) -> float:
         model = build_resnet(arch, len(dataset.classes), pretrained=False).to(memory_format=torch.channels_last)
@@ -267,12 +298,14 @@ def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) 
 def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
     """Choose the device, load the images, and say on stderr what is going to be done on what."""
     config = resolve(config)
+    torch.backends.cudnn.benchmark = True  # every batch of a run has the same shape
     dataset = load_dataset(config)
     validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
+    pinned = ", training images kept in host memory: too many for the device" * dataset.train.images.is_pinned()
     say(
         f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
-        f"{device_name(config)}, {config.precision}"
+        f"{device_name(config)}, {describe_precision(config)}{pinned}"
     )
     jobs = [(name, seed) for seed in config.seeds for name in names]
     jobs = [job for job in jobs if config.overwrite or not checkpoint_path(config, *job).exists()]

@@ -137,10 +137,10 @@ def student_t_quantile(p: float, df: int) -> float:
 
 
 def t_interval(values: Iterable[float]) -> tuple[float, float]:
-    """95% interval for the mean of two or more values, over which seeds vary (Student 1908)."""
+    """95% interval, cut to 0..1, for the mean of two or more accuracies of different seeds (Student 1908)."""
     values = np.asarray(list(values))
     half = student_t_quantile(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
 
 
 def paired_bootstrap(correct: np.ndarray, correct_baseline: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

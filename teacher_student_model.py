@@ -8,15 +8,17 @@ Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained
 after its last epoch. Then: python evaluate.py with the same flags.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from config import Config, Recipe, UserError, one_line_errors, parse
-from custom_resnet import LossFunction, load_model, predict, start, train
-from utils import Batch, Dataset, checkpoint_path, load_checkpoint, say, tensors_digest
+from custom_resnet import LossFunction, fold_batchnorm, load_model, predict, start, train
+from utils import Batch, Dataset, autocast, checkpoint_path, load_checkpoint, save_checkpoint, say, tensors_digest
 
 
 def distillation_loss(
@@ -62,30 +64,83 @@ def load_teacher(name: str, seed: int, config: Config) -> Teacher:
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
 
-def teacher_logits(teacher: nn.Module, dataset: Dataset, config: Config, subset: torch.Tensor) -> torch.Tensor:
+def teacher_logits(
+    teacher: Teacher, config: Config, dataset: Dataset, subset: torch.Tensor, path: Path | None = None
+) -> torch.Tensor:
     """What a frozen teacher says of each view of the training images, once for all epochs: (2, N, C) float32.
 
-    [0, i] are the logits of training image i, [1, i] those of its mirror image. Views that no batch shows are NaN.
+    [0, i] are the logits of training image i, [1, i] those of its mirror image; views that no batch shows are NaN.
+    They are kept in the file `path`, and read from there if they are this teacher's, of these images, in this transform
+    and precision.
     """
-    logits = torch.full((2, len(dataset.train.labels), len(dataset.classes)), torch.nan, device=config.device)
-    subset = subset.to(config.device)
+    made_with = {
+        "teacher": teacher.digest,
+        "images": dataset.digest,
+        "validation_size": config.validation_size,
+        "image_size": config.image_size,
+        "precision": config.precision,
+    }
+    shape = (2, len(dataset.train.labels), len(dataset.classes))
+    logits = read_logits(path, made_with, shape) if path and path.exists() else torch.full(shape, torch.nan)
+    computed = 0
     for view, shown in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
-        if shown:
-            images = dataset.train.images[subset]
+        missing = subset[logits[view, subset].isnan().any(1)]
+        if shown and len(missing):
+            images = dataset.train.images[missing.to(dataset.train.images.device)]
             images = images.flip(3) if view else images
-            logits[view, subset] = predict(
-                teacher, images, config.image_size, config.precision, title="teacher's logits"
-            )
-    return logits
+            title = f"logits of {teacher.name}"
+            of_view = predict(teacher.model, images, config.image_size, config.precision, title=title)
+            logits[view, missing] = of_view.cpu()
+            computed += len(missing)
+    if computed and path:
+        save_checkpoint(path, {"made_with": made_with, "logits": logits})
+    say(
+        f"logits of {teacher.name}  "
+        + (f"{computed:,} computed" if computed else "read")
+        + (f": {path}" if path else "")
+    )
+    return logits.to(config.device)
 
 
-def taught_by(logits: torch.Tensor, recipe: Recipe) -> LossFunction:
-    """The distillation loss against the teacher's logits (2, N, C), looked up by view and image."""
+def read_logits(path: Path, made_with: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    """The stored logits, or NaN, with a line that says why, if they are damaged or were made with anything else."""
+    try:
+        state = load_checkpoint(path)
+    except UserError as error:
+        say(f"{error.messages[0].split(';')[0]}; computed again")
+    else:
+        stale = [field for field, value in made_with.items() if state.get("made_with", {}).get(field) != value]
+        if not stale:
+            return state["logits"]
+        say(f"{path}: made with another {' and '.join(stale)}; computed again")
+    return torch.full(shape, torch.nan)
+
+
+Lookup = Callable[[Batch], torch.Tensor]  # batch -> the teacher's logits (B, C)
+
+
+def stored(logits: torch.Tensor) -> Lookup:
+    """Look the teacher's logits (2, N, C) up by view and image."""
+    return lambda batch: logits[batch.flipped.long(), batch.index]
+
+
+def online(teacher: nn.Module, config: Config) -> Lookup:
+    """Ask the teacher about the student's very batch, for augmentations that never show the same view twice."""
+    folded = fold_batchnorm(teacher)
+
+    def ask(batch: Batch) -> torch.Tensor:
+        with torch.inference_mode(), autocast(config.device, config.precision):
+            return folded(batch.images).float()
+
+    return ask
+
+
+def taught_by(lookup: Lookup, recipe: Recipe) -> LossFunction:
+    """The distillation loss of a recipe, against the logits that `lookup` finds for a batch."""
 
     def loss_fn(student_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        of_batch = logits[batch.flipped.long(), batch.index]  # (B, C)
         return distillation_loss(
-            student_logits, of_batch, batch.labels, recipe.alpha, recipe.temperature, recipe.scale_soft_loss
+            student_logits, lookup(batch), batch.labels, recipe.alpha, recipe.temperature, recipe.scale_soft_loss
         )
 
     return loss_fn
@@ -104,9 +159,12 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             teacher = load_teacher(recipe.teacher, seed, config)
 
-            def make_loss(recipe=recipe, teacher=teacher) -> LossFunction:
-                logits = teacher_logits(teacher.model, dataset, config, dataset.subset(recipe.train_size))
-                return taught_by(logits, recipe)
+            def make_loss(recipe=recipe, teacher=teacher, seed=seed) -> LossFunction:
+                if config.crop_padding:
+                    return taught_by(online(teacher.model, config), recipe)
+                path = checkpoint_path(config, teacher.name, seed).with_suffix(".logits")
+                subset = dataset.subset(recipe.train_size)
+                return taught_by(stored(teacher_logits(teacher, config, dataset, subset, path)), recipe)
 
             train(name, seed, config, dataset, make_loss, teacher.digest)
     say("All trained. The report: python evaluate.py, with the same flags")

@@ -67,6 +67,12 @@ def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def describe_precision(config: Config) -> str:
+    """The precision, and whether it is quite that: on CUDA torch runs fp32 convolutions in TF32 by default."""
+    tf32 = torch.device(config.device).type == "cuda" and torch.backends.cudnn.allow_tf32
+    return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
+
+
 def device_name(config: Config) -> str:
     if torch.device(config.device).type == "cuda":
         return torch.cuda.get_device_name(config.device)
@@ -80,7 +86,7 @@ def environment(config: Config) -> dict[str, str]:
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "device": device_name(config),
-        "precision": config.precision,
+        "precision": describe_precision(config),
     }
 
 
@@ -142,8 +148,16 @@ def load_dataset(config: Config) -> Dataset:
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size)
         validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
-    on_device = [split and Split(*(t.to(config.device) for t in split)) for split in (train, validation, test)]
-    return Dataset(classes, *on_device, digest.hexdigest())
+    in_place = [split and to_device(split, config.device) for split in (train, validation, test)]
+    return Dataset(classes, *in_place, digest.hexdigest())
+
+
+def to_device(split: Split, device: str) -> Split:
+    """Labels on the device; images too, unless they take over half of its free memory: then pinned on the host."""
+    images, labels = split
+    if torch.device(device).type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return Split(images.pin_memory(), labels.to(device))
+    return Split(images.to(device), labels.to(device))
 
 
 def stratified(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,13 +320,19 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     return in_chunks(passes, images, images.new_empty((*images.shape[:2], size, size)))
 
 
+@lru_cache
+def imagenet_statistics(device: torch.device) -> list[torch.Tensor]:
+    """Mean and standard deviation (1, 3, 1, 1), made once: a copy to a GPU in every step would make it wait."""
+    return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
 def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), channels_last.
 
     The bits of torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation. Size None
     leaves the size as it is.
     """
-    mean, std = (torch.tensor(t, device=images.device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = imagenet_statistics(images.device)
 
     def normalise(chunk):
         chunk = chunk if size is None else resize(chunk, size)
@@ -335,6 +355,18 @@ def flip(images: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
+def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Move each image of (N, 3, H, W) by its own number of pixels (N,), either way; black comes in at the edges."""
+    n, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device) - down.view(-1, 1)  # (N, H), where each pixel comes from
+    columns = torch.arange(width, device=images.device) - right.view(-1, 1)  # (N, W)
+    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
+    image = torch.arange(n, device=images.device).view(-1, 1, 1)
+    rows, columns = rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
+    moved = images.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+    return moved * inside.unsqueeze(1)
+
+
 def batches(
     split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[Batch]:
@@ -342,14 +374,21 @@ def batches(
 
     Every image of `subset` (M,) comes at most once an epoch; the M % batch_size that fill no batch are left out.
     """
+    device = split.labels.device
     random = np.random.default_rng((seed, epoch))
-    order = subset[torch.from_numpy(random.permutation(len(subset)))].to(split.labels.device)
-    flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(split.labels.device)
+    order = subset[torch.from_numpy(random.permutation(len(subset)))]
+    there = order.to(split.images.device)  # the images may have stayed in the host's memory
+    order = order.to(device)
+    flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(device)
+    padding = config.crop_padding
+    shifts = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
     for step in range(first_step, len(subset) // config.batch_size):
         here = slice(step * config.batch_size, (step + 1) * config.batch_size)
-        index = order[here]
-        images = prepare(flip(split.images[index], flipped[here]), config.image_size)
-        yield Batch(images, split.labels[index], index, flipped[here])
+        images = split.images[there[here]].to(device, non_blocking=True)
+        if padding:
+            images = shift(images, *shifts[:, here])
+        images = prepare(flip(images, flipped[here]), config.image_size)
+        yield Batch(images, split.labels[order[here]], order[here], flipped[here])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +407,7 @@ def training_settings(name: str, config: Config, dataset: Dataset, teacher_diges
     recipe = asdict(config.recipes[name])
     for unused in ("baseline",) if recipe["teacher"] else ("baseline", "alpha", "temperature", "scale_soft_loss"):
         del recipe[unused]
-    shared = ("image_size", "horizontal_flip", "validation_size", "batch_size", "precision")
+    shared = ("image_size", "horizontal_flip", "crop_padding", "validation_size", "batch_size", "precision")
     return {
         **{f"{name}.{field}": value for field, value in recipe.items()},
         **{field: getattr(config, field) for field in shared},

@@ -15,7 +15,7 @@ from torchvision import transforms
 import custom_resnet
 import utils
 from config import Recipe, UserError
-from custom_resnet import build_resnet, fit, hours_on_cpu, load_model, make_scheduler, predict, train
+from custom_resnet import build_resnet, fit, fold_batchnorm, hours_on_cpu, load_model, make_scheduler, predict, train
 
 
 @pytest.fixture
@@ -90,6 +90,32 @@ def test_predictions_are_made_in_evaluation_mode_and_leave_the_model_as_it_was(m
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     predict(model, images[:2])
     assert not model.training
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_folding_batchnorm_leaves_a_copy_without_it_that_says_the_same(arch):
+    torch.manual_seed(0)
+    model = build_resnet(arch, 10, pretrained=False)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 64, 64))
+    folded, images = fold_batchnorm(model.eval()), torch.randn(4, 3, 64, 64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_whose_layers_are_not_known_is_not_folded():
+    class BatchNormFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.conv1(self.bn1(x)).mean((2, 3))
+
+    model, images = BatchNormFirst().eval(), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(predict(model, images), model(images))
 
 
 def test_float_images_are_taken_as_they_are(model):
@@ -227,6 +253,18 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
         train(name, seed, config, digits)
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
     assert not torch.equal(first[0]["conv1.weight"], first[2]["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "seconds_left", "pays"),
+    [
+        *(("auto", "cuda", 1000, True), ("auto", "cuda", 100, False)),
+        *(("auto", "cpu", 1e6, False), ("off", "cuda", 1e6, False)),
+    ],
+)
+def test_compiling_pays_on_a_gpu_with_much_left_to_do(config, compile, device, seconds_left, pays):
+    object.__setattr__(config, "device", device)  # this machine may have no such device
+    assert custom_resnet.compiling_pays(replace(config, compile=compile), seconds_left) == pays
 
 
 # The script

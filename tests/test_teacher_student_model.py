@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import evaluate
 import teacher_student_model
 import utils
 from config import UserError
-from teacher_student_model import distillation_loss, load_teacher, taught_by, teacher_logits
+from teacher_student_model import Teacher, distillation_loss, load_teacher, online, stored, taught_by, teacher_logits
 
 B, C = 7, 10
 
@@ -82,23 +83,23 @@ def test_no_gradient_reaches_the_teacher(logits):
 
 
 @pytest.fixture(scope="module")
-def teacher():
+def teacher() -> Teacher:
     torch.manual_seed(1)
     model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
     with torch.no_grad():  # BatchNorm's statistics as after some training
         for _ in range(5):
             model(torch.randn(8, 3, 16, 16))
-    return model.eval().requires_grad_(False)
+    return Teacher("teacher", model.eval().requires_grad_(False), utils.tensors_digest(model.state_dict()))
 
 
 def test_logits_are_those_of_the_teacher_on_every_view(config, digits, teacher):
     subset = digits.subset(100)
-    logits = teacher_logits(teacher, digits, config, subset)
+    logits = teacher_logits(teacher, config, digits, subset)
     assert logits.shape == (2, 1297, C)
-    for index in subset[:5]:
+    for index in subset:
         image = digits.train.images[index][None]
         for view, shown in enumerate((image, torch.flip(image, dims=[3]))):
-            expected = teacher(utils.prepare(shown, 16))[0]
+            expected = teacher.model(utils.prepare(shown, 16))[0]
             torch.testing.assert_close(logits[view, index], expected, atol=1e-4, rtol=0)
     others = torch.ones(1297, dtype=torch.bool)
     others[subset] = False
@@ -108,20 +109,76 @@ def test_logits_are_those_of_the_teacher_on_every_view(config, digits, teacher):
 
 @pytest.mark.parametrize(("share", "views"), [(0.0, [True, False]), (0.5, [True, True]), (1.0, [False, True])])
 def test_views_that_no_batch_shows_are_not_computed(config, digits, teacher, share, views):
-    logits = teacher_logits(teacher, digits, replace(config, horizontal_flip=share), digits.subset(50))
+    logits = teacher_logits(teacher, replace(config, horizontal_flip=share), digits, digits.subset(50))
     assert [not logits[view].isnan().all() for view in (0, 1)] == views
 
 
 def test_a_batch_is_taught_by_the_logits_of_its_own_images_and_views(config, digits, teacher):
     """The stored logits teach as the teacher itself would on the student's very batch; any others do not."""
     subset = digits.subset(100)
-    logits = teacher_logits(teacher, digits, config, subset)
-    loss_fn = taught_by(logits, replace(config.recipes["student_kd"], alpha=0.0))
+    lookup = stored(teacher_logits(teacher, config, digits, subset))
+    ask = online(teacher.model, config)
+    loss_fn = taught_by(lookup, replace(config.recipes["student_kd"], alpha=0.0))
     for batch in utils.batches(digits.train, subset, config, seed=0, epoch=0):
-        online = teacher(batch.images)
-        assert loss_fn(online, batch).item() == pytest.approx(0, abs=1e-5)
-        assert loss_fn(online, batch._replace(flipped=~batch.flipped)) > 1e-3
-        assert loss_fn(online, batch._replace(index=batch.index.roll(1))) > 1e-3
+        said = teacher.model(batch.images)
+        for logits in (lookup(batch), ask(batch)):
+            torch.testing.assert_close(logits, said, atol=1e-4, rtol=0)
+        assert loss_fn(said, batch).item() == pytest.approx(0, abs=1e-5)
+        assert loss_fn(said, batch._replace(flipped=~batch.flipped)) > 1e-3
+        assert loss_fn(said, batch._replace(index=batch.index.roll(1))) > 1e-3
+
+
+def computed(capsys) -> int:
+    """How many logits the last call said that it computed."""
+    told = capsys.readouterr().err
+    return (
+        int(re.search(r"logits of teacher  ([\d,]+) computed", told)[1].replace(",", "")) if "computed:" in told else 0
+    )
+
+
+def test_logits_are_kept_and_only_what_is_missing_is_computed(config, digits, teacher, tmp_path, capsys):
+    path = tmp_path / "teacher.logits"
+    few, more = digits.subset(50), digits.subset(100)
+    first = teacher_logits(teacher, config, digits, few, path)
+    assert computed(capsys) == 2 * 50
+    assert torch.equal(teacher_logits(teacher, config, digits, few, path)[:, few], first[:, few])
+    assert computed(capsys) == 0
+    both = teacher_logits(teacher, config, digits, more, path)
+    assert computed(capsys) == 2 * len(set(more.tolist()) - set(few.tolist()))
+    assert torch.equal(both[:, few], first[:, few])
+
+
+def test_logits_of_anything_else_are_computed_again(config, digits, teacher, tmp_path, capsys):
+    path, subset = tmp_path / "teacher.logits", digits.subset(50)
+    teacher_logits(teacher, config, digits, subset, path)
+    for other_teacher, other_config, other_digits, reason in (
+        (teacher._replace(digest="f" * 64), config, digits, "another teacher"),
+        (teacher, replace(config, image_size=24), digits, "another image_size"),
+        (teacher, replace(config, precision="bf16"), digits, "another precision"),
+        (teacher, config, digits._replace(digest="0" * 64), "another images"),
+    ):
+        capsys.readouterr()
+        teacher_logits(other_teacher, other_config, other_digits, subset, path)
+        told = capsys.readouterr().err
+        assert f"{reason}; computed again" in told
+        assert "100 computed" in told
+        teacher_logits(teacher, config, digits, subset, path)
+
+
+def test_damaged_logits_are_never_used(config, digits, teacher, tmp_path, capsys):
+    path, subset = tmp_path / "teacher.logits", digits.subset(25)
+    right = teacher_logits(teacher, config, digits, subset, path)[:, subset]
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    damaged = [content[:length] for length in random.choice(len(content), 5, replace=False)]
+    for bit in random.choice(8 * len(content), 20, replace=False):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for wrong in damaged:
+        path.write_bytes(wrong)
+        capsys.readouterr()
+        assert torch.equal(teacher_logits(teacher, config, digits, subset, path)[:, subset], right)
+        assert "computed again" in capsys.readouterr().err
 
 
 # Runs
@@ -130,9 +187,9 @@ def test_a_batch_is_taught_by_the_logits_of_its_own_images_and_views(config, dig
 def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], alpha=1.0)}
     config = replace(config, recipes=recipes)
-    untaught = torch.full((2, 1297, C), 0.5)
+    anything = stored(torch.full((2, 1297, C), 0.5))
     custom_resnet.train("student", 0, config, digits)
-    custom_resnet.train("student_kd", 0, config, digits, lambda: taught_by(untaught, recipes["student_kd"]), "digest")
+    custom_resnet.train("student_kd", 0, config, digits, lambda: taught_by(anything, recipes["student_kd"]), "digest")
     states = [utils.load_checkpoint(utils.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
@@ -149,8 +206,8 @@ def test_a_run_leaves_the_teacher_as_it_was_and_teaches_the_student(config, digi
     assert not any(parameter.requires_grad for parameter in taught.model.parameters())
 
     def make_loss():
-        logits = teacher_logits(taught.model, digits, config, digits.subset(100))
-        return taught_by(logits, config.recipes["student_kd"])
+        logits = teacher_logits(taught, config, digits, digits.subset(100))
+        return taught_by(stored(logits), config.recipes["student_kd"])
 
     custom_resnet.train("student_kd", 0, config, digits, make_loss, taught.digest)
     for name, tensor in taught.model.state_dict().items():
@@ -159,13 +216,24 @@ def test_a_run_leaves_the_teacher_as_it_was_and_teaches_the_student(config, digi
 
 
 def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
-    files = sorted(str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file())
-    expected = [f"checkpoints/demo/seed{s}/{m}.pt" for s in (0, 1) for m in ("student", "student_kd", "teacher")]
-    assert files == expected
-    times = {path: (trained / path).stat().st_mtime_ns for path in files}
+    folder = trained / "checkpoints"
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = ("student.pt", "student_kd.pt", "teacher.logits", "teacher.pt")
+    assert files == [f"demo/seed{seed}/{name}" for seed in (0, 1) for name in names]
+    times = {path: (folder / path).stat().st_mtime_ns for path in files}
     teacher_student_model.main([*flags(trained), "--seeds", "0", "1"])
-    assert {path: (trained / path).stat().st_mtime_ns for path in files} == times
+    assert {path: (folder / path).stat().st_mtime_ns for path in files} == times
     assert capsys.readouterr().err.count("is finished") == 6
+
+
+def test_with_endless_views_the_teacher_is_asked_online(tmp_path, capsys):
+    teacher_student_model.main([*flags(tmp_path), "--crop_padding", "1"])
+    assert "logits of teacher" not in capsys.readouterr().err
+    assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
+        "teacher.pt",
+        "student.pt",
+        "student_kd.pt",
+    }
 
 
 def test_the_chain_of_teachers_is_followed(tmp_path, capsys):

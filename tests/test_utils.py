@@ -90,6 +90,17 @@ def test_flip_mirrors_the_images_it_is_told_to():
     assert torch.equal(flipped[1], images[1])
 
 
+def test_shift_is_torchvisions_crop_out_of_a_padded_image():
+    images = random_images(25, 5, 7)
+    down, right = (torch.tensor(t) for t in zip(*[(d, r) for d in range(-2, 3) for r in range(-2, 3)], strict=True))
+    padded = transforms.functional.pad(images, [2, 2, 2, 2])
+    expected = [
+        transforms.functional.crop(image, 2 - d, 2 - r, 5, 7)
+        for image, d, r in zip(padded, down.tolist(), right.tolist(), strict=True)
+    ]
+    assert torch.equal(utils.shift(images, down, right), torch.stack(expected))
+
+
 # Batches
 
 
@@ -123,6 +134,13 @@ def test_a_batch_holds_the_images_it_says(config, digits):
             source = digits.train.images[index]
             source = torch.flip(source, dims=[-1]) if flipped else source
             torch.testing.assert_close(image, utils.prepare(source[None], 16)[0], atol=0, rtol=0)
+
+
+def test_crop_padding_shifts_images_and_leaves_the_rest_of_the_batch_as_it_was(config, digits):
+    plain, shifted = (epoch_of(replace(config, crop_padding=p), digits)[0] for p in (0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], shifted[1:], strict=True))
+    different = (plain.images != shifted.images).flatten(1).any(1).float().mean()
+    assert different > 0.7  # one in 25 is not shifted, and some have nothing at the edge to lose
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
