@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: demo train evaluate test test-slow lint clean
+.PHONY: demo train evaluate test bench lint clean
 
 demo: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset demo $(ARGS)
@@ -20,8 +20,8 @@ evaluate: .venv/installed
 test: .venv/installed-for-tests
 	$(PYTHON) -m pytest $(ARGS)
 
-test-slow: .venv/installed-for-tests
-	$(PYTHON) -m pytest -m slow $(ARGS)
+bench: .venv/installed
+	$(PYTHON) -m tests.benchmark $(ARGS)
 
 lint: .venv/installed-for-tests
 	$(PYTHON) -m ruff check .

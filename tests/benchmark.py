@@ -1,0 +1,275 @@
+"""How fast this repository is beside the original's way of doing the same, in one process and one run.
+
+    python -m tests.benchmark                        # 224 px, batch 100; under ten minutes on two CPU cores
+    python -m tests.benchmark --image_size 64 --rounds 5 --json speed.json
+
+"plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
+forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them. The two
+take turns, so that a machine that slows down slows both; figures are medians over the rounds with their range.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+import utils
+from config import Config, Recipe
+from custom_resnet import build_resnet, cross_entropy, fit, predict
+from teacher_student_model import stored, taught_by
+
+KD_EPOCHS = 10  # of the original's distilled student, over which the teacher's logits are shared
+# Images/s that memory traffic allows one H200 at 224 px in bf16, eager: measured bandwidth, traffic layer by layer.
+H200_ROOFLINE = {"ResNet50 training": 6_900, "ResNet18 training": 26_000}
+
+
+class PilImages(TorchDataset):
+    """CIFAR-10 as torchvision serves it: an array of images, each turned into a PIL image and transformed."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, size: int):
+        self.images, self.labels = images, labels
+        steps = [transforms.Resize((size, size)), transforms.RandomHorizontalFlip(0.5), transforms.ToTensor()]
+        self.transform = transforms.Compose([*steps, transforms.Normalize(utils.IMAGENET_MEAN, utils.IMAGENET_STD)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+class Benchmark:
+    def __init__(self, config: Config, steps: int):
+        random = np.random.default_rng(0)
+        self.config, self.steps, self.n = config, steps, config.batch_size * steps
+        # One batch more for the plain way: its worker gets it ready before the clock starts, as in the middle of a run.
+        images = random.integers(0, 256, (self.n + config.batch_size, 32, 32, 3), dtype=np.uint8)
+        labels = random.integers(0, 10, len(images))
+        self.pil = PilImages(images, labels, config.image_size)
+        images, labels = images[: self.n], labels[: self.n]
+        split = utils.to_device(utils.to_split(images, labels.tolist()), config.device)
+        few = utils.Split(split.images[:2], split.labels[:2])
+        self.dataset = utils.Dataset(tuple("0123456789"), split, None, few, "")
+        self.models = {}
+
+    def model(self, arch: str, ours: bool) -> torch.nn.Module:
+        if (arch, ours) not in self.models:
+            layout = torch.channels_last if ours else torch.contiguous_format
+            model = build_resnet(arch, 10, pretrained=False)
+            self.models[arch, ours] = model.to(self.config.device, memory_format=layout)
+        return self.models[arch, ours]
+
+    def loader(self) -> Iterator:
+        loader = iter(DataLoader(self.pil, self.config.batch_size, shuffle=True, num_workers=1))
+        next(loader)
+        return loader
+
+    def plain_training(
+        self, arch: str, teacher: str | None = None, teacher_gradients: bool = False
+    ) -> dict[str, float]:
+        """Seconds of `steps` steps, and those of them spent waiting for the next batch."""
+        model = self.model(arch, ours=False).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+        loader = self.loader()
+        running, waited = 0.0, 0.0
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            asked = time.perf_counter()
+            images, labels = next(loader)
+            waited += time.perf_counter() - asked
+            images, labels = images.to(self.config.device), labels.to(self.config.device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            if teacher:
+                with torch.set_grad_enabled(teacher_gradients):
+                    said = self.model(teacher, ours=False).eval()(images)
+                soft = F.kl_div(F.log_softmax(logits / 5, 1), F.softmax(said / 5, 1), reduction="batchmean")
+                loss = 0.25 * loss + 0.75 * soft
+            loss.backward()
+            optimizer.step()
+            running += loss.item() + (logits.argmax(1) == labels).sum().item()
+        return {"seconds": time.perf_counter() - started, "waited": waited}
+
+    def our_training(self, arch: str, taught: bool = False) -> dict[str, float]:
+        recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if taught else None)
+        logits = torch.randn(2, self.n, 10, device=self.config.device)
+        loss_fn = taught_by(stored(logits), recipe) if taught else cross_entropy
+        with contextlib.redirect_stderr(io.StringIO()):  # its line for each epoch
+            history = fit(self.model(arch, ours=True), recipe, self.config, 0, self.dataset, loss_fn, "ours")
+        return {"seconds": history[-1]["seconds"]}
+
+    def plain_evaluation(self, arch: str) -> dict[str, float]:
+        model, correct = self.model(arch, ours=False).eval(), 0
+        loader = self.loader()
+        started = time.perf_counter()
+        with torch.no_grad():
+            for images, labels in loader:
+                logits = model(images.to(self.config.device))
+                correct += (logits.argmax(1).cpu() == labels).sum().item()
+        return {"seconds": time.perf_counter() - started}
+
+    def our_evaluation(self, arch: str) -> dict[str, float]:
+        started = time.perf_counter()
+        images, config = self.dataset.train.images, self.config
+        predict(self.model(arch, ours=True), images, config.image_size, config.precision).argmax(1).cpu()
+        return {"seconds": time.perf_counter() - started}
+
+    def plain_input(self) -> dict[str, float]:
+        started = time.perf_counter()  # with its worker's start, and no batch ready beforehand
+        for images, _ in DataLoader(self.pil, self.config.batch_size, shuffle=True, num_workers=1):
+            images.to(self.config.device)
+        self.synchronize()
+        return {"seconds": (time.perf_counter() - started) * self.n / len(self.pil)}
+
+    def our_input(self) -> dict[str, float]:
+        started = time.perf_counter()
+        for _ in utils.batches(self.dataset.train, self.dataset.subset(None), self.config, 0, 0):
+            pass
+        self.synchronize()
+        return {"seconds": time.perf_counter() - started}
+
+    def synchronize(self) -> None:
+        if self.config.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def variants(self) -> dict[str, Callable[[], dict[str, float]]]:
+        kd = {"arch": "resnet18", "teacher": "resnet50"}
+        return {
+            "input, plain": self.plain_input,
+            "input, ours": self.our_input,
+            "ResNet50 training, plain": lambda: self.plain_training("resnet50"),
+            "ResNet50 training, ours": lambda: self.our_training("resnet50"),
+            "ResNet18 training, plain": lambda: self.plain_training("resnet18"),
+            "ResNet18 training, ours": lambda: self.our_training("resnet18"),
+            "distilled ResNet18, the original's (teacher with gradients)": lambda: self.plain_training(
+                **kd, teacher_gradients=True
+            ),
+            "distilled ResNet18, plain (teacher under no_grad)": lambda: self.plain_training(**kd),
+            "distilled ResNet18, ours (logits there)": lambda: self.our_training("resnet18", taught=True),
+            "ResNet50 evaluation, plain": lambda: self.plain_evaluation("resnet50"),
+            "ResNet50 evaluation, ours": lambda: self.our_evaluation("resnet50"),
+            "ResNet18 evaluation, plain": lambda: self.plain_evaluation("resnet18"),
+            "ResNet18 evaluation, ours": lambda: self.our_evaluation("resnet18"),
+        }
+
+
+def measure(config: Config, steps: int, rounds: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
+    """Every variant once in each round, and the seconds of its first, cold call (on a CPU: of a tenth of a batch)."""
+    on_cpu = config.device == "cpu"
+    cold = Benchmark(replace(config, batch_size=max(2, config.batch_size // 10)) if on_cpu else config, 1)
+    bench = Benchmark(config, steps)
+    first, times = {}, {name: [] for name in bench.variants()}
+    for name, call in cold.variants().items():
+        started = time.perf_counter()
+        call()
+        first[name] = time.perf_counter() - started
+    bench.models = cold.models
+    for number in range(rounds):
+        for name, call in bench.variants().items():
+            times[name].append(call())
+            print(f"round {number + 1}: {name}: {times[name][-1]['seconds']:.2f} s", file=sys.stderr)
+    return times, first
+
+
+def rate(times: list[dict[str, float]], images: int) -> dict[str, float]:
+    rates = sorted(images / record["seconds"] for record in times)
+    return {"images_per_second": statistics.median(rates), "min": rates[0], "max": rates[-1], "n": len(rates)}
+
+
+def summarise(times: dict[str, list[dict[str, float]]], config: Config, images: int) -> dict:
+    rates = {name: rate(records, images) for name, records in times.items()}
+    per_image = {name: 1 / entry["images_per_second"] for name, entry in rates.items()}
+    there, asked = per_image["distilled ResNet18, ours (logits there)"], per_image["ResNet50 evaluation, ours"]
+    with_teacher = {  # 2 views of each image, asked once, shared by the epochs
+        f"distilled ResNet18, ours (logits computed, over {KD_EPOCHS} epochs)": there + 2 * asked / KD_EPOCHS,
+        "distilled ResNet18, ours (logits computed for 1 epoch)": there + 2 * asked,
+    }
+    per_image.update(with_teacher)
+    rates.update({name: {"images_per_second": 1 / seconds} for name, seconds in with_teacher.items()})
+    amortised, alone = with_teacher
+    of_kd = (
+        "distilled ResNet18, plain (teacher under no_grad)",
+        "distilled ResNet18, the original's (teacher with gradients)",
+    )
+    pairs = [(f"{what}, ours", f"{what}, plain") for what in ("input", "ResNet50 training", "ResNet18 training")]
+    pairs += [(ours, plain) for ours in (amortised, alone) for plain in of_kd]
+    pairs += [(f"{what}, ours", f"{what}, plain") for what in ("ResNet50 evaluation", "ResNet18 evaluation")]
+    waited = [record["waited"] / record["seconds"] for record in times["ResNet50 training, plain"]]
+    return {
+        "rates": rates,
+        "ratios": [{"ours": a, "plain": b, "ratio": per_image[b] / per_image[a]} for a, b in pairs],
+        "distilled_over_plain_epoch": there / per_image["ResNet18 training, ours"],
+        "input_share_of_step": {
+            "ResNet50, ours": per_image["input, ours"] / per_image["ResNet50 training, ours"],
+            "ResNet18, ours": per_image["input, ours"] / per_image["ResNet18 training, ours"],
+            "ResNet50, plain (waiting for its worker)": statistics.median(waited),
+        },
+    }
+
+
+def show(summary: dict, config: Config) -> None:
+    print(f"{config.image_size} px, batch {config.batch_size}; {summary['environment']}\n")
+    print("| images/s | median | range | n |\n| :-- | --: | --: | --: |")
+    for name, entry in summary["rates"].items():
+        span = f"{entry['min']:,.1f} to {entry['max']:,.1f}" if "n" in entry else "from the rows above"
+        roof = H200_ROOFLINE.get(name.removesuffix(", ours")) if "H200" in utils.device_name(config) else None
+        share = f" ({entry['images_per_second'] / roof:.0%} of the roofline)" if roof and "ours" in name else ""
+        print(f"| {name} | {entry['images_per_second']:,.1f}{share} | {span} | {entry.get('n', '')} |")
+    print("\n| ours | against | times faster |\n| :-- | :-- | --: |")
+    for pair in summary["ratios"]:
+        print(f"| {pair['ours']} | {pair['plain']} | {pair['ratio']:.2f} |")
+    print(f"\nA distilled step takes {summary['distilled_over_plain_epoch']:.3f} of a plain student's.")
+    for name, share in summary["input_share_of_step"].items():
+        print(f"Input path, share of the training step of {name}: {share:.1%}")
+    if "peak_memory_bytes" in summary:
+        print(f"Peak memory: {summary['peak_memory_bytes'] / 2**30:.1f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="of ours; plain is always float32")
+    parser.add_argument("--compile", default="off", choices=["on", "off"])
+    parser.add_argument("--steps", type=int, help="a measurement; 1 on a CPU, else 50")
+    parser.add_argument("--rounds", type=int, help="2 on a CPU, else 5")
+    parser.add_argument("--json", metavar="FILE", help="write every figure to this file")
+    words = parser.parse_args()
+    fields = ("image_size", "batch_size", "device", "precision", "compile")
+    config = utils.resolve(Config({"student": Recipe()}, **{field: getattr(words, field) for field in fields}))
+    torch.backends.cudnn.benchmark = True
+    on_cpu = config.device == "cpu"
+    steps, rounds = words.steps or (1 if on_cpu else 50), words.rounds or (2 if on_cpu else 5)
+    times, cold = measure(config, steps, rounds)
+    summary = {
+        "environment": utils.environment(config),
+        "image_size": config.image_size,
+        "batch_size": config.batch_size,
+        **summarise(times, config, steps * config.batch_size),
+        "cold_seconds": cold,
+    }
+    if config.device.startswith("cuda"):
+        summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    show(summary, config)
+    if words.json:
+        with open(words.json, "w") as file:
+            json.dump(summary, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
