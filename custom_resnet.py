@@ -87,7 +87,7 @@ def predict(
     images: torch.Tensor,
     image_size: int | None = None,
     precision: str = "fp32",
-    batch_size: int = 250,
+    batch_size: int = 500,
     title: str = "predicting",
 ) -> torch.Tensor:
     """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left as it is.

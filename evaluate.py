@@ -163,6 +163,47 @@ def paired_bootstrap(correct: np.ndarray, correct_baseline: np.ndarray, labels: 
     return float(low), float(high)
 
 
+def holm(p_values: list[float]) -> list[float]:
+    """p-values of several comparisons, corrected so that all hold together (Holm 1979, Scand. J. Statist. 6, 65-70)."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def detectable_difference(discordant: float, n: int) -> float:
+    """The smallest true difference in accuracy that one seed finds at the 5% level with 80% power.
+
+    `discordant` is the share of the n test images that just one of the two models gets right. Normal approximation to
+    McNemar's test (Connor 1987, Biometrics 43, 207-211): the variance of the difference d is (discordant - d^2) / n.
+    """
+    k = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
+    return k * math.sqrt(discordant / (n + k**2))
+
+
+def detectable_over_seeds(std: float, seeds: int) -> float:
+    """The same for a paired t-test over `seeds` differences whose standard deviation is `std`."""
+    df = seeds - 1
+    return (student_t_quantile(0.975, df) + student_t_quantile(0.8, df)) * std / math.sqrt(seeds)
+
+
+def seeds_needed(difference: float, discordant: float, n: int, std: float | None) -> int | None:
+    """How many seeds find a true difference of this size with 80% power; None if it is 0 or takes over 100,000.
+
+    `std` is the standard deviation of the difference over seeds; with one seed there is none, and each seed is taken to
+    disagree on images of its own, as many as this one: the best case.
+    """
+    if difference == 0:
+        return None
+    if std is None:
+        return max(1, math.ceil((detectable_difference(discordant, n) / difference) ** 2))
+    enough = (seeds for seeds in range(2, 100) if detectable_over_seeds(std, seeds) <= abs(difference))
+    k = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)  # past a hundred, t is normal
+    found = next(enough, None) or math.ceil((k * std / difference) ** 2)
+    return found if found <= 100_000 else None
+
+
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Mean distance of confidence and accuracy over bins of equally many images, logits (n, C), labels (n,).
 
@@ -225,22 +266,46 @@ def compare(name: str, baseline: str, models: dict[str, Evaluated], labels: np.n
         return None
     first, second = (np.stack([models[m].predictions[s] == labels for s in seeds]) for m in (name, baseline))  # (S, n)
     differences = first.mean(1) - second.mean(1)  # (S,)
+    several, difference = len(seeds) > 1, float(differences.mean())
     mcnemar = {
         str(seed): mcnemar_p(int((a & ~b).sum()), int((b & ~a).sum()))
         for seed, a, b in zip(seeds, first, second, strict=True)
     }
+    std, discordant = float(differences.std(ddof=1)) if several else None, float((first != second).mean())
     return {
         "model": name,
         "baseline": baseline,
-        "difference": float(differences.mean()),
+        "seeds": seeds,
+        "difference": difference,
+        "std": std,
         "ci95": paired_bootstrap(first, second, labels),
-        "p_value": paired_t_p(differences) if len(seeds) > 1 else mcnemar[str(seeds[0])],
-        "test": "paired t over seeds" if len(seeds) > 1 else "McNemar, exact",
+        "p_value": paired_t_p(differences) if several else mcnemar[str(seeds[0])],
+        "test": "paired t over seeds" if several else "exact McNemar",
         "mcnemar_p": mcnemar,
         "only_model_right": int((first & ~second).sum()),
         "only_baseline_right": int((second & ~first).sum()),
-        "seeds": seeds,
+        "detectable_difference": (
+            detectable_over_seeds(std, len(seeds)) if several else detectable_difference(discordant, len(labels))
+        ),
+        "seeds_needed": seeds_needed(difference, discordant, len(labels), std),
     }
+
+
+def compare_all(models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str, Any]]:
+    """Every model beside its baseline, with p-values corrected for their number and a verdict for each.
+
+    The rule: "better" or "worse" if p_holm, the corrected p_value, is below 0.05 and ci95 leaves out 0; otherwise
+    "indistinguishable".
+    """
+    pairs = [(name, baseline) for name in models if (baseline := baseline_of(name, models))]
+    comparisons = [found for pair in pairs if (found := compare(*pair, models, labels))]
+    corrected = holm([comparison["p_value"] for comparison in comparisons])
+    for comparison, p_holm in zip(comparisons, corrected, strict=True):
+        low, high = comparison["ci95"]
+        sure = p_holm < 0.05 and not low <= 0 <= high
+        verdict = ("better" if comparison["difference"] > 0 else "worse") if sure else "indistinguishable"
+        comparison.update(p_holm=p_holm, verdict=verdict)
+    return comparisons
 
 
 def paired_t_p(differences: np.ndarray) -> float:
@@ -386,13 +451,20 @@ def accuracy_table(results: dict[str, Any]) -> str:
 
 
 def comparison_sentence(comparison: dict[str, Any]) -> str:
-    points = 100 * comparison["difference"]
+    points, detectable = (100 * comparison[key] for key in ("difference", "detectable_difference"))
     low, high = (100 * bound for bound in comparison["ci95"])
-    return (
+    seeds, needed = len(comparison["seeds"]), comparison["seeds_needed"]
+    p, p_holm = comparison["p_value"], comparison["p_holm"]
+    sentence = (
         f"{comparison['model']} is {abs(points):.2f} points {'above' if points >= 0 else 'below'} "
-        f"{comparison['baseline']} (95% interval {low:+.2f} to {high:+.2f}, p = {comparison['p_value']:.2g}, "
-        f"{comparison['test']}, {len(comparison['seeds'])} seed{'s' * (len(comparison['seeds']) > 1)})."
+        f"{comparison['baseline']} (95% interval {low:+.2f} to {high:+.2f}, {comparison['test']} p = {p:.2g}"
+        + (f", {p_holm:.2g} after Holm's correction" if p_holm != p else "")
+        + f", {seeds} seed{'s' * (seeds > 1)}): {comparison['verdict']}. "
+        f"What this design finds with 80% power is a difference of {detectable:.2f} points"
     )
+    if comparison["verdict"] == "indistinguishable" and needed:
+        sentence += f"; to find one of {abs(points):.2f} takes about {needed:,} seed{'s' * (needed > 1)}"
+    return sentence + "."
 
 
 def setup_table(config: Config, names: Iterable[str]) -> str:
@@ -438,14 +510,13 @@ def report(config: Config, dataset: Dataset, models: dict[str, Evaluated], missi
     """Write every file of the report and return what results.json holds."""
     labels = dataset.test.labels.cpu().numpy()
     folder = Path(config.imgs_path, config.run)
-    pairs = [(name, baseline) for name in models if (baseline := baseline_of(name, models))]
     results = {
         "run": config.run,
         "dataset": config.dataset,
         "classes": list(dataset.classes),
         "n_test": len(labels),
         "models": {name: model_metrics(model, labels, dataset.classes) for name, model in models.items()},
-        "comparisons": [found for pair in pairs if (found := compare(*pair, models, labels))],
+        "comparisons": compare_all(models, labels),
         "missing": [str(path) for path in missing],
         "environment": {**environment(config), "numpy": np.__version__, "scikit-learn": sklearn.__version__},
     }

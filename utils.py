@@ -290,15 +290,15 @@ def resize_axis(images: torch.Tensor, size: int, axis: int) -> torch.Tensor:
         return images
     total = None
     for index, weight in resize_taps(images.shape[axis], size, images.device):
-        taken = images.index_select(axis, index)
         weight = weight.view([-1 if a == axis else 1 for a in range(images.ndim)])
-        total = taken.mul_(weight).add_(1 << 21) if total is None else total.addcmul_(taken, weight)
+        product = images.index_select(axis, index).mul_(weight)
+        total = product.add_(1 << 21) if total is None else total.add_(product)  # the half that rounds
     return total.bitwise_right_shift_(22)
 
 
 def in_chunks(function, images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = function(images), on a CPU a few images at a time so that what lies between stays in its cache."""
-    chunk = max(1, 2**20 // out.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(images))
+    chunk = max(1, 2**19 // out.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(images))
     for start in range(0, len(images), chunk):
         out[start : start + chunk] = function(images[start : start + chunk])
     return out

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 
@@ -15,11 +16,15 @@ from config import PRESETS
 from evaluate import (
     confusion_figure,
     curves_figure,
+    detectable_difference,
+    detectable_over_seeds,
     expected_calibration_error,
+    holm,
     mcnemar_p,
     paired_bootstrap,
     paired_t_p,
     report_figure,
+    seeds_needed,
     student_t_cdf,
     student_t_quantile,
     t_interval,
@@ -87,6 +92,87 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
         low, high = paired_bootstrap(model, baseline, labels)
         covered += low <= 0.05 <= high
     assert 180 <= covered <= 199  # 190 expected, standard deviation 3
+
+
+def test_holm_is_the_step_down_procedure():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        p = (random.random(5) ** 3).tolist()
+        for level in (0.01, 0.05, 0.2):  # reject the smallest while p < level / (hypotheses left)
+            rejected, left = set(), sorted(range(5), key=lambda i: p[i])
+            while left and p[left[0]] < level / len(left):
+                rejected.add(left.pop(0))
+            assert {i for i, adjusted in enumerate(holm(p)) if adjusted < level} == rejected
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+def simulated(random, n: int, discordant: float, difference: float) -> evaluate.Evaluated:
+    """Two models of n images that just one of them gets right on a share `discordant`."""
+    kinds = random.choice(
+        [1, -1, 0], n, p=[(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
+    )
+    recipes = PRESETS["cifar10"].recipes
+    right = {"student": kinds != 1, "student_kd": kinds != -1}  # logits of two classes, the label always 0
+    return {
+        name: evaluate.Evaluated(recipes[name], {0: np.stack([right[name], ~right[name]], 1).astype(np.float32)}, {})
+        for name in right
+    }
+
+
+def test_equally_good_models_are_called_different_in_at_most_a_twentieth_of_the_tests():
+    random, labels, said = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter()
+    for _ in range(1000):
+        (comparison,) = evaluate.compare_all(simulated(random, 2000, 0.04, 0.0), labels)
+        said[comparison["verdict"]] += 1
+    assert said["better"] + said["worse"] <= 50
+    assert said["better"] > 0
+    assert said["worse"] > 0
+
+
+def test_a_point_among_ten_thousand_images_is_found_as_often_as_the_power_says():
+    random, n, discordant, difference = np.random.default_rng(0), 10_000, 0.06, 0.01
+    k = difference / math.sqrt((discordant - difference**2) / n)
+    power = scipy.stats.norm.cdf(k - scipy.stats.norm.ppf(0.975))
+    verdicts = [
+        evaluate.compare_all(simulated(random, n, discordant, difference), np.zeros(n, dtype=int))[0]["verdict"]
+        for _ in range(300)
+    ]
+    assert verdicts.count("worse") == 0
+    assert verdicts.count("better") / 300 == pytest.approx(power, abs=0.03)
+
+
+def test_the_detectable_difference_is_found_four_times_in_five():
+    n, discordant = 10_000, 0.04
+    difference = detectable_difference(discordant, n)
+    random = np.random.default_rng(0)
+    draws = random.multinomial(n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant], 2000)
+    found = np.mean([mcnemar_p(int(b), int(c)) < 0.05 for b, c, _ in draws])
+    assert found == pytest.approx(0.8, abs=0.03)
+    assert seeds_needed(difference, discordant, n, None) == 1
+    assert seeds_needed(difference / 2, discordant, n, None) == 4
+
+
+@pytest.mark.parametrize("seeds", [5, 20])
+def test_the_detectable_difference_over_seeds_is_found_four_times_in_five(seeds):
+    difference = detectable_over_seeds(0.0015, seeds)
+    random = np.random.default_rng(0)
+    found = np.mean([paired_t_p(random.normal(difference, 0.0015, seeds)) < 0.05 for _ in range(3000)])
+    assert found == pytest.approx(0.8, abs=0.04)
+    assert seeds_needed(difference, 0.04, 10_000, 0.0015) == seeds
+
+
+def test_the_number_of_seeds_may_be_out_of_reach():
+    assert seeds_needed(0.0, 0.04, 10_000, None) is None
+    assert seeds_needed(1e-9, 0.04, 10_000, 0.0015) is None
+    assert seeds_needed(0.0001, 0.04, 10_000, 0.0015) == pytest.approx((2.8016 * 15) ** 2, rel=0.01)
+
+
+def test_the_originals_own_figures_are_indistinguishable_unless_their_errors_hardly_differ():
+    """9,420 of 10,000 right with the teacher and 9,410 without, for every possible overlap of their errors."""
+    significant = [only for only in range(581) if mcnemar_p(only + 10, only) < 0.05]
+    assert significant == [only for only in range(581) if scipy.stats.binomtest(only, 2 * only + 10).pvalue < 0.05]
+    assert significant == [*range(6)]  # at most 20 discordant images, where two such models have about 400
 
 
 def test_expected_calibration_error():
