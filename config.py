@@ -33,19 +33,29 @@ TRAINING_IMAGES = {"cifar10": 50_000, "digits": 1_297}
 class UserError(Exception):
     """A mistake that a person can mend. Takes one message, or several that are told together."""
 
+    status = 2  # of the process that it ends
+
     def __init__(self, *messages: str):
         super().__init__("\n       ".join(messages))
         self.messages = messages
 
 
+class Diverged(UserError):
+    """Training whose loss is no longer a number."""
+
+    status = 1
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Tell a UserError on stderr without a traceback, and exit with status 2."""
+    """Tell a UserError on stderr without a traceback, and exit with its status; with 130 on Ctrl-C."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.status) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def nearest(name: str, names) -> str:
@@ -193,6 +203,9 @@ class Config:
     )
     only: tuple[str, ...] = setting((), several(NAME, "names of recipes"), "train or evaluate just these recipes")
     overwrite: bool = setting(False, FLAG, "train again what is finished or was trained with other settings")
+    checkpoint_minutes: float = setting(
+        10, number("a number above 0", lambda v: v > 0), "keep the state of a training this often, and after each epoch"
+    )
     device: str = setting(
         "auto",
         text("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|cuda(:\d+)?|mps"),

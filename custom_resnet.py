@@ -7,6 +7,7 @@ Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-from config import Config, Recipe, UserError, one_line_errors, parse
+from config import Config, Diverged, Recipe, UserError, one_line_errors, parse
 from utils import (
     Batch,
     Dataset,
@@ -37,6 +38,7 @@ from utils import (
     resolve,
     save_checkpoint,
     say,
+    stop_requests,
     training_settings,
 )
 
@@ -125,12 +127,31 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
+def make_optimizer(model: nn.Module, recipe: Recipe, config: Config) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(),
+        recipe.lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=torch.device(config.device).type in ("cpu", "cuda"),
+    )
+
+
 def compiling_pays(config: Config, seconds_left: float) -> bool:
     """Whether `compile` = auto takes torch.compile now: on CUDA, where it saves more than the minute that it takes.
 
     A fifth of a step is what fused BatchNorm saves of a ResNet's memory traffic by count; it was not measured here.
     """
     return config.compile == "auto" and torch.device(config.device).type == "cuda" and seconds_left / 5 > 60
+
+
+def measure(model: nn.Module, config: Config, dataset: Dataset, title: str) -> tuple[str, float]:
+    """What is measured after each epoch, for the history: the accuracy on the images held out, never chosen by."""
+    held_out, split = dataset.held_out
+    title = f"{title} on {held_out} images"
+    logits = predict(model, split.images, config.image_size, config.precision, title=title)
+    return held_out, (logits.argmax(1) == split.labels).float().mean().item()
 
 
 def fit(
@@ -143,40 +164,49 @@ def fit(
     title: str,
     state: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, float]]:
     """Train the model in place and return its history, a record for each epoch.
 
-    After each epoch `save` is given all that a later call needs, as `state`, to go on from there.
+    After each epoch, every few minutes and before it stops because `stop` says so, `save` is given all that a later
+    call needs, as `state`, to go on as if nothing had happened. Raises Diverged if the loss is no longer a number.
     """
     subset = dataset.subset(recipe.train_size)
-    steps = len(subset) // config.batch_size
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        recipe.lr,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-        fused=torch.device(config.device).type in ("cpu", "cuda"),
-    )
+    steps, size = len(subset) // config.batch_size, config.batch_size
+    optimizer = make_optimizer(model, recipe, config)
     scheduler = make_scheduler(optimizer, recipe, recipe.epochs * steps)
-    history = []
+    history, done, totals, seconds = [], 0, torch.zeros(2), 0.0  # of this epoch: steps, sums of loss and hits, time
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        history = state["history"]
+        history, done, totals, seconds = state["history"], state["step"], state["totals"], state["seconds"]
 
+    def so_far(step: int) -> tuple[float, float]:
+        loss, accuracy = totals[0].item() / step, totals[1].item() / (step * size)  # reads the device
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"{title}: the loss became {loss} in epoch {len(history) + 1}, at most 50 steps before step {step}, at "
+                f"learning rate {scheduler.get_last_lr()[0]:g}. What was saved before is kept. Try a lower lr"
+            )
+        return loss, accuracy
+
+    def keep(step: int, seconds: float) -> None:
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        progress = {"history": list(history), "step": step, "totals": totals.cpu(), "seconds": seconds}
+        save({**{name: part.state_dict() for name, part in parts.items()}, **progress})
+
+    totals = totals.to(config.device)
+    saved = time.monotonic()
     forward = torch.compile(model) if config.compile == "on" else model
     for epoch in range(len(history), recipe.epochs):
         if forward is model and history and compiling_pays(config, history[-1]["seconds"] * (recipe.epochs - epoch)):
             forward = torch.compile(model)
-        started = time.perf_counter()
+        started = time.perf_counter() - seconds
         model.train()
-        totals = torch.zeros(2, device=config.device)  # sums of the loss and of the correct predictions
-        seen = 0
-        bar = tqdm(total=steps * config.batch_size, unit=" images", leave=False, disable=None, mininterval=0.5)
+        bar = tqdm(total=steps * size, unit=" images", leave=False, disable=None, mininterval=0.5, initial=done * size)
         bar.set_description(f"{title} epoch {epoch + 1}/{recipe.epochs}")
-        for batch in batches(dataset.train, subset, config, seed, epoch):
+        for step, batch in enumerate(batches(dataset.train, subset, config, seed, epoch, done), done + 1):
             optimizer.zero_grad()
             with autocast(config.device, config.precision):
                 logits = forward(batch.images)
@@ -185,35 +215,32 @@ def fit(
             optimizer.step()
             scheduler.step()
 
-            seen += len(batch.labels)
-            correct = (logits.detach().argmax(1) == batch.labels).sum()
-            totals += torch.stack([loss.detach() * len(batch.labels), correct])
-            if bar.update(len(batch.labels)):  # drawn anew, twice a second at most: only then is the device read
-                mean_loss, accuracy = (totals / seen).tolist()
+            totals += torch.stack([loss.detach(), (logits.detach().argmax(1) == batch.labels).sum()])
+            stopping, due = stop(), time.monotonic() - saved > 60 * config.checkpoint_minutes
+            if bar.update(size) or step % 50 == 0 or stopping or due:  # the bar is drawn twice a second at most
+                mean_loss, accuracy = so_far(step)
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            if stopping or due:
+                keep(step, time.perf_counter() - started)
+                saved = time.monotonic()
+            if stopping:
+                return history
         bar.close()
-        mean_loss, accuracy = (totals / seen).tolist()
+        mean_loss, accuracy = so_far(steps)
         seconds = time.perf_counter() - started
 
-        held_out, split = dataset.held_out
-        logits = predict(
-            model, split.images, config.image_size, config.precision, title=f"{title} on {held_out} images"
-        )
-        measured = (logits.argmax(1) == split.labels).float().mean().item()
+        held_out, measured = measure(model, config, dataset, title)
         record = {"epoch": epoch + 1, "lr": scheduler.get_last_lr()[0], "loss": mean_loss, "train_accuracy": accuracy}
         history.append({**record, f"{held_out}_accuracy": measured, "seconds": seconds})
         say(
             f"{title}  epoch {epoch + 1:>2}/{recipe.epochs}  loss {mean_loss:.4f}  training {accuracy:7.2%}"
-            f"  {held_out} {measured:7.2%}  {seen / seconds:,.0f} images/s  {seconds:,.0f} s"
+            f"  {held_out} {measured:7.2%}  {steps * size / seconds:,.0f} images/s  {seconds:,.0f} s"
         )
-        save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "history": history,
-            }
-        )
+        done, totals, seconds = 0, torch.zeros_like(totals), 0.0
+        keep(done, seconds)
+        saved = time.monotonic()
+        if stop():
+            break
     return history
 
 
@@ -245,7 +272,7 @@ def train(
         if state["finished"]:
             say(f"{title}  is finished: {path}")
             return
-        say(f"{title}  continues after epoch {len(state['history'])}: {path}")
+        say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}: {path}")
 
     torch.manual_seed(seed)  # the same first weights for every recipe of this architecture
     model = build_resnet(recipe.arch, len(dataset.classes), recipe.pretrained and state is None)
@@ -267,8 +294,15 @@ def train(
         weights = {key: tensor.contiguous() for key, tensor in progress["model"].items()}
         save_checkpoint(path, {**about, **made, **progress, "model": weights})
 
-    fit(model, recipe, config, seed, dataset, make_loss(), title, state, save)
+    loss_fn = make_loss()
+    with stop_requests() as asked:
+        history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, save, lambda: bool(asked))
+    if len(history) < recipe.epochs:
+        say(f"{title}  is kept: {path}. The same command goes on from there")
+        raise SystemExit(128 + asked[0])
     say(f"{title}  is done: {path}")
+    if asked:
+        raise SystemExit(128 + asked[0])
 
 
 def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) -> float:

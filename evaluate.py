@@ -328,9 +328,14 @@ def plain(text: str) -> str:
     return " ".join(text.split()).replace("$", r"\$")
 
 
+def label_size(classes: tuple[str, ...]) -> float:
+    """Points, such that the names of many classes fit beside each other in a figure of bounded size."""
+    return min(10.0, max(1.0, 600 / len(classes)))
+
+
 def confusion_figure(counts: np.ndarray, classes: tuple[str, ...], title: str) -> Figure:
     """Counts (C, C), rows true classes, coloured by their share of the row."""
-    size = max(4.5, 0.55 * len(classes) + 1.5)
+    size = min(max(4.5, 0.55 * len(classes) + 1.5), 14)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
     names = [plain(name) for name in classes]
@@ -343,15 +348,15 @@ def confusion_figure(counts: np.ndarray, classes: tuple[str, ...], title: str) -
         vmax=100,
         square=True,
         cmap="Blues",
-        linewidths=0.5,
+        linewidths=0.5 if len(classes) <= 20 else 0,
         xticklabels=names,
         yticklabels=names,
         cbar_kws={"label": "share of the true class (%)", "shrink": 0.8},
         ax=axes,
     )
     axes.set(xlabel="predicted class", ylabel="true class", title=plain(title))
-    axes.tick_params(axis="x", rotation=45)
-    axes.tick_params(axis="y", rotation=0)
+    axes.tick_params(axis="x", rotation=45 if max(map(len, names)) > 2 else 0, labelsize=label_size(classes))
+    axes.tick_params(axis="y", rotation=0, labelsize=label_size(classes))
     return figure
 
 
@@ -360,18 +365,18 @@ def report_figure(report: dict[str, Any], classes: tuple[str, ...], title: str) 
     rows = [*classes, "macro avg", "weighted avg"]
     columns = ["precision", "recall", "f1-score"]
     values = np.array([[100 * report[row][column] for column in columns] for row in rows])
-    figure = Figure(figsize=(5.5, 0.4 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(5.5, min(0.4 * len(rows) + 1.2, 14)), layout="constrained")
     axes = figure.subplots()
     names = [f"{plain(row)} ({report[row]['support']:,.0f})" for row in rows]
     floor = min(90.0, 10 * math.floor(values.min() / 10))
     seaborn.heatmap(
         values,
-        annot=True,
+        annot=len(classes) <= 40,
         fmt=".1f",
         vmin=floor,
         vmax=100,
         cmap="Blues",
-        linewidths=0.5,
+        linewidths=0.5 if len(classes) <= 40 else 0,
         xticklabels=columns,
         yticklabels=names,
         cbar_kws={"label": "%"},
@@ -379,7 +384,7 @@ def report_figure(report: dict[str, Any], classes: tuple[str, ...], title: str) 
     )
     axes.axhline(len(classes), color="black", linewidth=1.5)
     axes.set(ylabel="class (images)", title=plain(title))
-    axes.tick_params(axis="y", rotation=0)
+    axes.tick_params(axis="y", rotation=0, labelsize=label_size(classes))
     return figure
 
 
@@ -399,7 +404,8 @@ def curves_figure(histories: dict[str, dict[int, list[dict[str, float]]]]) -> Fi
             values = scale * np.array([[record[key] for record in history] for history in records])  # (S, epochs)
             axes.plot(epochs, values.mean(0), style, color=colour, marker=".", label=plain(name))
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-    loss_axes.set(xlabel="epoch", ylabel="training loss (nats; its own for each recipe)", yscale="log")
+    loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    loss_axes.set_title("training loss, each recipe's own", fontsize="medium")
     accuracy_axes.set(xlabel="epoch", ylabel="accuracy (%)")
     accuracy_axes.set_title(f"solid: {held_out.split('_')[0]} images, dotted: training images", fontsize="medium")
     for axes in (loss_axes, accuracy_axes):

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -31,6 +32,27 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def say(message: str) -> None:
     """A line on stderr that stays above a progress bar."""
     tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """The signals SIGINT and SIGTERM, in a list that fills as they come, for a loop to stop in good order.
+
+    A second one acts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+        say("stopping after this step; once more to stop at once and lose what came after the last checkpoint")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

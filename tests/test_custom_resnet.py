@@ -1,4 +1,8 @@
+import copy
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -6,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import ROOT, random_images
 from conftest import flags as small_flags
-from conftest import random_images
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -218,37 +222,85 @@ def test_validation_images_are_measured_where_there_are_any(config, model):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "onecycle"])
-def test_a_run_that_is_interrupted_ends_as_one_that_is_not(config, digits, monkeypatch, schedule):
-    recipes = {"student": replace(config.recipes["student"], epochs=3, schedule=schedule)}
-    whole = replace(config, recipes=recipes, run="whole")
-    train("student", 0, whole, digits)
+def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(config, digits, schedule):
+    recipe = Recipe(epochs=2, lr=0.01, schedule=schedule, train_size=75)
 
-    cut = replace(config, recipes=recipes, run="cut")
-    real_save = utils.save_checkpoint
+    def train_with_stops(every: int | None) -> tuple[dict, list]:
+        torch.manual_seed(0)
+        calls, kept, history = 0, [], []
 
-    def save_and_die(path, state):
-        real_save(path, state)
-        raise KeyboardInterrupt
+        def stop() -> bool:
+            nonlocal calls
+            calls += 1
+            return every is not None and calls % every == 0
 
-    for _ in range(2):
-        monkeypatch.setattr(custom_resnet, "save_checkpoint", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train("student", 0, cut, digits)
-    monkeypatch.undo()
-    train("student", 0, cut, digits)
+        while len(history) < recipe.epochs:
+            model = build_resnet("resnet18", 10, pretrained=False)
+            state = copy.deepcopy(kept[-1]) if kept else None
+            history = fit(
+                model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, kept.append, stop
+            )
+            kept[-1] = copy.deepcopy(kept[-1])
+        return kept[-1]["model"], [{**record, "seconds": 0} for record in history]
 
-    states = [utils.load_checkpoint(utils.checkpoint_path(c, "student", 0)) for c in (whole, cut)]
-    for name, tensor in states[0]["model"].items():
-        assert torch.equal(tensor, states[1]["model"][name]), name
-    for one, other in zip(states[0]["history"], states[1]["history"], strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    weights, history = train_with_stops(None)
+    for every in (1, 2, 3, 4):  # of three steps and the end of each of two epochs
+        stopped_weights, stopped_history = train_with_stops(every)
+        assert stopped_history == history
+        assert all(torch.equal(weights[name], stopped_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(tmp_path, signal_number, status):
+    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=300"]
+    command = [sys.executable, "custom_resnet.py", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    lines = []
+    while not any("epoch  " in line for line in lines):
+        lines.append(process.stderr.readline())
+    process.send_signal(signal_number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "Traceback" not in told
+    assert "The same command goes on from there" in told
+    state = utils.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
+    assert not state["finished"]
+    assert len(state["history"]) >= 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(config, digits, monkeypatch):
+    recipes = {"student": replace(config.recipes["student"], epochs=30)}
+    config, steps = replace(config, recipes=recipes), 0
+
+    def loss_fn(logits, batch):
+        nonlocal steps
+        steps += 1
+        return custom_resnet.cross_entropy(logits, batch) * (math.nan if steps > 9 else 1)
+
+    with pytest.raises(UserError, match=r"student seed 0: the loss became nan in epoch 3.*lr") as error:
+        train("student", 0, config, digits, lambda: loss_fn)
+    assert error.value.status == 1
+    assert steps < 60
+    state = utils.load_checkpoint(utils.checkpoint_path(config, "student", 0))
+    assert len(state["history"]) == 2
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_the_state_is_kept_every_few_minutes(config, digits, model):
+    kept = []
+    recipe, often = Recipe(epochs=1, lr=0.01, train_size=75), replace(config, checkpoint_minutes=1e-9)
+    fit(model, recipe, often, 0, digits, custom_resnet.cross_entropy, "test", None, kept.append)
+    assert [(state["step"], len(state["history"])) for state in kept] == [(1, 0), (2, 0), (3, 0), (0, 1)]
 
 
 def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, digits, monkeypatch):
     first = []
-    monkeypatch.setattr(
-        custom_resnet, "fit", lambda model, *_: first.append({k: v.clone() for k, v in model.state_dict().items()})
-    )
+
+    def look(model, *_):
+        first.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return [{}, {}]
+
+    monkeypatch.setattr(custom_resnet, "fit", look)
     for name, seed in (("student", 0), ("student_kd", 0), ("student", 1)):
         train(name, seed, config, digits)
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])

@@ -337,6 +337,15 @@ def test_figures_draw_whatever_the_names_are():
         assert evaluate.png(figure).startswith(b"\x89PNG")
 
 
+def test_figures_of_many_classes_stay_of_bounded_size():
+    classes = tuple(f"class {number}" for number in range(150))
+    counts = np.eye(150, dtype=int)
+    rows = {name: {"precision": 1.0, "recall": 0.5, "f1-score": 0.7, "support": 3} for name in classes}
+    report = {**rows, "macro avg": rows["class 0"], "weighted avg": rows["class 0"]}
+    for figure in (confusion_figure(counts, classes, "x"), report_figure(report, classes, "x")):
+        assert figure.get_size_inches().max() < 15
+
+
 def test_the_confusion_figure_has_true_classes_as_rows():
     counts = np.array([[8, 2], [0, 10]])
     axes = confusion_figure(counts, ("cat", "dog"), "model").axes[0]
