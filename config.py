@@ -15,6 +15,7 @@ import math
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +47,10 @@ class Diverged(UserError):
     status = 1
 
 
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Tell a UserError on stderr without a traceback, and exit with its status; with 130 on Ctrl-C."""
@@ -56,6 +61,17 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(error.status) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def line_of_mistakes() -> Iterator[None]:
+    """Turn what goes wrong in tables of settings that somebody edits into a UserError that names the line."""
+    try:
+        yield
+    except (UserError, TypeError, LookupError) as error:
+        here = next(frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>")
+        messages = error.messages if isinstance(error, UserError) else [first_line(error)]
+        raise UserError(*(f"config.py, line {here}: {message}" for message in messages)) from None
 
 
 def nearest(name: str, names) -> str:
@@ -82,9 +98,10 @@ def number(takes: str, accepts: Callable[[float], bool]) -> Kind:
     return Kind(takes, lambda value: type(value) in (int, float) and math.isfinite(value) and accepts(value), float)
 
 
-def whole(minimum: int, maximum: int = 2**31 - 1) -> Kind:
-    takes = f"a whole number, {minimum} or more"
-    return Kind(takes, lambda value: type(value) is int and minimum <= value <= maximum, int)
+def whole(minimum: int, maximum: int | None = None) -> Kind:
+    takes = f"a whole number, {minimum} or more" if maximum is None else f"a whole number from {minimum} to {maximum}"
+    most = 2**31 - 1 if maximum is None else maximum
+    return Kind(takes, lambda value: type(value) is int and minimum <= value <= most, int)
 
 
 def choice(*names: str) -> Kind:
@@ -104,6 +121,7 @@ def optional(kind: Kind) -> Kind:
 
 
 def several(kind: Kind, takes: str) -> Kind:
+    takes += "; as a flag with spaces between them, in config.py as a tuple, (a, b) or (a,)"
     return Kind(takes, lambda values: type(values) is tuple and all(map(kind.accepts, values)), kind.read, words="+")
 
 
@@ -202,7 +220,7 @@ class Config:
         (0,), several(whole(0, 2**32 - 1), "whole numbers from 0 to 2^32 - 1"), "train every recipe once with each"
     )
     only: tuple[str, ...] = setting((), several(NAME, "names of recipes"), "train or evaluate just these recipes")
-    overwrite: bool = setting(False, FLAG, "train again what is finished or was trained with other settings")
+    overwrite: bool = setting(False, FLAG, "train again, in its place, what was trained with other settings")
     checkpoint_minutes: float = setting(
         10, number("a number above 0", lambda v: v > 0), "keep the state of a training this often, and after each epoch"
     )
@@ -282,7 +300,7 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiments
 
-with one_line_errors():  # a mistake made while editing is told as one made on the command line is
+with one_line_errors(), line_of_mistakes():
     # The original's table. A row is a model; a row with a teacher is distilled from that row.
     RECIPES = {
         "teacher": Recipe(arch="resnet50", epochs=5),
@@ -291,7 +309,7 @@ with one_line_errors():  # a mistake made while editing is told as one made on t
     }
 
     # The loss exactly as published: without T^2 the soft loss has about a tenth of the weight it seems to have.
-    ORIGINAL = {**RECIPES, "student_kd": dataclasses.replace(RECIPES["student_kd"], scale_soft_loss=False)}
+    ORIGINAL = {name: dataclasses.replace(recipe, scale_soft_loss=False) for name, recipe in RECIPES.items()}
 
     # From random weights; the students train equally long, so that only the teacher sets them apart.
     FROM_SCRATCH = {"pretrained": False, "lr": 0.02, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}
@@ -310,11 +328,12 @@ with one_line_errors():  # a mistake made while editing is told as one made on t
     }
 
     PRESETS = {
-        "cifar10": Config(RECIPES, run="cifar10"),
-        "original": Config(ORIGINAL, run="original"),
-        "scratch": Config(SCRATCH, run="scratch", image_size=64),
-        "demo": Config(DEMO, run="demo", dataset="digits", image_size=32, horizontal_flip=0.0, batch_size=50),
+        "cifar10": Config(RECIPES),
+        "original": Config(ORIGINAL),
+        "scratch": Config(SCRATCH, image_size=64),
+        "demo": Config(DEMO, dataset="digits", image_size=32, horizontal_flip=0.0, batch_size=50),
     }
+    PRESETS = {name: dataclasses.replace(preset, run=name) for name, preset in PRESETS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,7 +417,7 @@ def _words(preset: Config, preset_name: str, argv: list[str]) -> tuple[dict[str,
             help=argparse.SUPPRESS,
         )
     given, unknown = parser.parse_known_args(argv)
-    return vars(given), [word for word in unknown if word.startswith("--")] or unknown
+    return vars(given), [word for word in unknown if word.startswith("-")] or unknown
 
 
 def _read(of: type, words: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -416,13 +435,13 @@ def _read(of: type, words: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown_flag(word: str, preset: Config) -> str:
-    if not word.startswith("--"):
+    if not word.startswith("-"):
         return f"{word!r}: a value without a flag; see --help"
-    name = word[2:].split("=")[0]
+    name = word.lstrip("-").split("=")[0]
     recipe_settings = [field.name for field in settings_of(Recipe)]
     if name in recipe_settings:
         return f"--{name}: belongs to a recipe; write " + " or ".join(f"--{recipe}.{name}" for recipe in preset.recipes)
     known = ["preset", *(field.name for field in settings_of(Config))]
     known += [f"{recipe}.{setting}" for recipe in preset.recipes for setting in recipe_settings]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"--{name}: no such setting; " + (f"did you mean --{close[0]}?" if close else "see --help")
+    return f"{word.split('=')[0]}: no such setting; " + (f"did you mean --{close[0]}?" if close else "see --help")

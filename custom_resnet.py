@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-from config import Config, Diverged, Recipe, UserError, one_line_errors, parse
+from config import Config, Diverged, Recipe, UserError, first_line, one_line_errors, parse
 from utils import (
     Batch,
     Dataset,
@@ -33,6 +34,7 @@ from utils import (
     environment,
     load_checkpoint,
     load_dataset,
+    memory_format,
     prepare,
     refuse_other_settings,
     resolve,
@@ -40,6 +42,8 @@ from utils import (
     say,
     stop_requests,
     training_settings,
+    tune,
+    write_durably,
 )
 
 LossFunction = Callable[[torch.Tensor, Batch], torch.Tensor]  # logits (B, C) float32, batch -> mean loss
@@ -60,7 +64,7 @@ def build_resnet(arch: str, num_classes: int, pretrained: bool) -> nn.Module:
         except Exception as error:  # no network, a damaged or foreign file: urllib, pickle, zip and torch raise a dozen
             state = "cannot be used" if file.exists() else "is missing and could not be downloaded"
             raise UserError(
-                f"{file}: {state} ({str(error).splitlines()[0]}). Put the file from {weights.url} there, or start from "
+                f"{file}: {state} ({first_line(error)}). Put the file from {weights.url} there, or start from "
                 "random weights: --preset scratch, or --RECIPE.pretrained false"
             ) from None
     model.fc = nn.Linear(model.fc.in_features, num_classes)
@@ -146,11 +150,20 @@ def compiling_pays(config: Config, seconds_left: float) -> bool:
     return config.compile == "auto" and torch.device(config.device).type == "cuda" and seconds_left / 5 > 60
 
 
+def compiled(model: nn.Module, required: bool) -> nn.Module:
+    """torch.compile, which goes back to plain PyTorch if it fails and is not required."""
+    say("torch.compile: the next step takes about a minute longer")
+    torch._dynamo.config.suppress_errors = not required
+    return torch.compile(model)
+
+
 def measure(model: nn.Module, config: Config, dataset: Dataset, title: str) -> tuple[str, float]:
     """What is measured after each epoch, for the history: the accuracy on the images held out, never chosen by."""
     held_out, split = dataset.held_out
     title = f"{title} on {held_out} images"
     logits = predict(model, split.images, config.image_size, config.precision, title=title)
+    if not logits.isfinite().all():
+        raise Diverged(f"{title}: the logits are no longer numbers. What was saved before is kept. Try a lower lr")
     return held_out, (logits.argmax(1) == split.labels).float().mean().item()
 
 
@@ -198,10 +211,10 @@ def fit(
 
     totals = totals.to(config.device)
     saved = time.monotonic()
-    forward = torch.compile(model) if config.compile == "on" else model
+    forward = compiled(model, required=True) if config.compile == "on" else model
     for epoch in range(len(history), recipe.epochs):
         if forward is model and history and compiling_pays(config, history[-1]["seconds"] * (recipe.epochs - epoch)):
-            forward = torch.compile(model)
+            forward = compiled(model, required=False)
         started = time.perf_counter() - seconds
         model.train()
         bar = tqdm(total=steps * size, unit=" images", leave=False, disable=None, mininterval=0.5, initial=done * size)
@@ -230,7 +243,7 @@ def fit(
         seconds = time.perf_counter() - started
 
         held_out, measured = measure(model, config, dataset, title)
-        record = {"epoch": epoch + 1, "lr": scheduler.get_last_lr()[0], "loss": mean_loss, "train_accuracy": accuracy}
+        record = {"epoch": epoch + 1, "loss": mean_loss, "train_accuracy": accuracy}
         history.append({**record, f"{held_out}_accuracy": measured, "seconds": seconds})
         say(
             f"{title}  epoch {epoch + 1:>2}/{recipe.epochs}  loss {mean_loss:.4f}  training {accuracy:7.2%}"
@@ -248,7 +261,24 @@ def load_model(state: dict[str, Any], device: str) -> nn.Module:
     """The model that a checkpoint's state describes, in evaluation mode."""
     model = build_resnet(state["arch"], len(state["classes"]), pretrained=False)
     model.load_state_dict(state["model"])
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device, memory_format=memory_format(device)).eval()
+
+
+def load_state(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """What was trained with these settings so far; None for nothing, or for what `overwrite` gives up.
+
+    Raises UserError if the file is damaged or was made with other settings, unless `overwrite` is on.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = load_checkpoint(path)
+        refuse_other_settings(path, state, settings)
+    except UserError:
+        if not overwrite:
+            raise
+        return None
+    return state
 
 
 def train(
@@ -261,22 +291,21 @@ def train(
 ) -> None:
     """Train one recipe with one seed into its checkpoint, unless that is finished; an unfinished one is continued.
 
-    Raises UserError if the checkpoint was made with other settings and config.overwrite is off.
+    `make_loss` is only called if there is something to train. Raises UserError if the checkpoint is damaged or was made
+    with other settings, unless config.overwrite is on, and SystemExit once a signal has stopped the training.
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
     settings = training_settings(name, config, dataset, teacher_digest)
-    state = None
-    if path.exists() and not config.overwrite:
-        state = load_checkpoint(path)
-        refuse_other_settings(path, state, settings)
-        if state["finished"]:
-            say(f"{title}  is finished: {path}")
-            return
+    state = load_state(path, settings, config.overwrite)
+    if state and state["finished"]:
+        say(f"{title}  is finished: {path}")
+        return
+    if state:
         say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}: {path}")
 
     torch.manual_seed(seed)  # the same first weights for every recipe of this architecture
     model = build_resnet(recipe.arch, len(dataset.classes), recipe.pretrained and state is None)
-    model.to(config.device, memory_format=torch.channels_last)
+    model.to(config.device, memory_format=memory_format(config.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     start = "ImageNet weights" if recipe.pretrained else "random weights"
     say(
@@ -291,12 +320,15 @@ def train(
         made = {"settings": settings, "environment": environment(config), "finished": finished}
         if finished:
             progress = {key: progress[key] for key in ("model", "history")}
-        weights = {key: tensor.contiguous() for key, tensor in progress["model"].items()}
+        weights = {key: tensor.cpu().contiguous() for key, tensor in progress["model"].items()}
         save_checkpoint(path, {**about, **made, **progress, "model": weights})
 
     loss_fn = make_loss()
     with stop_requests() as asked:
-        history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, save, lambda: bool(asked))
+        try:
+            history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, save, lambda: bool(asked))
+        except TorchDynamoException as error:
+            raise UserError(f"compile = on: torch.compile failed ({first_line(error)}); try --compile off") from None
     if len(history) < recipe.epochs:
         say(f"{title}  is kept: {path}. The same command goes on from there")
         raise SystemExit(128 + asked[0])
@@ -311,7 +343,8 @@ def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) 
     images, labels = prepare(dataset.train.images[several], config.image_size), dataset.train.labels[several]
 
     def seconds_per_image(arch: str) -> float:
-        model = build_resnet(arch, len(dataset.classes), pretrained=False).to(memory_format=torch.channels_last)
+        model = build_resnet(arch, len(dataset.classes), pretrained=False)
+        model.to(memory_format=memory_format(config.device))
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
             with autocast(config.device, config.precision):
@@ -329,10 +362,14 @@ def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) 
     return seconds / 3600
 
 
+def is_finished(path: Path) -> bool:
+    return path.exists() and load_checkpoint(path)["finished"]
+
+
 def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
     """Choose the device, load the images, and say on stderr what is going to be done on what."""
     config = resolve(config)
-    torch.backends.cudnn.benchmark = True  # every batch of a run has the same shape
+    tune(config)
     dataset = load_dataset(config)
     validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
     pinned = ", training images kept in host memory: too many for the device" * dataset.train.images.is_pinned()
@@ -341,8 +378,14 @@ def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
         f"{device_name(config)}, {describe_precision(config)}{pinned}"
     )
+    # What would fail hours from now fails here: a folder that cannot be written, an impossible subset, a damaged file.
     jobs = [(name, seed) for seed in config.seeds for name in names]
-    jobs = [job for job in jobs if config.overwrite or not checkpoint_path(config, *job).exists()]
+    for name, seed in jobs:
+        dataset.subset(config.recipes[name].train_size)
+        probe = checkpoint_path(config, name, seed).with_suffix(".probe")
+        write_durably(probe, b"")
+        probe.unlink()
+    jobs = [job for job in jobs if config.overwrite or not is_finished(checkpoint_path(config, *job))]
     if jobs and config.device == "cpu" and (hours := hours_on_cpu(jobs, config, dataset)) > 1:
         say(
             f"On this CPU that takes about {hours:.0f} hours. To see it all in minutes: "

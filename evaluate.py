@@ -19,6 +19,7 @@ import numpy as np
 import seaborn
 import sklearn
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, confusion_matrix
 
@@ -35,6 +36,7 @@ from utils import (
     say,
     tensors_digest,
     training_settings,
+    tune,
     write_durably,
 )
 
@@ -70,9 +72,8 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
                 continue
             digests[name, seed] = tensors_digest(state["model"])
             settings = training_settings(name, config, dataset, digests.get((recipe.teacher, seed)))
-            # The test images are seen in this machine's precision, and the teacher may be gone by now.
-            ignored = {"precision"} | ({"weights of the teacher"} if (recipe.teacher, seed) not in digests else set())
-            refuse_other_settings(path, state, {key: settings[key] for key in settings.keys() - ignored})
+            del settings["precision"]  # the test images are seen in this machine's
+            refuse_other_settings(path, state, settings)
             model = load_model(state, config.device)
             title = f"{name} seed {seed}"
             seen = predict(model, dataset.test.images, config.image_size, config.precision, title=title)
@@ -217,6 +218,11 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
     return float(error / len(order))
 
 
+def number(value: float) -> float | None:
+    """As JSON has it: None for what is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
 def model_metrics(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
     """The entry of one model in results.json. Accuracies are shares; confusion counts are summed over the seeds."""
     counts = sum(confusion_matrix(labels, p, labels=range(len(classes))) for p in model.predictions.values())
@@ -237,7 +243,7 @@ def model_metrics(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]
             name: float(counts[c, c] / of_class[c]) if of_class[c] else None for c, name in enumerate(classes)
         },
         "confusion_matrix": counts.tolist(),
-        "expected_calibration_error": float(
+        "expected_calibration_error": number(
             np.mean([expected_calibration_error(logits, labels) for logits in model.logits.values()])
         ),
     }
@@ -295,11 +301,11 @@ def compare_all(models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[s
     """Every model beside its baseline, with p-values corrected for their number and a verdict for each.
 
     The rule: "better" or "worse" if p_holm, the corrected p_value, is below 0.05 and ci95 leaves out 0; otherwise
-    "indistinguishable".
+    "indistinguishable". A test that is not defined (p_value None) counts as p = 1.
     """
     pairs = [(name, baseline) for name in models if (baseline := baseline_of(name, models))]
     comparisons = [found for pair in pairs if (found := compare(*pair, models, labels))]
-    corrected = holm([comparison["p_value"] for comparison in comparisons])
+    corrected = holm([1.0 if c["p_value"] is None else c["p_value"] for c in comparisons])
     for comparison, p_holm in zip(comparisons, corrected, strict=True):
         low, high = comparison["ci95"]
         sure = p_holm < 0.05 and not low <= 0 <= high
@@ -308,12 +314,11 @@ def compare_all(models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[s
     return comparisons
 
 
-def paired_t_p(differences: np.ndarray) -> float:
-    """Two-sided p of the t-test that the mean of two or more differences is 0."""
-    spread = differences.std(ddof=1)
-    if spread == 0:
-        return float(differences.mean() == 0)
-    t = abs(differences.mean()) / (spread / math.sqrt(len(differences)))
+def paired_t_p(differences: np.ndarray) -> float | None:
+    """Two-sided p of the t-test that the mean of two or more differences is 0; None where all are the same."""
+    if np.ptp(differences) < 1e-12:  # rounding apart
+        return None
+    t = abs(differences.mean()) / (differences.std(ddof=1) / math.sqrt(len(differences)))
     return 2 * (1 - student_t_cdf(t, len(differences) - 1))
 
 
@@ -321,6 +326,12 @@ def paired_t_p(differences: np.ndarray) -> float:
 # Figures, from arrays
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # without one, every tick label that seaborn asks about would make its own
+    return figure
 
 
 def plain(text: str) -> str:
@@ -336,7 +347,7 @@ def label_size(classes: tuple[str, ...]) -> float:
 def confusion_figure(counts: np.ndarray, classes: tuple[str, ...], title: str) -> Figure:
     """Counts (C, C), rows true classes, coloured by their share of the row."""
     size = min(max(4.5, 0.55 * len(classes) + 1.5), 14)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    figure = blank_figure(size + 0.8, size)
     axes = figure.subplots()
     names = [plain(name) for name in classes]
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
@@ -365,7 +376,7 @@ def report_figure(report: dict[str, Any], classes: tuple[str, ...], title: str) 
     rows = [*classes, "macro avg", "weighted avg"]
     columns = ["precision", "recall", "f1-score"]
     values = np.array([[100 * report[row][column] for column in columns] for row in rows])
-    figure = Figure(figsize=(5.5, min(0.4 * len(rows) + 1.2, 14)), layout="constrained")
+    figure = blank_figure(5.5, min(0.4 * len(rows) + 1.2, 14))
     axes = figure.subplots()
     names = [f"{plain(row)} ({report[row]['support']:,.0f})" for row in rows]
     floor = min(90.0, 10 * math.floor(values.min() / 10))
@@ -390,7 +401,7 @@ def report_figure(report: dict[str, Any], classes: tuple[str, ...], title: str) 
 
 def curves_figure(histories: dict[str, dict[int, list[dict[str, float]]]]) -> Figure:
     """Loss and accuracy by epoch: model -> seed -> records. Lines are means over the seeds, bands their range."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = blank_figure(9, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for (name, by_seed), colour in zip(histories.items(), COLOURS * len(histories), strict=False):
         records = list(by_seed.values())
@@ -461,10 +472,13 @@ def comparison_sentence(comparison: dict[str, Any]) -> str:
     low, high = (100 * bound for bound in comparison["ci95"])
     seeds, needed = len(comparison["seeds"]), comparison["seeds_needed"]
     p, p_holm = comparison["p_value"], comparison["p_holm"]
+    shown = (
+        f"{comparison['test']} not defined for equal differences" if p is None else f"{comparison['test']} p = {p:.2g}"
+    )
     sentence = (
         f"{comparison['model']} is {abs(points):.2f} points {'above' if points >= 0 else 'below'} "
-        f"{comparison['baseline']} (95% interval {low:+.2f} to {high:+.2f}, {comparison['test']} p = {p:.2g}"
-        + (f", {p_holm:.2g} after Holm's correction" if p_holm != p else "")
+        f"{comparison['baseline']} (95% interval {low:+.2f} to {high:+.2f}, {shown}"
+        + (f", {p_holm:.2g} after Holm's correction" if p is not None and p_holm != p else "")
         + f", {seeds} seed{'s' * (seeds > 1)}): {comparison['verdict']}. "
         f"What this design finds with 80% power is a difference of {detectable:.2f} points"
     )
@@ -490,7 +504,8 @@ def setup_table(config: Config, names: Iterable[str]) -> str:
 def results_markdown(results: dict[str, Any], config: Config) -> str:
     models = results["models"]
     environment_line = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
-    seeds = ", ".join(map(str, config.seeds))
+    seeds = ", ".join(sorted({seed for model in models.values() for seed in model["accuracy"]["seeds"]}, key=int))
+    missing = "".join(f"\n- {path}" for path in results["missing"])
     parts = [
         f"# {results['run']}",
         "\n".join(f"- {comparison_sentence(comparison)}" for comparison in results["comparisons"]),
@@ -501,6 +516,7 @@ def results_markdown(results: dict[str, Any], config: Config) -> str:
         setup_table(config, list(models)),
         "![training curves](training_curves.png)",
         *(f"![confusion matrix of {name}]({name}/confusion_matrix.png)" for name in models),
+        f"Not trained yet, left out:\n{missing}" if missing else "",
         f"Measured with {environment_line}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -555,6 +571,7 @@ def report(config: Config, dataset: Dataset, models: dict[str, Evaluated], missi
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     config = resolve(parse(argv))
+    tune(config)
     dataset = load_dataset(config)
     models, missing = evaluate_checkpoints(config, dataset)
     for path in missing:

@@ -18,7 +18,18 @@ from torch import nn
 
 from config import Config, Recipe, UserError, one_line_errors, parse
 from custom_resnet import LossFunction, fold_batchnorm, load_model, predict, start, train
-from utils import Batch, Dataset, autocast, checkpoint_path, load_checkpoint, save_checkpoint, say, tensors_digest
+from utils import (
+    Batch,
+    Dataset,
+    autocast,
+    checkpoint_path,
+    load_checkpoint,
+    refuse_other_settings,
+    save_checkpoint,
+    say,
+    tensors_digest,
+    training_settings,
+)
 
 
 def distillation_loss(
@@ -53,14 +64,13 @@ class Teacher(NamedTuple):
     digest: str  # of its weights
 
 
-def load_teacher(name: str, seed: int, config: Config) -> Teacher:
-    """The finished teacher of this seed. Raises UserError if it is not trained yet."""
+def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
+    """The finished teacher of this seed. Raises UserError if it is not trained yet, or with other settings."""
     path = checkpoint_path(config, name, seed)
     state = load_checkpoint(path) if path.exists() else {"finished": False}
     if not state["finished"]:
-        raise UserError(
-            f"{path}: the teacher {name!r} is not trained yet; train it too, without --only or with it named"
-        )
+        raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it too, by name or without --only")
+    refuse_other_settings(path, state, training_settings(name, config, dataset, None))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
 
@@ -85,13 +95,13 @@ def teacher_logits(
     computed = 0
     for view, shown in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
         missing = subset[logits[view, subset].isnan().any(1)]
-        if shown and len(missing):
-            images = dataset.train.images[missing.to(dataset.train.images.device)]
+        for index in missing.split(10_000) if shown else ():
+            images = dataset.train.images[index.to(dataset.train.images.device)]
             images = images.flip(3) if view else images
             title = f"logits of {teacher.name}"
             of_view = predict(teacher.model, images, config.image_size, config.precision, title=title)
-            logits[view, missing] = of_view.cpu()
-            computed += len(missing)
+            logits[view, index] = of_view.cpu()
+            computed += len(index)
     if computed and path:
         save_checkpoint(path, {"made_with": made_with, "logits": logits})
     say(
@@ -157,16 +167,18 @@ def main(argv: list[str] | None = None) -> None:
             if recipe.teacher is None:
                 train(name, seed, config, dataset)
                 continue
-            teacher = load_teacher(recipe.teacher, seed, config)
+            path = checkpoint_path(config, recipe.teacher, seed)
+            digest = tensors_digest(load_checkpoint(path)["model"]) if path.exists() else None
 
-            def make_loss(recipe=recipe, teacher=teacher, seed=seed) -> LossFunction:
+            def make_loss(recipe=recipe, seed=seed, path=path) -> LossFunction:
+                teacher = load_teacher(recipe.teacher, seed, config, dataset)
                 if config.crop_padding:
                     return taught_by(online(teacher.model, config), recipe)
-                path = checkpoint_path(config, teacher.name, seed).with_suffix(".logits")
                 subset = dataset.subset(recipe.train_size)
-                return taught_by(stored(teacher_logits(teacher, config, dataset, subset, path)), recipe)
+                logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
+                return taught_by(stored(logits), recipe)
 
-            train(name, seed, config, dataset, make_loss, teacher.digest)
+            train(name, seed, config, dataset, make_loss, digest)
     say("All trained. The report: python evaluate.py, with the same flags")
 
 

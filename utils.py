@@ -1,6 +1,7 @@
 """What the scripts share: the device, the images on it, the batches made from them, and checkpoints."""
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import math
@@ -23,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from config import TRAINING_IMAGES, Config, UserError, nearest
+from config import TRAINING_IMAGES, Config, UserError, first_line, nearest
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -84,6 +85,11 @@ def gains_by_bf16(device_type: str, image_size: int) -> bool:
     return device_type == "cpu" and native and image_size >= 64
 
 
+def memory_format(device: str | torch.device) -> torch.memory_format:
+    """channels_last, which convolutions are fastest in, except on MPS, where torch computes wrong gradients in it."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     """Forward passes run under this: in bfloat16 where that is the precision, else as written."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -93,6 +99,21 @@ def describe_precision(config: Config) -> str:
     """The precision, and whether it is quite that: on CUDA torch runs fp32 convolutions in TF32 by default."""
     tf32 = torch.device(config.device).type == "cuda" and torch.backends.cudnn.allow_tf32
     return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
+
+
+def tune(config: Config) -> None:
+    """Process-wide switches that change speed and no result.
+
+    On a CPU glibc is told to keep the memory of freed tensors. Otherwise each large one goes back to the system and
+    comes again page by page in the next step: at 224 px that was 40% of a ResNet50 step. Other C libraries have no
+    such switch.
+    """
+    torch.backends.cudnn.benchmark = True  # every batch of a run has the same shape
+    if config.device == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
 
 
 def device_name(config: Config) -> str:
@@ -136,7 +157,7 @@ class Dataset(NamedTuple):
     def subset(self, size: int | None) -> torch.Tensor:
         """Indices (size,) of a stratified choice of training images, the same for everyone who asks; None: all."""
         everything = torch.arange(len(self.train.labels))
-        return everything if size is None else stratified(self.train.labels, size)[0]
+        return everything if size is None else stratified(self.train.labels, size, "train_size")[0]
 
     @property
     def held_out(self) -> tuple[str, Split]:
@@ -151,7 +172,8 @@ def load_dataset(config: Config) -> Dataset:
     digest = hashlib.sha256(repr(classes).encode())
     for split in (train, test):
         for tensor in split:
-            digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy())
 
     available = len(train.labels) - config.validation_size
     if config.batch_size > available:
@@ -168,30 +190,33 @@ def load_dataset(config: Config) -> Dataset:
 
     validation = None
     if config.validation_size:
-        held_out, kept = stratified(train.labels, config.validation_size)
+        held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
         validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
-    in_place = [split and to_device(split, config.device) for split in (train, validation, test)]
-    return Dataset(classes, *in_place, digest.hexdigest())
+    splits = [train, validation, test]
+    on_cuda, total = torch.device(config.device).type == "cuda", sum(split.images.nbytes for split in splits if split)
+    on_host = on_cuda and total > torch.cuda.mem_get_info(config.device)[0] / 2
+    splits = [split and to_device(split, config.device, on_host) for split in splits]
+    return Dataset(classes, *splits, digest.hexdigest())
 
 
-def to_device(split: Split, device: str) -> Split:
-    """Labels on the device; images too, unless they take over half of its free memory: then pinned on the host."""
-    images, labels = split
-    if torch.device(device).type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return Split(images.pin_memory(), labels.to(device))
-    return Split(images.to(device), labels.to(device))
+def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
+    """Labels on the device, and the images too unless they are to stay in pinned host memory, as too many for it."""
+    images = split.images.pin_memory() if images_on_host else split.images.to(device)
+    return Split(images, split.labels.to(device))
 
 
-def stratified(labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of `size` images with the classes in proportion, and of the others; both sorted, always the same."""
     labels = labels.cpu().numpy()
     if size == len(labels):
         return torch.arange(size), torch.arange(0)
     try:
         parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
-    except ValueError as error:
+    except ValueError:  # that is, a class would have no image on one side
+        classes = len(np.unique(labels))
         raise UserError(
-            f"cannot choose {size} of {len(labels)} images with the classes in proportion: {error}"
+            f"{setting} = {size}: takes an image of each class and leaves one; with {classes} classes and {len(labels)}"
+            f" images that is from {classes} to {len(labels) - classes}, and two images of each class or more"
         ) from None
     return tuple(torch.from_numpy(np.sort(part)) for part in parts)
 
@@ -215,7 +240,7 @@ def read_digits(config: Config) -> tuple[tuple[str, ...], Split, Split]:
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))
     images = images.unsqueeze(1).expand(-1, 3, -1, -1)  # (N, 3, 8, 8)
     labels = torch.from_numpy(digits.target.astype(np.int64))
-    parts = stratified(labels, TRAINING_IMAGES["digits"])
+    parts = stratified(labels, TRAINING_IMAGES["digits"], "train_size")
     return tuple("0123456789"), *(Split(images[index], labels[index]) for index in parts)
 
 
@@ -261,8 +286,8 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
         try:
             with Image.open(path) as image:
                 arrays.append(pixels(image.convert("RGB"), size if max(image.size) > size else None))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that PIL raises
-            unreadable.append(f"{path}: cannot be read as an image ({str(error).splitlines()[0]})")
+        except Exception as error:  # PIL's decoders raise what they like
+            unreadable.append(f"{path}: cannot be read as an image ({first_line(error)})")
     if unreadable:
         more = [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
         raise UserError(*unreadable[:10], *more, "mend or remove what is not an image")
@@ -349,7 +374,7 @@ def imagenet_statistics(device: torch.device) -> list[torch.Tensor]:
 
 
 def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), channels_last.
+    """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size).
 
     The bits of torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation. Size None
     leaves the size as it is.
@@ -361,7 +386,7 @@ def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
         return chunk.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     shape = images.shape if size is None else (*images.shape[:2], size, size)
-    out = torch.empty(shape, device=images.device, memory_format=torch.channels_last)
+    out = torch.empty(shape, device=images.device, memory_format=memory_format(images.device))
     return in_chunks(normalise, images, out)
 
 
@@ -406,7 +431,10 @@ def batches(
     shifts = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
     for step in range(first_step, len(subset) // config.batch_size):
         here = slice(step * config.batch_size, (step + 1) * config.batch_size)
-        images = split.images[there[here]].to(device, non_blocking=True)
+        images = split.images[there[here]]
+        if split.images.is_pinned():
+            images = images.pin_memory()  # only from there does a copy to the GPU not make the host wait
+        images = images.to(device, non_blocking=True)
         if padding:
             images = shift(images, *shifts[:, here])
         images = prepare(flip(images, flipped[here]), config.image_size)
@@ -425,7 +453,10 @@ def checkpoint_path(config: Config, name: str, seed: int) -> Path:
 
 
 def training_settings(name: str, config: Config, dataset: Dataset, teacher_digest: str | None) -> dict[str, Any]:
-    """All that the weights of one recipe and seed depend on; a checkpoint made with anything else is not that model."""
+    """All that the weights of one recipe and seed depend on; a checkpoint made with anything else is not that model.
+
+    Without a digest the teacher is left out: there is none, or it is gone.
+    """
     recipe = asdict(config.recipes[name])
     for unused in ("baseline",) if recipe["teacher"] else ("baseline", "alpha", "temperature", "scale_soft_loss"):
         del recipe[unused]
@@ -434,7 +465,7 @@ def training_settings(name: str, config: Config, dataset: Dataset, teacher_diges
         **{f"{name}.{field}": value for field, value in recipe.items()},
         **{field: getattr(config, field) for field in shared},
         "images of the data set": dataset.digest,
-        "weights of the teacher": teacher_digest,
+        **({"weights of the teacher": teacher_digest} if teacher_digest else {}),
     }
 
 
@@ -453,7 +484,7 @@ def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str,
     if differing:
         raise UserError(
             f"{path}: was trained with other settings: {'; '.join(differing)}. Set them back, give this experiment "
-            "a name of its own (--run NAME), or train it again in its place (--overwrite)"
+            "a name of its own (--run NAME), or train again, in its place, what differs (--overwrite)"
         )
 
 
@@ -527,7 +558,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file from elsewhere provokes in torch's reader; nothing of it is executed
-        raise UserError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}); {mend}") from None
+        raise UserError(f"{path}: cannot be loaded ({first_line(error)}); {mend}") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise UserError(f"{path}: has format {found}, this program reads format {FORMAT}; {mend}")

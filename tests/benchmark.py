@@ -5,18 +5,19 @@
 
 "plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
 forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them. The two
-take turns, so that a machine that slows down slows both; figures are medians over the rounds with their range.
+take turns, so that a machine that slows down slows both; the first call of each, cold, is reported apart, the figures
+are medians over the others with their range.
 """
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 import utils
-from config import Config, Recipe
+from config import Config, Recipe, one_line_errors
 from custom_resnet import build_resnet, cross_entropy, fit, predict
 from teacher_student_model import stored, taught_by
 
@@ -167,30 +168,45 @@ class Benchmark:
         }
 
 
-def measure(config: Config, steps: int, rounds: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
-    """Every variant once in each round, and the seconds of its first, cold call (on a CPU: of a tenth of a batch)."""
-    on_cpu = config.device == "cpu"
-    cold = Benchmark(replace(config, batch_size=max(2, config.batch_size // 10)) if on_cpu else config, 1)
-    bench = Benchmark(config, steps)
-    first, times = {}, {name: [] for name in bench.variants()}
-    for name, call in cold.variants().items():
-        started = time.perf_counter()
-        call()
-        first[name] = time.perf_counter() - started
-    bench.models = cold.models
-    for number in range(rounds):
+def tune_as(name: str, config: Config) -> None:
+    """Ours as the scripts tune the process; plain as Python starts it, with none of the memory that ours kept."""
+    if "ours" in name:
+        utils.tune(config)
+    elif config.device == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            # Where glibc's own thresholds settle once large tensors were freed: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
+            for switch, value in ((-4, 65536), (-3, 32 * 2**20), (-1, 64 * 2**20)):
+                libc.mallopt(switch, value)
+            libc.malloc_trim(0)
+
+
+def measure(bench: Benchmark, rounds: int, enough: float) -> dict[str, list[dict[str, float]]]:
+    """Each variant once, cold, and then in turn until it was measured `rounds` times or `enough` seconds."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in bench.variants()}
+    for number in range(1 + rounds):
         for name, call in bench.variants().items():
-            times[name].append(call())
-            print(f"round {number + 1}: {name}: {times[name][-1]['seconds']:.2f} s", file=sys.stderr)
-    return times, first
+            if number > 1 and sum(record["seconds"] for record in times[name][1:]) > enough:
+                continue
+            on_cuda = bench.config.device.startswith("cuda")
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(bench.config.device)
+            tune_as(name, bench.config)
+            started = time.perf_counter()
+            times[name].append({**call(), "wall": time.perf_counter() - started})
+            if on_cuda:
+                times[name][-1]["peak_bytes"] = torch.cuda.max_memory_allocated(bench.config.device)
+            print(f"{'warm' if number else 'cold'}: {name}: {times[name][-1]['seconds']:.2f} s", file=sys.stderr)
+    return times
 
 
 def rate(times: list[dict[str, float]], images: int) -> dict[str, float]:
     rates = sorted(images / record["seconds"] for record in times)
-    return {"images_per_second": statistics.median(rates), "min": rates[0], "max": rates[-1], "n": len(rates)}
+    peak = {"peak_bytes": max(record["peak_bytes"] for record in times)} if "peak_bytes" in times[0] else {}
+    return {"images_per_second": statistics.median(rates), "min": rates[0], "max": rates[-1], "n": len(rates), **peak}
 
 
-def summarise(times: dict[str, list[dict[str, float]]], config: Config, images: int) -> dict:
+def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
     rates = {name: rate(records, images) for name, records in times.items()}
     per_image = {name: 1 / entry["images_per_second"] for name, entry in rates.items()}
     there, asked = per_image["distilled ResNet18, ours (logits there)"], per_image["ResNet50 evaluation, ours"]
@@ -223,22 +239,24 @@ def summarise(times: dict[str, list[dict[str, float]]], config: Config, images: 
 
 def show(summary: dict, config: Config) -> None:
     print(f"{config.image_size} px, batch {config.batch_size}; {summary['environment']}\n")
-    print("| images/s | median | range | n |\n| :-- | --: | --: | --: |")
+    print("| images/s | median | range | n | first call, cold |\n| :-- | --: | --: | --: | --: |")
     for name, entry in summary["rates"].items():
         span = f"{entry['min']:,.1f} to {entry['max']:,.1f}" if "n" in entry else "from the rows above"
+        cold = f"{summary['cold_seconds'][name]:.1f} s" if "n" in entry else ""
         roof = H200_ROOFLINE.get(name.removesuffix(", ours")) if "H200" in utils.device_name(config) else None
         share = f" ({entry['images_per_second'] / roof:.0%} of the roofline)" if roof and "ours" in name else ""
-        print(f"| {name} | {entry['images_per_second']:,.1f}{share} | {span} | {entry.get('n', '')} |")
+        if "peak_bytes" in entry:
+            cold += f", peak {entry['peak_bytes'] / 2**30:.1f} GiB"
+        print(f"| {name} | {entry['images_per_second']:,.1f}{share} | {span} | {entry.get('n', '')} | {cold} |")
     print("\n| ours | against | times faster |\n| :-- | :-- | --: |")
     for pair in summary["ratios"]:
         print(f"| {pair['ours']} | {pair['plain']} | {pair['ratio']:.2f} |")
     print(f"\nA distilled step takes {summary['distilled_over_plain_epoch']:.3f} of a plain student's.")
     for name, share in summary["input_share_of_step"].items():
         print(f"Input path, share of the training step of {name}: {share:.1%}")
-    if "peak_memory_bytes" in summary:
-        print(f"Peak memory: {summary['peak_memory_bytes'] / 2**30:.1f} GiB")
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_size", type=int, default=224)
@@ -247,24 +265,22 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of ours; plain is always float32")
     parser.add_argument("--compile", default="off", choices=["on", "off"])
     parser.add_argument("--steps", type=int, help="a measurement; 1 on a CPU, else 50")
-    parser.add_argument("--rounds", type=int, help="2 on a CPU, else 5")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each; fewer of what takes long")
     parser.add_argument("--json", metavar="FILE", help="write every figure to this file")
     words = parser.parse_args()
     fields = ("image_size", "batch_size", "device", "precision", "compile")
     config = utils.resolve(Config({"student": Recipe()}, **{field: getattr(words, field) for field in fields}))
-    torch.backends.cudnn.benchmark = True
     on_cpu = config.device == "cpu"
-    steps, rounds = words.steps or (1 if on_cpu else 50), words.rounds or (2 if on_cpu else 5)
-    times, cold = measure(config, steps, rounds)
+    steps, rounds = words.steps or (1 if on_cpu else 50), words.rounds
+    times = measure(Benchmark(config, steps), rounds, enough=40 if on_cpu else 60)
+    cold = {name: records.pop(0)["wall"] for name, records in times.items()}
     summary = {
         "environment": utils.environment(config),
         "image_size": config.image_size,
         "batch_size": config.batch_size,
-        **summarise(times, config, steps * config.batch_size),
+        **summarise(times, steps * config.batch_size),
         "cold_seconds": cold,
     }
-    if config.device.startswith("cuda"):
-        summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     show(summary, config)
     if words.json:
         with open(words.json, "w") as file:

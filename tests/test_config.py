@@ -28,9 +28,8 @@ def test_the_default_is_the_set_up_of_the_original():
 
 def test_original_differs_from_the_default_only_in_the_factor_of_the_loss():
     original, default = PRESETS["original"], PRESETS["cifar10"]
-    taught = dataclasses.replace(original.recipes["student_kd"], scale_soft_loss=True)
     assert not original.recipes["student_kd"].scale_soft_loss
-    recipes = {**original.recipes, "student_kd": taught}
+    recipes = {name: dataclasses.replace(recipe, scale_soft_loss=True) for name, recipe in original.recipes.items()}
     assert dataclasses.replace(original, recipes=recipes, run="cifar10") == default
 
 
@@ -64,6 +63,9 @@ def test_each_preset_is_its_own_run():
         ("--batch_size 60000", ["batch_size = 60000", "50000 training images"]),
         ("--validation_size 50000", ["validation_size = 50000", "leaves none"]),
         ("--seeds 1 2 1", ["seeds = (1, 2, 1)", "none of them twice"]),
+        ("--seeds 0,1", ["seeds = ['0,1']", "with spaces between them"]),
+        ("--crop_padding 2000", ["crop_padding = 2000", "from 0 to 1000"]),
+        ("-preset demo", ["-preset", "did you mean --preset?"]),
         ("--seeds -1", ["seeds = (-1,)", "from 0"]),
         ("--only studnet", ["only = 'studnet'", "did you mean student?"]),
         ("--student.arch resnet19", ["student.arch = 'resnet19'", "resnet18"]),
@@ -106,6 +108,8 @@ def test_all_mistakes_are_told_at_once():
 def test_recipes_and_configs_are_validated_when_made_and_cannot_be_changed():
     with pytest.raises(UserError, match="epochs = '5'"):
         Recipe(epochs="5")
+    with pytest.raises(UserError, match=r"in config\.py as a tuple"):
+        Config({"student": Recipe()}, seeds=[0, 1])
     with pytest.raises(UserError, match="one recipe or more"):
         Config({})
     with pytest.raises(UserError, match="its name takes"):
@@ -150,4 +154,21 @@ def test_a_mistake_while_editing_is_told_in_a_line(script, tmp_path):
     (tmp_path / "config.py").write_text(text.replace('arch="resnet50", epochs=5)', 'arch="resnet50", epochs=0)'))
     done = script("custom_resnet.py", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: epochs = 0: takes a whole number, 1 or more\n"
+    (number,) = (n for n, line in enumerate(text.splitlines(), 1) if 'arch="resnet50", epochs=5)' in line)
+    assert done.stderr == f"error: config.py, line {number}: epochs = 0: takes a whole number, 1 or more\n"
+    (tmp_path / "config.py").write_text(text.replace('arch="resnet50", epochs=5)', 'arch="resnet50", epoch=5)'))
+    done = script("custom_resnet.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: config.py, line {number}: ")
+    assert "unexpected keyword argument 'epoch'" in done.stderr
+
+
+def test_a_row_may_be_renamed_and_added(script, tmp_path):
+    text = (ROOT / "config.py").read_text()
+    row = '"student_kd": Recipe(arch="resnet18", epochs=10, teacher="teacher", alpha=0.25, temperature=5.0),'
+    rows = row.replace("student_kd", "pupil") + row.replace("student_kd", "second")
+    (tmp_path / "config.py").write_text(text.replace(row, rows))
+    show = "from config import *; r = PRESETS['original'].recipes; print(r['pupil'] == r['second'], r['pupil'])"
+    shown = script("-c", show, cwd=tmp_path).stdout
+    assert shown.startswith("True ")
+    assert "scale_soft_loss=False" in shown

@@ -342,6 +342,10 @@ def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_aga
     assert "--overwrite" in told
     assert path.read_bytes() == before
 
+    path.write_bytes(before[:1000])
+    with pytest.raises(SystemExit):
+        custom_resnet.main(small)
+    assert "is damaged" in capsys.readouterr().err
     custom_resnet.main([*small, "--student.lr", "0.02", "--overwrite"])
     assert utils.load_checkpoint(path)["settings"]["student.lr"] == 0.02
 
@@ -363,17 +367,25 @@ def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
         (["--dataset", "nowhere"], "dataset = 'nowhere': no such folder"),
         (["--student.pretrained", "true"], "resnet18-f37072fd.pth: is missing"),
         (["--student.train_size", "1290", "--validation_size", "100"], "student.train_size = 1290"),
-        (["--student.train_size", "26", "--validation_size", "3"], "cannot choose 3 of 1297 images"),
-        (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo/seed0/student.pt: cannot be written"),
+        (["--student.train_size", "1290"], "train_size = 1290: takes an image of each class and leaves one"),
+        (["--validation_size", "3"], "validation_size = 3: takes an image of each class and leaves one"),
+        (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo/seed0/student.probe: cannot be written"),
     ],
 )
 def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, message):
     with pytest.raises(SystemExit) as exit:
         custom_resnet.main([*small_flags(tmp_path), "--only", "student", *flags])
     assert exit.value.code == 2
-    last = capsys.readouterr().err.split("error: ")[-1]
-    assert message in last
-    assert "Traceback" not in last
+    told = capsys.readouterr().err
+    assert told.count("error: ") == 1
+    assert message in told.split("error: ")[1]
+
+
+def test_bad_input_ends_the_script_without_a_traceback(script):
+    done = script("evaluate.py", "--preset", "demo", "--checkpoints_path", "nowhere")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 4  # three files that are missing, and the error
+    assert "Traceback" not in done.stderr
 
 
 def test_a_long_run_on_a_cpu_is_announced_with_the_demo(config, digits, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -200,7 +201,7 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
 def test_a_run_leaves_the_teacher_as_it_was_and_teaches_the_student(config, digits, monkeypatch):
     custom_resnet.train("teacher", 0, config, digits)
     before = utils.checkpoint_path(config, "teacher", 0).read_bytes()
-    taught = load_teacher("teacher", 0, config)
+    taught = load_teacher("teacher", 0, config, digits)
     state = {name: tensor.clone() for name, tensor in taught.model.state_dict().items()}
     assert not taught.model.training
     assert not any(parameter.requires_grad for parameter in taught.model.parameters())
@@ -248,21 +249,62 @@ def test_the_chain_of_teachers_is_followed(tmp_path, capsys):
     assert state["settings"]["weights of the teacher"] == utils.tensors_digest(middle["model"])
 
 
-def test_a_student_of_another_teacher_is_refused(tmp_path, capsys):
-    teacher_student_model.main(flags(tmp_path))
-    other = ["--teacher.lr", "0.02"]
+def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_differs(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    other = [*flags(tmp_path), "--teacher.lr", "0.02"]
     with pytest.raises(SystemExit):
-        teacher_student_model.main([*flags(tmp_path), *other])
+        teacher_student_model.main(other)
     assert "teacher.lr was 0.01, is now 0.02" in capsys.readouterr().err
-    teacher_student_model.main([*flags(tmp_path), *other, "--only", "teacher", "--overwrite"])
+    teacher_student_model.main([*other, "--only", "teacher", "--overwrite"])
     with pytest.raises(SystemExit):
-        teacher_student_model.main([*flags(tmp_path), *other])
+        teacher_student_model.main(other)
     assert "weights of the teacher was" in capsys.readouterr().err
+    teacher_student_model.main([*other, "--overwrite"])
+    told = capsys.readouterr().err
+    assert [line for line in told.splitlines() if "is finished" in line or "is done" in line] == [
+        f"{name} seed 0  is {what}: {tmp_path}/checkpoints/demo/seed0/{name}.pt"
+        for name, what in (("teacher", "finished"), ("student", "finished"), ("student_kd", "done"))
+    ]
 
 
-def test_load_teacher_names_the_file_that_is_missing(config):
+def test_load_teacher_names_the_file_that_is_missing(config, digits):
     with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
-        load_teacher("teacher", 0, config)
+        load_teacher("teacher", 0, config, digits)
+
+
+def test_a_teacher_with_other_settings_teaches_nobody(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(
+            [*flags(tmp_path), "--teacher.lr=0.5", "--only=student_kd", "--student_kd.alpha=0.5"]
+        )
+    assert "student_kd.alpha was 0.25" in capsys.readouterr().err
+    (tmp_path / "checkpoints/demo/seed0/student_kd.pt").unlink()
+    with pytest.raises(SystemExit):
+        teacher_student_model.main([*flags(tmp_path), "--teacher.lr=0.5", "--only=student_kd"])
+    assert "teacher.lr was 0.01, is now 0.5" in capsys.readouterr().err
+
+
+def test_a_finished_student_does_not_need_its_teacher_any_more(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/demo/seed0/teacher.pt").unlink()
+    words = [*flags(tmp_path), "--only", "student", "student_kd"]
+    teacher_student_model.main(words)
+    assert capsys.readouterr().err.count("is finished") == 2
+    evaluate.main(words)
+
+
+def test_a_student_taught_online_ends_as_one_taught_by_stored_logits(config, digits, teacher):
+    recipe, weights = config.recipes["student_kd"], []
+    for lookup in (stored(teacher_logits(teacher, config, digits, digits.subset(100))), online(teacher.model, config)):
+        torch.manual_seed(0)
+        model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
+        recipe = replace(recipe, temperature=2.0, lr=0.001)
+        history = custom_resnet.fit(model, recipe, config, 0, digits, taught_by(lookup, recipe), "test")
+        weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]).detach())
+        assert len(history) == 2
+    moved = (weights[0] - weights[1]).norm() / weights[0].norm()
+    assert moved < 1e-3
 
 
 def test_the_original_set_up_runs_end_to_end(miniature_cifar10, hub, tmp_path, capsys):

@@ -262,8 +262,8 @@ def test_what_is_wrong_with_a_folder_is_named(config, image_folder, tmp_path):
     assert str(root / "val") in message(root)
     image_folder({"test/a": 1, "test/c": 1})
     told = message(root)
-    assert f"{root / 'test'}: has no folder for class 'b'" in told or "holds no images" in told
-    assert "'c'" in told
+    assert f"{root / 'test'}: has no folder for class 'b'" in told
+    assert f"{root / 'train'}: has no folder for class 'c'" in told
     image_folder({"test/b": 0, "train/c": 1})
     assert f"{root / 'test' / 'b'}: holds no images" in message(root)
     image_folder({"test/b": 1})
