@@ -1,23 +1,25 @@
-"""How fast this repository is beside the original's way of doing the same, in one process and one run.
+"""How fast this repository is beside the original's way of doing the same, in one run.
 
     python -m tests.benchmark                        # 224 px, batch 100; under ten minutes on two CPU cores
     python -m tests.benchmark --image_size 64 --rounds 5 --json speed.json
 
 "plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
 forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them. The two
-take turns, so that a machine that slows down slows both; the first call of each, cold, is reported apart, the figures
-are medians over the others with their range.
+take turns, so that a machine that slows down slows both, each in a process of its own, so that what ours changes for
+the whole process stays with it. The first call of each, cold, is reported apart; the figures are medians over the
+others with their range.
 """
 
 import argparse
 import contextlib
-import ctypes
 import io
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -73,10 +75,14 @@ class Benchmark:
             self.models[arch, ours] = model.to(self.config.device, memory_format=layout)
         return self.models[arch, ours]
 
-    def loader(self) -> Iterator:
-        loader = iter(DataLoader(self.pil, self.config.batch_size, shuffle=True, num_workers=1))
-        next(loader)
-        return loader
+    def loader(self) -> DataLoader:
+        start = "fork" if sys.platform == "linux" else None  # as a script gets it, not as this process was started
+        return DataLoader(self.pil, self.config.batch_size, shuffle=True, num_workers=1, multiprocessing_context=start)
+
+    def loader_with_a_batch_ready(self) -> Iterator:
+        batches = iter(self.loader())
+        next(batches)
+        return batches
 
     def plain_training(
         self, arch: str, teacher: str | None = None, teacher_gradients: bool = False
@@ -84,7 +90,7 @@ class Benchmark:
         """Seconds of `steps` steps, and those of them spent waiting for the next batch."""
         model = self.model(arch, ours=False).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-        loader = self.loader()
+        loader = self.loader_with_a_batch_ready()
         running, waited = 0.0, 0.0
         started = time.perf_counter()
         for _ in range(self.steps):
@@ -115,7 +121,7 @@ class Benchmark:
 
     def plain_evaluation(self, arch: str) -> dict[str, float]:
         model, correct = self.model(arch, ours=False).eval(), 0
-        loader = self.loader()
+        loader = self.loader_with_a_batch_ready()
         started = time.perf_counter()
         with torch.no_grad():
             for images, labels in loader:
@@ -131,7 +137,7 @@ class Benchmark:
 
     def plain_input(self) -> dict[str, float]:
         started = time.perf_counter()  # with its worker's start, and no batch ready beforehand
-        for images, _ in DataLoader(self.pil, self.config.batch_size, shuffle=True, num_workers=1):
+        for images, _ in self.loader():
             images.to(self.config.device)
         self.synchronize()
         return {"seconds": (time.perf_counter() - started) * self.n / len(self.pil)}
@@ -147,56 +153,63 @@ class Benchmark:
         if self.config.device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    def variants(self) -> dict[str, Callable[[], dict[str, float]]]:
-        kd = {"arch": "resnet18", "teacher": "resnet50"}
-        return {
-            "input, plain": self.plain_input,
-            "input, ours": self.our_input,
-            "ResNet50 training, plain": lambda: self.plain_training("resnet50"),
-            "ResNet50 training, ours": lambda: self.our_training("resnet50"),
-            "ResNet18 training, plain": lambda: self.plain_training("resnet18"),
-            "ResNet18 training, ours": lambda: self.our_training("resnet18"),
-            "distilled ResNet18, the original's (teacher with gradients)": lambda: self.plain_training(
-                **kd, teacher_gradients=True
-            ),
-            "distilled ResNet18, plain (teacher under no_grad)": lambda: self.plain_training(**kd),
-            "distilled ResNet18, ours (logits there)": lambda: self.our_training("resnet18", taught=True),
-            "ResNet50 evaluation, plain": lambda: self.plain_evaluation("resnet50"),
-            "ResNet50 evaluation, ours": lambda: self.our_evaluation("resnet50"),
-            "ResNet18 evaluation, plain": lambda: self.plain_evaluation("resnet18"),
-            "ResNet18 evaluation, ours": lambda: self.our_evaluation("resnet18"),
-        }
+
+DISTILLED = {"arch": "resnet18", "teacher": "resnet50"}
+VARIANTS = {  # name -> a method of Benchmark and its arguments
+    "input, plain": ("plain_input", {}),
+    "input, ours": ("our_input", {}),
+    "ResNet50 training, plain": ("plain_training", {"arch": "resnet50"}),
+    "ResNet50 training, ours": ("our_training", {"arch": "resnet50"}),
+    "ResNet18 training, plain": ("plain_training", {"arch": "resnet18"}),
+    "ResNet18 training, ours": ("our_training", {"arch": "resnet18"}),
+    "distilled ResNet18, the original's (teacher with gradients)": (
+        "plain_training",
+        {**DISTILLED, "teacher_gradients": True},
+    ),
+    "distilled ResNet18, plain (teacher under no_grad)": ("plain_training", DISTILLED),
+    "distilled ResNet18, ours (logits there)": ("our_training", {"arch": "resnet18", "taught": True}),
+    "ResNet50 evaluation, plain": ("plain_evaluation", {"arch": "resnet50"}),
+    "ResNet50 evaluation, ours": ("our_evaluation", {"arch": "resnet50"}),
+    "ResNet18 evaluation, plain": ("plain_evaluation", {"arch": "resnet18"}),
+    "ResNet18 evaluation, ours": ("our_evaluation", {"arch": "resnet18"}),
+}
 
 
-def tune_as(name: str, config: Config) -> None:
-    """Ours as the scripts tune the process; plain as Python starts it, with none of the memory that ours kept."""
-    if "ours" in name:
-        utils.tune(config)
-    elif config.device == "cpu":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            # Where glibc's own thresholds settle once large tensors were freed: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
-            for switch, value in ((-4, 65536), (-3, 32 * 2**20), (-1, 64 * 2**20)):
-                libc.mallopt(switch, value)
-            libc.malloc_trim(0)
+def run(bench: Benchmark, name: str) -> dict[str, float]:
+    """One call of a variant: its own measurement, the wall time of the whole call and, on CUDA, its peak memory."""
+    method, arguments = VARIANTS[name]
+    on_cuda = bench.config.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(bench.config.device)
+    started = time.perf_counter()
+    record = {**getattr(bench, method)(**arguments), "wall": time.perf_counter() - started}
+    if on_cuda:
+        record["peak_bytes"] = torch.cuda.max_memory_allocated(bench.config.device)
+    return record
 
 
-def measure(bench: Benchmark, rounds: int, enough: float) -> dict[str, list[dict[str, float]]]:
+def start_plain(config: Config, steps: int) -> None:
+    global plain_bench
+    plain_bench = Benchmark(config, steps)
+
+
+def run_plain(name: str) -> dict[str, float]:
+    return run(plain_bench, name)
+
+
+def measure(config: Config, steps: int, rounds: int, enough: float) -> dict[str, list[dict[str, float]]]:
     """Each variant once, cold, and then in turn until it was measured `rounds` times or `enough` seconds."""
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in bench.variants()}
-    for number in range(1 + rounds):
-        for name, call in bench.variants().items():
-            if number > 1 and sum(record["seconds"] for record in times[name][1:]) > enough:
-                continue
-            on_cuda = bench.config.device.startswith("cuda")
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats(bench.config.device)
-            tune_as(name, bench.config)
-            started = time.perf_counter()
-            times[name].append({**call(), "wall": time.perf_counter() - started})
-            if on_cuda:
-                times[name][-1]["peak_bytes"] = torch.cuda.max_memory_allocated(bench.config.device)
-            print(f"{'warm' if number else 'cold'}: {name}: {times[name][-1]['seconds']:.2f} s", file=sys.stderr)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    utils.tune(config)
+    bench = Benchmark(config, steps)
+    with ProcessPoolExecutor(1, get_context("spawn"), start_plain, (config, steps)) as plain:
+        for number in range(1 + rounds):
+            for name, records in times.items():
+                if number > 1 and sum(record["seconds"] for record in records[1:]) > enough:
+                    continue
+                record = run(bench, name) if "ours" in name else plain.submit(run_plain, name).result()
+                records.append(record)
+                print(f"{'warm' if number else 'cold'}: {name}: {record['seconds']:.2f} s", file=sys.stderr)
     return times
 
 
@@ -272,7 +285,7 @@ def main() -> None:
     config = utils.resolve(Config({"student": Recipe()}, **{field: getattr(words, field) for field in fields}))
     on_cpu = config.device == "cpu"
     steps, rounds = words.steps or (1 if on_cpu else 50), words.rounds
-    times = measure(Benchmark(config, steps), rounds, enough=40 if on_cpu else 60)
+    times = measure(config, steps, rounds, enough=40 if on_cpu else 60)
     cold = {name: records.pop(0)["wall"] for name, records in times.items()}
     summary = {
         "environment": utils.environment(config),
