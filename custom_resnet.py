@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
@@ -327,7 +326,14 @@ def train(
     with stop_requests() as asked:
         try:
             history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, save, lambda: bool(asked))
-        except TorchDynamoException as error:
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{title}: the memory of {config.device} is too small for batch_size = {config.batch_size} at "
+                f"{config.image_size} px; try a smaller --batch_size"
+            ) from None
+        except RuntimeError as error:
+            if config.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
             raise UserError(f"compile = on: torch.compile failed ({first_line(error)}); try --compile off") from None
     if len(history) < recipe.epochs:
         say(f"{title}  is kept: {path}. The same command goes on from there")

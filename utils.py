@@ -177,12 +177,10 @@ def load_dataset(config: Config) -> Dataset:
 
     available = len(train.labels) - config.validation_size
     if config.batch_size > available:
-        held_out = f" and validation_size = {config.validation_size} of them are held out" * bool(
-            config.validation_size
-        )
+        held_out = f" and validation_size = {config.validation_size} of them are held out"
         raise UserError(
-            f"batch_size = {config.batch_size}: takes at most the number of training images;"
-            f" {config.dataset} has {len(train.labels)}{held_out}"
+            f"batch_size = {config.batch_size}: takes at most the number of training images; {config.dataset} has "
+            f"{len(train.labels)}{held_out if config.validation_size else ''}"
         )
     for name, recipe in config.recipes.items():
         if recipe.train_size is not None and recipe.train_size > available:
