@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import signal
 import subprocess
@@ -388,11 +389,18 @@ def test_bad_input_ends_the_script_without_a_traceback(script):
     assert "Traceback" not in done.stderr
 
 
-def test_a_long_run_on_a_cpu_is_announced_with_the_demo(config, digits, capsys, monkeypatch):
+def test_the_time_of_a_run_is_estimated_from_a_step(config, digits, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(custom_resnet.time, "perf_counter", lambda: float(next(clock)))  # a step takes a second
     jobs = [("student", 0), ("student", 1)]
-    one, two = hours_on_cpu(jobs[:1], config, digits), hours_on_cpu(jobs, config, digits)
-    assert 0 < one < two < 1
-    monkeypatch.setattr(custom_resnet, "hours_on_cpu", lambda *_: 31.4)
-    custom_resnet.start(config, ["student"])
-    assert "takes about 31 hours" in (told := capsys.readouterr().err)
-    assert "--preset demo" in told
+    images = 2 * 2 * (100 + 500 / 3)  # seeds, epochs, training images and a third of a step for each test image
+    assert hours_on_cpu(jobs, config, digits) == pytest.approx(images / config.batch_size / 3600)
+
+
+def test_a_long_run_on_a_cpu_is_announced_with_the_demo(config, capsys, monkeypatch):
+    for hours, announced in ((31.4, True), (0.9, False)):
+        monkeypatch.setattr(custom_resnet, "hours_on_cpu", lambda *_, hours=hours: hours)
+        custom_resnet.start(config, ["student"])
+        told = capsys.readouterr().err
+        assert ("takes about 31 hours" in told) == announced
+        assert ("--preset demo" in told) == announced
