@@ -464,7 +464,9 @@ def accuracy_table(results: dict[str, Any]) -> str:
         spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
         overall.append(f"**{100 * accuracy['mean']:.2f}{spread}**")
     intervals = ["{:.2f} to {:.2f}".format(*(100 * bound for bound in m["accuracy"]["ci95"])) for m in models.values()]
-    return table(["accuracy (%)", *models], [*rows, ["**overall**", *overall], ["95% interval", *intervals]])
+    errors = [percent(model["expected_calibration_error"]) for model in models.values()]
+    rows += [["**overall**", *overall], ["95% interval", *intervals], ["calibration error", *errors]]
+    return table(["accuracy (%)", *models], rows)
 
 
 def comparison_sentence(comparison: dict[str, Any]) -> str:
@@ -511,7 +513,7 @@ def results_markdown(results: dict[str, Any], config: Config) -> str:
         "\n".join(f"- {comparison_sentence(comparison)}" for comparison in results["comparisons"]),
         f"{config.dataset}, {results['n_test']:,} test images, {config.image_size} px, batch size {config.batch_size}, "
         f"seeds: {seeds}. Intervals: Wilson's for one seed, Student's t over several; class accuracies are means over "
-        "the seeds.",
+        "the seeds. Calibration error: the mean distance of confidence and accuracy, in points.",
         accuracy_table(results),
         setup_table(config, list(models)),
         "![training curves](training_curves.png)",

@@ -269,12 +269,14 @@ def test_the_table_is_printed_with_a_column_for_each_recipe(report, trained, cap
     evaluate.main([*flags(trained), "--only", "student", "teacher", "--imgs_path", str(trained / "one_seed")])
     printed = capsys.readouterr().out.splitlines()
     assert [word.strip() for word in printed[0].strip("|").split("|")] == ["accuracy (%)", "teacher", "student"]
-    assert len(printed) == 2 + 10 + 2
+    assert len(printed) == 2 + 10 + 3
     results = json.loads((trained / "one_seed/demo/results.json").read_text())
     entry = results["models"]["student"]["accuracy"]
     assert entry["std"] is None
     assert entry["ci95"] == pytest.approx(wilson_interval(round(500 * entry["mean"]), 500))
-    assert f"{100 * entry['mean']:.2f}" in printed[-2]
+    assert f"{100 * entry['mean']:.2f}" in printed[-3]
+    error = results["models"]["student"]["expected_calibration_error"]
+    assert f"{100 * error:.1f}" in printed[-1]
 
 
 def test_the_markdown_report_shows_figures_that_exist(report):
