@@ -528,8 +528,8 @@ def write_durably(path: Path, content: bytes) -> None:
                 os.close(folder)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}), needs {math.ceil(len(content) / 1e6)} MB; what was there "
-            "is untouched. Make room or choose another folder, and run this again"
+            f"{path}: cannot be written ({error.strerror}); it takes {math.ceil(len(content) / 1e6) or 1} MB, and what "
+            "was there is untouched. Make room or choose another folder, and run this again"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # it is gone where all went well
