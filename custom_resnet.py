@@ -216,8 +216,8 @@ def fit(
             forward = compiled(model, required=False)
         started = time.perf_counter() - seconds
         model.train()
-        bar = tqdm(total=steps * size, unit=" images", leave=False, disable=None, mininterval=0.5, initial=done * size)
-        bar.set_description(f"{title} epoch {epoch + 1}/{recipe.epochs}")
+        now = {"desc": f"{title} epoch {epoch + 1}/{recipe.epochs}", "total": steps * size, "initial": done * size}
+        bar = tqdm(**now, unit=" images", leave=False, disable=None, mininterval=0.5)
         for step, batch in enumerate(batches(dataset.train, subset, config, seed, epoch, done), done + 1):
             optimizer.zero_grad()
             with autocast(config.device, config.precision):
@@ -309,7 +309,7 @@ def train(
     start = "ImageNet weights" if recipe.pretrained else "random weights"
     say(
         f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters from {start}, "
-        f"{recipe.epochs} epochs of {len(dataset.subset(recipe.train_size)):,} images"
+        f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {len(dataset.subset(recipe.train_size)):,} images"
         + (f", taught by {recipe.teacher}" if recipe.teacher else "")
     )
 
