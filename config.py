@@ -16,7 +16,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,11 +74,14 @@ def line_of_mistakes() -> Iterator[None]:
         raise UserError(*(f"config.py, line {here}: {message}" for message in messages)) from None
 
 
-def nearest(name: str, names) -> str:
+def closest(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)), None)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
     """The hint behind an unknown name: the nearest known one, else all of them."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "known are " + ", ".join(names)
+    close = closest(name, names)
+    return f"did you mean {close}?" if close else "known are " + ", ".join(names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,5 +446,5 @@ def _unknown_flag(word: str, preset: Config) -> str:
         return f"--{name}: belongs to a recipe; write " + " or ".join(f"--{recipe}.{name}" for recipe in preset.recipes)
     known = ["preset", *(field.name for field in settings_of(Config))]
     known += [f"{recipe}.{setting}" for recipe in preset.recipes for setting in recipe_settings]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"{word.split('=')[0]}: no such setting; " + (f"did you mean --{close[0]}?" if close else "see --help")
+    close = closest(name, known)
+    return f"{word.split('=')[0]}: no such setting; " + (f"did you mean --{close}?" if close else "see --help")

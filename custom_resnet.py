@@ -33,6 +33,7 @@ from utils import (
     environment,
     load_checkpoint,
     load_dataset,
+    load_finished,
     memory_format,
     prepare,
     refuse_other_settings,
@@ -368,10 +369,6 @@ def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) 
     return seconds / 3600
 
 
-def is_finished(path: Path) -> bool:
-    return path.exists() and load_checkpoint(path)["finished"]
-
-
 def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
     """Choose the device, load the images, and say on stderr what is going to be done on what."""
     config = resolve(config)
@@ -391,7 +388,7 @@ def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
         probe = checkpoint_path(config, name, seed).with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
-    jobs = [job for job in jobs if config.overwrite or not is_finished(checkpoint_path(config, *job))]
+    jobs = [job for job in jobs if config.overwrite or not load_finished(checkpoint_path(config, *job))]
     if jobs and config.device == "cpu" and (hours := hours_on_cpu(jobs, config, dataset)) > 1:
         say(
             f"On this CPU that takes about {hours:.0f} hours. To see it all in minutes: "

@@ -29,8 +29,8 @@ from utils import (
     Dataset,
     checkpoint_path,
     environment,
-    load_checkpoint,
     load_dataset,
+    load_finished,
     refuse_other_settings,
     resolve,
     say,
@@ -66,8 +66,8 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
         recipe, logits, history = config.recipes[name], {}, {}
         for seed in config.seeds:
             path = checkpoint_path(config, name, seed)
-            state = load_checkpoint(path) if path.exists() else {"finished": False}
-            if not state["finished"]:
+            state = load_finished(path)
+            if not state:
                 missing.append(path)
                 continue
             digests[name, seed] = tensors_digest(state["model"])

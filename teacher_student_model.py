@@ -24,6 +24,7 @@ from utils import (
     autocast,
     checkpoint_path,
     load_checkpoint,
+    load_finished,
     refuse_other_settings,
     save_checkpoint,
     say,
@@ -67,8 +68,8 @@ class Teacher(NamedTuple):
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
     """The finished teacher of this seed. Raises UserError if it is not trained yet, or with other settings."""
     path = checkpoint_path(config, name, seed)
-    state = load_checkpoint(path) if path.exists() else {"finished": False}
-    if not state["finished"]:
+    state = load_finished(path)
+    if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it too, by name or without --only")
     refuse_other_settings(path, state, training_settings(name, config, dataset, None))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))

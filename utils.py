@@ -561,3 +561,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if found != FORMAT:
         raise UserError(f"{path}: has format {found}, this program reads format {FORMAT}; {mend}")
     return state
+
+
+def load_finished(path: Path) -> dict[str, Any] | None:
+    """The state of a training that is finished; None if there is no file, or one that is still being trained."""
+    state = load_checkpoint(path) if path.exists() else None
+    return state if state and state["finished"] else None

@@ -70,7 +70,7 @@ class Benchmark:
 
     def model(self, arch: str, ours: bool) -> torch.nn.Module:
         if (arch, ours) not in self.models:
-            layout = torch.channels_last if ours else torch.contiguous_format
+            layout = utils.memory_format(self.config.device) if ours else torch.contiguous_format
             model = build_resnet(arch, 10, pretrained=False)
             self.models[arch, ours] = model.to(self.config.device, memory_format=layout)
         return self.models[arch, ours]
