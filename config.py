@@ -242,6 +242,12 @@ class Config:
         choice("auto", "on", "off"),
         "torch.compile the model; auto: on CUDA, once what is left of the training repays the minute it takes",
     )
+    deterministic: bool = setting(
+        False, FLAG, "on CUDA, the same bits each time, slower (a CPU gives them anyway); then compile = auto is off"
+    )
+    sync_batchnorm: bool = setting(
+        False, FLAG, "with several processes, BatchNorm over the whole batch instead of each process's part; CUDA only"
+    )
     data_path: str = setting("data", PATH, "where CIFAR-10 is kept")
     checkpoints_path: str = setting("checkpoints", PATH, "where models are written: RUN/seedS/MODEL.pt")
     imgs_path: str = setting("imgs", PATH, "where reports are written: RUN/results.md and figures")

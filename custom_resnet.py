@@ -6,10 +6,11 @@
 Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained again.
 """
 
+import contextlib
 import copy
-import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,53 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
-from tqdm import tqdm
 
-from config import Config, Diverged, Recipe, UserError, first_line, one_line_errors, parse
+from config import Config, Diverged, Recipe, UserError, first_line, parse
 from utils import (
+    Alone,
     Batch,
     Dataset,
+    as_script,
     autocast,
     batches,
     checkpoint_path,
     describe_precision,
     device_name,
     environment,
+    everywhere,
+    from_first,
+    highest,
     load_checkpoint,
     load_dataset,
     load_finished,
+    locked,
     memory_format,
+    own_part,
     prepare,
+    processes,
+    progress,
+    rank,
     refuse_other_settings,
     resolve,
     save_checkpoint,
     say,
     stop_requests,
+    summed,
     training_settings,
     tune,
     write_durably,
 )
 
-LossFunction = Callable[[torch.Tensor, Batch], torch.Tensor]  # logits (B, C) float32, batch -> mean loss
+# logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the batch; the loss is their sum
+LossFunction = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
+
+
+class Stopped(Exception):
+    """A signal has asked to stop, in the middle of something that is done again from its start."""
 
 
 def build_resnet(arch: str, num_classes: int, pretrained: bool) -> nn.Module:
@@ -82,7 +100,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):  # "0", "1": downsample
             pair = getattr(module, conv, None), getattr(module, bn, None)
-            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
+            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], _BatchNorm):
                 setattr(module, conv, fuse_conv_bn_eval(*pair))
                 setattr(module, bn, nn.Identity())
     return model
@@ -95,31 +113,40 @@ def predict(
     precision: str = "fp32",
     batch_size: int = 500,
     title: str = "predicting",
+    stop: Callable[[], int] = lambda: 0,
 ) -> torch.Tensor:
     """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left as it is.
 
     uint8 images (N, 3, H, W) are resized to `image_size` (None: left as they are) and normalised here; float images are
-    taken to be ready for the model.
+    taken to be ready for the model. Several processes, all of which must call this, predict a part each and get all.
+    Raises Stopped, in all of them, if `stop` says so in one.
     """
     device = next(model.parameters()).device
     was_training = model.training
     folded = fold_batchnorm(model.eval())
-    logits = []
-    with torch.inference_mode(), tqdm(total=len(images), desc=title, unit=" images", leave=False, disable=None) as bar:
-        for chunk in images.split(batch_size):
+    own, parts = own_part(len(images)), []
+    with torch.inference_mode(), progress(total=own.stop - own.start, desc=title, unit=" images") as bar:
+        for chunk in images[own].split(batch_size):
             chunk = chunk.to(device, non_blocking=True)
             if chunk.dtype == torch.uint8:
                 chunk = prepare(chunk, image_size)
             with autocast(device, precision):
-                logits.append(folded(chunk).float())
+                parts.append(folded(chunk).float())
             bar.update(len(chunk))
+            if stop():
+                break
     model.train(was_training)
-    return torch.cat(logits)
+    if highest(stop())[0]:
+        raise Stopped
+    predicted = torch.cat(parts)
+    logits = predicted.new_zeros(len(images), predicted.shape[1])
+    logits[own] = predicted
+    return summed(logits)  # a row is zero in all processes but one
 
 
-def cross_entropy(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
     """The hard loss, for a recipe without a teacher."""
-    return F.cross_entropy(logits, batch.labels)
+    return {"hard loss": F.cross_entropy(logits, batch.labels)}
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
@@ -147,7 +174,8 @@ def compiling_pays(config: Config, seconds_left: float) -> bool:
 
     A fifth of a step is what fused BatchNorm saves of a ResNet's memory traffic by count; it was not measured here.
     """
-    return config.compile == "auto" and torch.device(config.device).type == "cuda" and seconds_left / 5 > 60
+    able = torch.device(config.device).type == "cuda" and not config.deterministic
+    return config.compile == "auto" and able and seconds_left / 5 > 60
 
 
 def compiled(model: nn.Module, required: bool) -> nn.Module:
@@ -157,14 +185,69 @@ def compiled(model: nn.Module, required: bool) -> nn.Module:
     return torch.compile(model)
 
 
-def measure(model: nn.Module, config: Config, dataset: Dataset, title: str) -> tuple[str, float]:
+def parallel(model: nn.Module, config: Config) -> nn.Module:
+    """The model as several processes train it: gradients are averaged over them; alone, the model itself."""
+    if processes() == 1:
+        return model
+    device = torch.device(config.device)
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def average_statistics(model: nn.Module, share: float) -> None:
+    """BatchNorm's running statistics, averaged over the processes by their share of the batch.
+
+    Each process normalises by its own part of the batch unless `sync_batchnorm` is on.
+    """
+    if processes() == 1:
+        return
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    averages = summed(torch.cat(statistics) * share).split([len(buffer) for buffer in statistics])
+    torch._foreach_copy_(statistics, averages)
+
+
+def measure(
+    model: nn.Module, config: Config, dataset: Dataset, title: str, stop: Callable[[], int]
+) -> tuple[str, float]:
     """What is measured after each epoch, for the history: the accuracy on the images held out, never chosen by."""
     held_out, split = dataset.held_out
     title = f"{title} on {held_out} images"
-    logits = predict(model, split.images, config.image_size, config.precision, title=title)
+    logits = predict(model, split.images, config.image_size, config.precision, title=title, stop=stop)
     if not logits.isfinite().all():
-        raise Diverged(f"{title}: the logits are no longer numbers. What was saved before is kept. Try a lower lr")
+        raise Diverged(f"{title}: the logits became not finite. The last good state is kept. Try a lower lr")
     return held_out, (logits.argmax(1) == split.labels).float().mean().item()
+
+
+class Tally:
+    """What an epoch has come to, on the device: adding to it never makes the host wait, reading does."""
+
+    def __init__(self, sums: torch.Tensor, device: str):
+        self.sums = sums.to(device)  # (2,): of the batches' mean losses and of the hits, over this process's images
+        self.parts: list[str] = []
+        self.bad_steps = torch.zeros(1, device=device)  # for how many steps each part has been no finite number
+
+    @torch.no_grad()
+    def add(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:
+        """A step: logits (B, C), labels (B,), the terms of their loss, and their share of the whole batch."""
+        self.sums += torch.stack([sum(terms.values()) * share, (logits.argmax(1) == labels).sum()])
+        self.parts = ["logits", *terms]
+        bad = torch.stack([logits.float().sum(), *terms.values()]).isfinite().logical_not()
+        self.bad_steps = self.bad_steps + (bad | (self.bad_steps > 0))
+
+    def read(self, title: str, epoch: int, step: int, lr: float) -> torch.Tensor:
+        """The sums (2,) over all processes, on the CPU. Raises Diverged, naming the part that went first."""
+        bad = highest(*self.bad_steps.int().tolist())
+        if any(bad):
+            first = bad.index(max(bad))  # where several went together, the one that the others are made from
+            part, step = self.parts[first], step - max(bad) + 1
+            if part == "logits" and step > 1:
+                part, step = "gradients", step - 1  # they made the weights that made these logits
+            raise Diverged(
+                f"{title}: the {part} became infinite or no number in epoch {epoch}, step {step}, at learning rate "
+                f"{lr:g}. The last good state is kept. Try a lower lr"
+            )
+        return summed(self.sums).cpu()
 
 
 def fit(
@@ -177,7 +260,7 @@ def fit(
     title: str,
     state: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], int] = lambda: 0,
 ) -> list[dict[str, float]]:
     """Train the model in place and return its history, a record for each epoch.
 
@@ -186,51 +269,53 @@ def fit(
     """
     subset = dataset.subset(recipe.train_size)
     steps, size = len(subset) // config.batch_size, config.batch_size
+    own = own_part(size)
+    share = (own.stop - own.start) / size  # of each batch; 1 for a process alone
     optimizer = make_optimizer(model, recipe, config)
     scheduler = make_scheduler(optimizer, recipe, recipe.epochs * steps)
-    history, done, totals, seconds = [], 0, torch.zeros(2), 0.0  # of this epoch: steps, sums of loss and hits, time
+    history, done, seconds, tally = [], 0, 0.0, Tally(torch.zeros(2), config.device)  # `done` steps of this epoch
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        history, done, totals, seconds = state["history"], state["step"], state["totals"], state["seconds"]
+        history, done, seconds = state["history"], state["step"], state["seconds"]
+        tally = Tally(state["totals"] * (rank() == 0), config.device)
 
     def so_far(step: int) -> tuple[float, float]:
-        loss, accuracy = totals[0].item() / step, totals[1].item() / (step * size)  # reads the device
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"{title}: the loss became {loss} in epoch {len(history) + 1}, at most 50 steps before step {step}, at "
-                f"learning rate {scheduler.get_last_lr()[0]:g}. What was saved before is kept. Try a lower lr"
-            )
-        return loss, accuracy
+        loss, hits = tally.read(title, len(history) + 1, step, scheduler.get_last_lr()[0]).tolist()
+        return loss / step, hits / (step * size)
 
     def keep(step: int, seconds: float) -> None:
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        progress = {"history": list(history), "step": step, "totals": totals.cpu(), "seconds": seconds}
+        progress = {"history": list(history), "step": step, "totals": summed(tally.sums).cpu(), "seconds": seconds}
         save({**{name: part.state_dict() for name, part in parts.items()}, **progress})
 
-    totals = totals.to(config.device)
     saved = time.monotonic()
-    forward = compiled(model, required=True) if config.compile == "on" else model
+    forward = uncompiled = parallel(model, config)
+    if config.compile == "on":
+        forward = compiled(forward, required=True)
     for epoch in range(len(history), recipe.epochs):
-        if forward is model and history and compiling_pays(config, history[-1]["seconds"] * (recipe.epochs - epoch)):
-            forward = compiled(model, required=False)
+        left = history[-1]["seconds"] * (recipe.epochs - epoch) if history else 0.0
+        if forward is uncompiled and from_first(lambda left=left: compiling_pays(config, left)):
+            forward = compiled(forward, required=False)
         started = time.perf_counter() - seconds
         model.train()
         now = {"desc": f"{title} epoch {epoch + 1}/{recipe.epochs}", "total": steps * size, "initial": done * size}
-        bar = tqdm(**now, unit=" images", leave=False, disable=None, mininterval=0.5)
+        bar = progress(**now, unit=" images", mininterval=0.5)
         for step, batch in enumerate(batches(dataset.train, subset, config, seed, epoch, done), done + 1):
             optimizer.zero_grad()
             with autocast(config.device, config.precision):
                 logits = forward(batch.images)
-            loss = loss_fn(logits.float(), batch)
-            loss.backward()
+            terms = loss_fn(logits.float(), batch)
+            (sum(terms.values()) * (share * processes())).backward()  # the processes' gradients are averaged
             optimizer.step()
             scheduler.step()
+            average_statistics(model, share)
 
-            totals += torch.stack([loss.detach(), (logits.detach().argmax(1) == batch.labels).sum()])
-            stopping, due = stop(), time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if bar.update(size) or step % 50 == 0 or stopping or due:  # the bar is drawn twice a second at most
+            tally.add(logits.detach(), batch.labels, terms, share)
+            late = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            stopping, due, drawn = highest(stop(), late, bool(bar.update(size)))  # twice a second at most
+            if drawn or step % 50 == 0 or stopping or due:
                 mean_loss, accuracy = so_far(step)
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             if stopping or due:
@@ -242,17 +327,21 @@ def fit(
         mean_loss, accuracy = so_far(steps)
         seconds = time.perf_counter() - started
 
-        held_out, measured = measure(model, config, dataset, title)
+        try:
+            held_out, measured = measure(model, config, dataset, title, stop)
+        except Stopped:
+            keep(steps, seconds)
+            return history
         record = {"epoch": epoch + 1, "loss": mean_loss, "train_accuracy": accuracy}
         history.append({**record, f"{held_out}_accuracy": measured, "seconds": seconds})
         say(
             f"{title}  epoch {epoch + 1:>2}/{recipe.epochs}  loss {mean_loss:.4f}  training {accuracy:7.2%}"
             f"  {held_out} {measured:7.2%}  {steps * size / seconds:,.0f} images/s  {seconds:,.0f} s"
         )
-        done, totals, seconds = 0, torch.zeros_like(totals), 0.0
+        done, seconds, tally = 0, 0.0, Tally(torch.zeros(2), config.device)
         keep(done, seconds)
         saved = time.monotonic()
-        if stop():
+        if highest(stop())[0]:
             break
     return history
 
@@ -296,15 +385,22 @@ def train(
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
     settings = training_settings(name, config, dataset, teacher_digest)
-    state = load_state(path, settings, config.overwrite)
+    state = from_first(lambda: load_state(path, settings, config.overwrite))
     if state and state["finished"]:
         say(f"{title}  is finished: {path}")
         return
     if state:
-        say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}: {path}")
+        before, now = int(state["environment"].get("processes", 1)), processes()
+        changed = f", on {now} processes, begun on {before}" if now != before else ""
+        say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}{changed}: {path}")
 
-    torch.manual_seed(seed)  # the same first weights for every recipe of this architecture
-    model = build_resnet(recipe.arch, len(dataset.classes), recipe.pretrained and state is None)
+    def build() -> nn.Module:
+        torch.manual_seed(seed)  # the same first weights for every recipe of this architecture
+        return build_resnet(recipe.arch, len(dataset.classes), recipe.pretrained and state is None)
+
+    model = everywhere(build)
+    if config.sync_batchnorm and processes() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(config.device, memory_format=memory_format(config.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     start = "ImageNet weights" if recipe.pretrained else "random weights"
@@ -321,14 +417,18 @@ def train(
         if finished:
             progress = {key: progress[key] for key in ("model", "history")}
         weights = {key: tensor.cpu().contiguous() for key, tensor in progress["model"].items()}
-        save_checkpoint(path, {**about, **made, **progress, "model": weights})
+        from_first(lambda: save_checkpoint(path, {**about, **made, **progress, "model": weights}))
 
     loss_fn = make_loss()
     with stop_requests() as asked:
+
+        def stop() -> int:
+            return asked[0] if asked else 0
+
         try:
-            history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, save, lambda: bool(asked))
+            history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, save, stop)
         except torch.OutOfMemoryError:
-            raise UserError(
+            raise Alone(
                 f"{title}: the memory of {config.device} is too small for batch_size = {config.batch_size} at "
                 f"{config.image_size} px; try a smaller --batch_size"
             ) from None
@@ -336,12 +436,13 @@ def train(
             if config.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
             raise UserError(f"compile = on: torch.compile failed ({first_line(error)}); try --compile off") from None
+        (stopped,) = highest(stop())
     if len(history) < recipe.epochs:
         say(f"{title}  is kept: {path}. The same command goes on from there")
-        raise SystemExit(128 + asked[0])
-    say(f"{title}  is done: {path}")
-    if asked:
-        raise SystemExit(128 + asked[0])
+    else:
+        say(f"{title}  is done: {path}")
+    if stopped:
+        raise SystemExit(128 + stopped)
 
 
 def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) -> float:
@@ -366,47 +467,84 @@ def hours_on_cpu(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) 
         trained = len(dataset.subset(recipe.train_size)) * recipe.epochs
         measured = len(dataset.held_out[1].labels) * recipe.epochs
         seconds += speed[recipe.arch] * (trained + measured / 3)  # a forward pass is a third of a step
-    return seconds / 3600
+    return seconds / 3600 / processes()
 
 
-def start(config: Config, names: list[str]) -> tuple[Config, Dataset]:
-    """Choose the device, load the images, and say on stderr what is going to be done on what."""
-    config = resolve(config)
-    tune(config)
-    dataset = load_dataset(config)
-    validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
-    pinned = ", training images kept in host memory: too many for the device" * dataset.train.images.is_pinned()
-    say(
-        f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
-        f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
-        f"{device_name(config)}, {describe_precision(config)}{pinned}"
-    )
-    # What would fail hours from now fails here: a folder that cannot be written, an impossible subset, a damaged file.
+def space_needed(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) -> int:
+    """Bytes that the jobs (recipe, seed) take on disk at most, what is there already included."""
+
+    def weights(name: str) -> int:
+        with torch.device("meta"):
+            model = build_resnet(config.recipes[name].arch, len(dataset.classes), pretrained=False)
+        return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+    sizes = {name: weights(name) for name, _ in jobs}
+    views = 2 * len(dataset.train.labels) * len(dataset.classes) * 4
+    taught = sum(config.recipes[name].teacher is not None for name, _ in jobs)
+    # While a model trains its momentum is kept too, and the new state is written before the old one goes.
+    return sum(sizes[name] for name, _ in jobs) + 4 * max(sizes.values()) + taught * views
+
+
+def check_folders(names: list[str], config: Config, dataset: Dataset) -> None:
+    """Raise UserError for what would fail hours from now: a folder that cannot be written, a full disk, a damaged file.
+
+    Announces a run that takes hours.
+    """
     jobs = [(name, seed) for seed in config.seeds for name in names]
-    for name, seed in jobs:
-        dataset.subset(config.recipes[name].train_size)
-        probe = checkpoint_path(config, name, seed).with_suffix(".probe")
+    for job in jobs:
+        probe = checkpoint_path(config, *job).with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
     jobs = [job for job in jobs if config.overwrite or not load_finished(checkpoint_path(config, *job))]
-    if jobs and config.device == "cpu" and (hours := hours_on_cpu(jobs, config, dataset)) > 1:
+    if not jobs:
+        return
+    there = sum(path.stat().st_size for job in jobs if (path := checkpoint_path(config, *job)).exists())
+    free, needed = shutil.disk_usage(config.checkpoints_path).free + there, space_needed(jobs, config, dataset)
+    if free < needed:
+        raise UserError(
+            f"{config.checkpoints_path}: {free / 1e6:,.0f} MB are free there and this run takes {needed / 1e6:,.0f} MB. "
+            "Make room or choose another folder (--checkpoints_path)"
+        )
+    if config.device == "cpu" and (hours := hours_on_cpu(jobs, config, dataset)) > 1:
         say(
             f"On this CPU that takes about {hours:.0f} hours. To see it all in minutes: "
             "python teacher_student_model.py --preset demo"
         )
-    return config, dataset
 
 
-@one_line_errors()
+@contextlib.contextmanager
+def start(config: Config, names: list[str]) -> Iterator[tuple[Config, Dataset]]:
+    """Choose the device, load the images, say on stderr what is going to be done on what, and lock the run's folder."""
+    config = everywhere(lambda: resolve(config))
+    tune(config)
+    dataset = everywhere(lambda: load_dataset(config))
+    if from_first(lambda: dataset.digest) != dataset.digest:
+        raise Alone(f"process {rank()}: {config.dataset} holds other images on this machine than on the first")
+    for name in names:
+        dataset.subset(config.recipes[name].train_size)  # raises where there is none of that size
+    validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
+    pinned = ", training images kept in host memory: too many for the device" * dataset.train.images.is_pinned()
+    several = f", {processes()} processes" * (processes() > 1)
+    say(
+        f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
+        f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
+        f"{device_name(config)}{several}, {describe_precision(config)}{pinned}"
+    )
+    with locked(Path(config.checkpoints_path, config.run)):
+        from_first(lambda: check_folders(names, config, dataset))
+        yield config, dataset
+
+
+@as_script()
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
+    config = everywhere(lambda: parse(argv))
     names = [name for name in config.selected() if config.recipes[name].teacher is None]
     if not names:
         raise UserError(f"only = {config.only}: these have a teacher; python teacher_student_model.py trains them")
-    config, dataset = start(config, names)
-    for seed in config.seeds:
-        for name in names:
-            train(name, seed, config, dataset)
+    with start(config, names) as (config, dataset):
+        for seed in config.seeds:
+            for name in names:
+                train(name, seed, config, dataset)
 
 
 if __name__ == "__main__":

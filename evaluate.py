@@ -23,14 +23,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, confusion_matrix
 
-from config import Config, Recipe, UserError, one_line_errors, parse
+from config import Config, Recipe, UserError, parse
 from custom_resnet import load_model, predict
 from utils import (
     Dataset,
+    as_script,
     checkpoint_path,
     environment,
+    everywhere,
+    from_first,
     load_dataset,
     load_finished,
+    locked,
+    rank,
     refuse_other_settings,
     resolve,
     say,
@@ -66,7 +71,7 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
         recipe, logits, history = config.recipes[name], {}, {}
         for seed in config.seeds:
             path = checkpoint_path(config, name, seed)
-            state = load_finished(path)
+            state = from_first(lambda path=path: load_finished(path))
             if not state:
                 missing.append(path)
                 continue
@@ -167,8 +172,8 @@ def paired_bootstrap(correct: np.ndarray, correct_baseline: np.ndarray, labels: 
 def holm(p_values: list[float]) -> list[float]:
     """p-values of several comparisons, corrected so that all hold together (Holm 1979, Scand. J. Statist. 6, 65-70)."""
     adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = highest
     return adjusted
 
@@ -570,21 +575,23 @@ def report(config: Config, dataset: Dataset, models: dict[str, Evaluated], missi
     return results
 
 
-@one_line_errors()
+@as_script()
 def main(argv: list[str] | None = None) -> None:
-    config = resolve(parse(argv))
+    config = everywhere(lambda: resolve(parse(argv)))
     tune(config)
-    dataset = load_dataset(config)
+    dataset = everywhere(lambda: load_dataset(config))
     models, missing = evaluate_checkpoints(config, dataset)
     for path in missing:
         say(f"not trained yet, left out: {path}")
     if not models:
         raise UserError("nothing to evaluate; train first: python teacher_student_model.py, with the same flags")
-    results = report(config, dataset, models, missing)
-    print(accuracy_table(results))
-    for comparison in results["comparisons"]:
-        print(comparison_sentence(comparison))
-    say(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
+    with locked(Path(config.imgs_path, config.run)):
+        if rank() == 0:
+            results = report(config, dataset, models, missing)
+            print(accuracy_table(results))
+            for comparison in results["comparisons"]:
+                print(comparison_sentence(comparison))
+            say(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, Recipe, UserError, one_line_errors, parse
+from config import Config, Recipe, UserError, parse
 from custom_resnet import LossFunction, fold_batchnorm, load_model, predict, start, train
 from utils import (
     Batch,
     Dataset,
+    as_script,
     autocast,
     checkpoint_path,
+    everywhere,
+    from_first,
     load_checkpoint,
     load_finished,
     refuse_other_settings,
@@ -47,6 +50,18 @@ def distillation_loss(
     soft loss shrink by 1/T^2, which the factor T^2 makes up for (Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section
     2); scale_soft_loss=False leaves it out. No gradient reaches the teacher.
     """
+    return sum(distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss))
+
+
+def distillation_terms(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float,
+    temperature: float,
+    scale_soft_loss: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hard and the soft term of the distillation loss, with their weights: the loss is their sum."""
     hard_loss = F.cross_entropy(student_logits, labels)
     soft_loss = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
@@ -56,7 +71,7 @@ def distillation_loss(
     )
     if scale_soft_loss:
         soft_loss = soft_loss * temperature**2
-    return alpha * hard_loss + (1 - alpha) * soft_loss
+    return alpha * hard_loss, (1 - alpha) * soft_loss
 
 
 class Teacher(NamedTuple):
@@ -68,7 +83,7 @@ class Teacher(NamedTuple):
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
     """The finished teacher of this seed. Raises UserError if it is not trained yet, or with other settings."""
     path = checkpoint_path(config, name, seed)
-    state = load_finished(path)
+    state = from_first(lambda: load_finished(path))
     if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it too, by name or without --only")
     refuse_other_settings(path, state, training_settings(name, config, dataset, None))
@@ -92,7 +107,7 @@ def teacher_logits(
         "precision": config.precision,
     }
     shape = (2, len(dataset.train.labels), len(dataset.classes))
-    logits = read_logits(path, made_with, shape) if path and path.exists() else torch.full(shape, torch.nan)
+    logits = from_first(lambda: read_logits(path, made_with, shape))
     computed = 0
     for view, shown in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
         missing = subset[logits[view, subset].isnan().any(1)]
@@ -103,8 +118,8 @@ def teacher_logits(
             of_view = predict(teacher.model, images, config.image_size, config.precision, title=title)
             logits[view, index] = of_view.cpu()
             computed += len(index)
-    if computed and path:
-        save_checkpoint(path, {"made_with": made_with, "logits": logits})
+            if path:
+                from_first(lambda: save_checkpoint(path, {"made_with": made_with, "logits": logits}))
     say(
         f"logits of {teacher.name}  "
         + (f"{computed:,} computed" if computed else "read")
@@ -113,18 +128,21 @@ def teacher_logits(
     return logits.to(config.device)
 
 
-def read_logits(path: Path, made_with: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
-    """The stored logits, or NaN, with a line that says why, if they are damaged or were made with anything else."""
+def read_logits(path: Path | None, made_with: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    """The stored logits; NaN, with a line that says why, if they are damaged or were made with anything else."""
+    missing = torch.full(shape, torch.nan)
+    if not path or not path.exists():
+        return missing
     try:
         state = load_checkpoint(path)
     except UserError as error:
         say(f"{error.messages[0].split(';')[0]}; computed again")
-    else:
-        stale = [field for field, value in made_with.items() if state.get("made_with", {}).get(field) != value]
-        if not stale:
-            return state["logits"]
+        return missing
+    stale = [field for field, value in made_with.items() if state.get("made_with", {}).get(field) != value]
+    if stale:
         say(f"{path}: made with another {' and '.join(stale)}; computed again")
-    return torch.full(shape, torch.nan)
+        return missing
+    return state["logits"]
 
 
 Lookup = Callable[[Batch], torch.Tensor]  # batch -> the teacher's logits (B, C)
@@ -149,38 +167,45 @@ def online(teacher: nn.Module, config: Config) -> Lookup:
 def taught_by(lookup: Lookup, recipe: Recipe) -> LossFunction:
     """The distillation loss of a recipe, against the logits that `lookup` finds for a batch."""
 
-    def loss_fn(student_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return distillation_loss(
+    def loss_fn(student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        hard, soft = distillation_terms(
             student_logits, lookup(batch), batch.labels, recipe.alpha, recipe.temperature, recipe.scale_soft_loss
         )
+        return {"hard loss": hard, "soft loss": soft}
 
     return loss_fn
 
 
-@one_line_errors()
+@as_script()
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
+    config = everywhere(lambda: parse(argv))
     names = config.selected()
-    config, dataset = start(config, names)
-    for seed in config.seeds:
-        for name in names:
-            recipe = config.recipes[name]
-            if recipe.teacher is None:
-                train(name, seed, config, dataset)
-                continue
-            path = checkpoint_path(config, recipe.teacher, seed)
-            digest = tensors_digest(load_checkpoint(path)["model"]) if path.exists() else None
-
-            def make_loss(recipe=recipe, seed=seed, path=path) -> LossFunction:
-                teacher = load_teacher(recipe.teacher, seed, config, dataset)
-                if config.crop_padding:
-                    return taught_by(online(teacher.model, config), recipe)
-                subset = dataset.subset(recipe.train_size)
-                logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
-                return taught_by(stored(logits), recipe)
-
-            train(name, seed, config, dataset, make_loss, digest)
+    with start(config, names) as (config, dataset):
+        for seed in config.seeds:
+            for name in names:
+                recipe = config.recipes[name]
+                if recipe.teacher is None:
+                    train(name, seed, config, dataset)
+                else:
+                    train_taught(name, seed, config, dataset)
     say("All trained. The report: python evaluate.py, with the same flags")
+
+
+def train_taught(name: str, seed: int, config: Config, dataset: Dataset) -> None:
+    """Train a recipe that has a teacher, as `train` does; the teacher is only asked if there is something to train."""
+    recipe = config.recipes[name]
+    path = checkpoint_path(config, recipe.teacher, seed)
+
+    def make_loss() -> LossFunction:
+        teacher = load_teacher(recipe.teacher, seed, config, dataset)
+        if config.crop_padding:
+            return taught_by(online(teacher.model, config), recipe)
+        subset = dataset.subset(recipe.train_size)
+        logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
+        return taught_by(stored(logits), recipe)
+
+    digest = from_first(lambda: tensors_digest(load_checkpoint(path)["model"]) if path.exists() else None)
+    train(name, seed, config, dataset, make_loss, digest)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -24,29 +27,65 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from config import TRAINING_IMAGES, Config, UserError, first_line, nearest
+from config import TRAINING_IMAGES, Config, UserError, first_line, nearest, one_line_errors, settings_of
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+T = TypeVar("T")
+
+
 def say(message: str) -> None:
-    """A line on stderr that stays above a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    """A line on stderr that stays above a progress bar, from the first process."""
+    if rank() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def progress(**settings: Any) -> tqdm:
+    """A bar that goes when it is full, on a terminal and in the first process only."""
+    return tqdm(**settings, leave=False, disable=None if rank() == 0 else True)
+
+
+@contextlib.contextmanager
+def as_script() -> Iterator[None]:
+    """What a script's main runs in: errors in one line, SIGTERM in good order, and the processes of torchrun joined."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    with one_line_errors():
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            with joined():
+                yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
     """The signals SIGINT and SIGTERM, in a list that fills as they come, for a loop to stop in good order.
 
-    A second one acts at once.
+    Another one acts at once if it comes two seconds later or more: torchrun passes Ctrl-C on to processes that the
+    terminal told already.
     """
     asked: list[int] = []
+    first = 0.0
 
     def ask(number: int, frame: Any) -> None:
+        nonlocal first
+        if not asked:
+            first = time.monotonic()
+            say("stopping after this step; once more to stop at once and lose what came after the last checkpoint")
+        elif time.monotonic() - first > 2 and callable(before[number]):
+            before[number](number, frame)
         asked.append(number)
-        signal.signal(number, before[number])
-        say("stopping after this step; once more to stop at once and lose what came after the last checkpoint")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -57,19 +96,186 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One process, or several that torchrun starts. Alone, every function here does what its first line says for one.
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+class Alone(UserError):
+    """What ends one process of several while the others do not know of it, unlike all that they meet together."""
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did. A UserError that all of them meet is told by the first."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    try:
+        yield
+    except UserError as error:
+        if rank() > 0 and not isinstance(error, Alone):
+            raise SystemExit(error.status) from None
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print(
+            f"error: process {rank()} of {processes()} lost another one ({first_line(error)}), whose own message says "
+            "why. What was saved is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What `function` returns in the first process, in all of them; what it raises there ends all."""
+    if processes() == 1:
+        return function()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = function()
+        except (UserError, SystemExit) as error:
+            found[1] = error
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    result, error = found
+    if error:
+        raise error
+    return result
+
+
+def everywhere(function: Callable[[], T]) -> T:
+    """What `function` returns, in every process; what it raises in one ends all.
+
+    One process on each machine goes first, so that it alone downloads.
+    """
+    if processes() == 1:
+        return function()
+    result = error = None
+    for first in (True, False):
+        if (local_rank() == 0) == first:
+            try:
+                result = function()
+            except (UserError, SystemExit) as raised:
+                error = raised
+        errors: list[Any] = [None] * processes()
+        dist.all_gather_object(errors, error)
+        if any(errors):
+            raise next(filter(None, errors))
+    return result
+
+
+def highest(*values: int) -> list[int]:
+    """The largest of each value over the processes. On the host: a GPU need not wait for it."""
+    if processes() == 1:
+        return list(values)
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes."""
+    tensor = tensor.clone()
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def own_part(n: int) -> slice:
+    """Which of n things are this process's: together the parts hold each once, in order, and differ by one at most."""
+    return slice(n * rank() // processes(), n * (rank() + 1) // processes())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be alone in writing to a run's folder. Raises UserError if another process is at it.
+
+    The system lifts the lock of a process that has died, whatever killed it.
+    """
+    path, held = folder / ".lock", []
+
+    def take() -> None:
+        file = None
+        while not held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = open(path, "a+")  # noqa: SIM115 - closed when the lock is given back
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue  # a new file: the one that this waited for is gone with its process
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{folder}: {file.read() or 'another process'} is writing there. Wait for it, stop it, or give "
+                    "this experiment a name of its own (--run NAME)"
+                ) from None
+            except FileNotFoundError:
+                continue
+            except OSError:
+                return  # a file system without locks
+            held.append(file)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+
+    if fcntl:
+        from_first(take)
+    try:
+        yield
+    finally:
+        for file in held:
+            path.unlink(missing_ok=True)  # while it is still locked
+            file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Device and precision
 
 
 def resolve(config: Config) -> Config:
-    """The config with `device` and `precision` decided for this machine. Raises UserError for a device it lacks."""
+    """The config with `device` and `precision` decided for this process. Raises UserError for what it cannot do."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = device.partition(":")
+    if processes() > 1:
+        if number or kind == "mps":
+            raise UserError(f"device = {device!r}: with several processes takes cuda, one for each of them, or cpu")
+        if config.batch_size < 2 * processes():
+            raise UserError(
+                f"batch_size = {config.batch_size}: takes 2 images or more for each of {processes()} processes"
+            )
+        number = str(local_rank()) if kind == "cuda" else ""
+        device = f"cuda:{number}" if number else device
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UserError(f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
+    if config.sync_batchnorm and kind != "cuda":
+        raise UserError(f"sync_batchnorm = True: PyTorch has it on CUDA only, and the device is {kind}")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if gains_by_bf16(kind, config.image_size) else "fp32"
@@ -102,13 +308,18 @@ def describe_precision(config: Config) -> str:
 
 
 def tune(config: Config) -> None:
-    """Process-wide switches that change speed and no result.
+    """Process-wide switches.
+
+    `deterministic` makes a GPU compute the same bits each time; a CPU does so anyway.
 
     On a CPU glibc is told to keep the memory of freed tensors. Otherwise each large one goes back to the system and
     comes again page by page in the next step: at 224 px that was 40% of a ResNet50 step. Other C libraries have no
     such switch.
     """
-    torch.backends.cudnn.benchmark = True  # every batch of a run has the same shape
+    torch.backends.cudnn.benchmark = not config.deterministic  # every batch of a run has the same shape
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, before its first call
     if config.device == "cpu":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -130,6 +341,7 @@ def environment(config: Config) -> dict[str, str]:
         "torchvision": str(torchvision.__version__),
         "device": device_name(config),
         "precision": describe_precision(config),
+        "processes": str(processes()),
     }
 
 
@@ -280,12 +492,14 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
     paths = [path for name in classes for path in files[name]]
     labels = [label for label, name in enumerate(classes) for _ in files[name]]
     arrays, unreadable = [], []
-    for path in tqdm(paths, desc=f"reading {folder}", unit=" images", leave=False, disable=None):
-        try:
-            with Image.open(path) as image:
-                arrays.append(pixels(image.convert("RGB"), size if max(image.size) > size else None))
-        except Exception as error:  # PIL's decoders raise what they like
-            unreadable.append(f"{path}: cannot be read as an image ({first_line(error)})")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for path in progress(iterable=paths, desc=f"reading {folder}", unit=" images"):
+            try:
+                with Image.open(path) as image:
+                    arrays.append(pixels(image.convert("RGB"), size if max(image.size) > size else None))
+            except Exception as error:  # PIL's decoders raise what they like
+                unreadable.append(f"{path}: cannot be read as an image ({first_line(error)})")
     if unreadable:
         more = [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
         raise UserError(*unreadable[:10], *more, "mend or remove what is not an image")
@@ -417,7 +631,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch, from `first_step` on; batch k is a function of (seed, epoch, k) and nothing else.
 
-    Every image of `subset` (M,) comes at most once an epoch; the M % batch_size that fill no batch are left out.
+    Every image of `subset` (M,) comes at most once an epoch; the M % batch_size that fill no batch are left out. Of
+    several processes each gets its own part of every batch.
     """
     device = split.labels.device
     random = np.random.default_rng((seed, epoch))
@@ -427,8 +642,9 @@ def batches(
     flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(device)
     padding = config.crop_padding
     shifts = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
+    own = own_part(config.batch_size)
     for step in range(first_step, len(subset) // config.batch_size):
-        here = slice(step * config.batch_size, (step + 1) * config.batch_size)
+        here = slice(step * config.batch_size + own.start, step * config.batch_size + own.stop)
         images = split.images[there[here]]
         if split.images.is_pinned():
             images = images.pin_memory()  # only from there does a copy to the GPU not make the host wait
@@ -458,7 +674,10 @@ def training_settings(name: str, config: Config, dataset: Dataset, teacher_diges
     recipe = asdict(config.recipes[name])
     for unused in ("baseline",) if recipe["teacher"] else ("baseline", "alpha", "temperature", "scale_soft_loss"):
         del recipe[unused]
-    shared = ("image_size", "horizontal_flip", "crop_padding", "validation_size", "batch_size", "precision")
+    shared = (
+        *("image_size", "horizontal_flip", "crop_padding", "validation_size", "batch_size"),
+        *("precision", "sync_batchnorm"),
+    )
     return {
         **{f"{name}.{field}": value for field, value in recipe.items()},
         **{field: getattr(config, field) for field in shared},
@@ -473,7 +692,8 @@ def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str,
     def short(value: Any) -> Any:
         return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
-    made_with = state["settings"]
+    # A checkpoint that is older than a setting was made with its default.
+    made_with = {**{field.name: field.default for field in settings_of(Config)}, **state["settings"]}
     differing = [
         f"{field} was {short(made_with.get(field))}, is now {short(value)}"
         for field, value in settings.items()
