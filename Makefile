@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: demo train evaluate test bench lint clean
+.PHONY: demo train evaluate test chaos bench lint clean
 
 demo: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset demo $(ARGS)
@@ -19,6 +19,9 @@ evaluate: .venv/installed
 
 test: .venv/installed-for-tests
 	$(PYTHON) -m pytest $(ARGS)
+
+chaos: .venv/installed-for-tests
+	$(PYTHON) -m pytest tests/test_chaos.py -m chaos -s $(ARGS)
 
 bench: .venv/installed
 	$(PYTHON) -m tests.benchmark $(ARGS)

@@ -391,7 +391,7 @@ def train(
         return
     if state:
         before, now = int(state["environment"].get("processes", 1)), processes()
-        changed = f", on {now} processes, begun on {before}" if now != before else ""
+        changed = f", on {now} process{'es' * (now > 1)}, begun on {before}" if now != before else ""
         say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}{changed}: {path}")
 
     def build() -> nn.Module:
@@ -502,8 +502,8 @@ def check_folders(names: list[str], config: Config, dataset: Dataset) -> None:
     free, needed = shutil.disk_usage(config.checkpoints_path).free + there, space_needed(jobs, config, dataset)
     if free < needed:
         raise UserError(
-            f"{config.checkpoints_path}: {free / 1e6:,.0f} MB are free there and this run takes {needed / 1e6:,.0f} MB. "
-            "Make room or choose another folder (--checkpoints_path)"
+            f"{config.checkpoints_path}: this run takes {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free "
+            "there. Make room or choose another folder (--checkpoints_path)"
         )
     if config.device == "cpu" and (hours := hours_on_cpu(jobs, config, dataset)) > 1:
         say(

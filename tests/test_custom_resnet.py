@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torchvision import transforms
 
 import custom_resnet
 import utils
-from config import Recipe, UserError
+from config import DEMO, Recipe, UserError
 from custom_resnet import build_resnet, fit, fold_batchnorm, hours_on_cpu, load_model, make_scheduler, predict, train
 
 
@@ -290,6 +291,46 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(co
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+@pytest.mark.parametrize(
+    ("culprit", "step"), [("hard loss", 1), ("soft loss", 1), ("soft loss", 3), ("gradients", 1), ("gradients", 2)]
+)
+def test_what_diverged_first_is_named_with_its_step(config, digits, model, culprit, step):
+    steps = 0
+
+    def loss_fn(logits, batch):
+        nonlocal steps
+        steps += 1
+        terms = {"hard loss": F.cross_entropy(logits, batch.labels), "soft loss": logits.mean() * 0}
+        if steps == step:
+            if culprit in terms:
+                terms[culprit] = terms[culprit] * math.inf
+            else:
+                logits.register_hook(lambda gradient: gradient * math.nan)
+        return terms
+
+    recipe = Recipe(epochs=1, lr=0.02, train_size=100)
+    message = f"test: the {culprit} became infinite or no number in epoch 1, step {step}, at learning rate 0.02"
+    with pytest.raises(UserError, match=message):
+        fit(model, recipe, config, 0, digits, loss_fn, "test")
+    assert steps == 4
+
+
+def test_a_signal_while_measuring_keeps_the_epoch_and_measures_again(config, digits):
+    recipe, kept = Recipe(epochs=1, lr=0.01, train_size=50), []
+
+    def run(state, stop):
+        torch.manual_seed(0)
+        model = build_resnet("resnet18", 10, pretrained=False)
+        return fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, kept.append, stop)
+
+    calls = itertools.count(1)
+    assert run(None, lambda: signal.SIGTERM if next(calls) > 2 else 0) == []  # two steps, then it is measured
+    assert kept[-1]["step"] == 2
+    (record,) = run(copy.deepcopy(kept[-1]), lambda: 0)
+    (uninterrupted,) = run(None, lambda: 0)
+    assert {**record, "seconds": 0} == {**uninterrupted, "seconds": 0}
+
+
 def test_the_state_is_kept_every_few_minutes(config, digits, model):
     kept = []
     recipe, often = Recipe(epochs=1, lr=0.01, train_size=75), replace(config, checkpoint_minutes=1e-9)
@@ -321,6 +362,54 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
 def test_compiling_pays_on_a_gpu_with_much_left_to_do(config, compile, device, seconds_left, pays):
     object.__setattr__(config, "device", device)  # this machine may have no such device
     assert custom_resnet.compiling_pays(replace(config, compile=compile), seconds_left) == pays
+
+
+# Several processes
+
+
+def test_two_processes_train_as_the_plain_loop_over_both_parts_of_each_batch(tmp_path, config, digits, monkeypatch):
+    """Gradients and BatchNorm's statistics, averaged; the second part of 25 images is larger by one."""
+    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=1", "--student.train_size=50"]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "custom_resnet.py", *words]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("epoch  1/1") == 1
+    found = utils.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
+    assert found["environment"]["processes"] == "2"
+
+    torch.manual_seed(0)
+    model = build_resnet("resnet18", 10, pretrained=False).to(memory_format=torch.channels_last).train()
+    optimizer = custom_resnet.make_optimizer(model, replace(DEMO["student"], lr=0.01), config)
+    scheduler = make_scheduler(optimizer, replace(DEMO["student"], lr=0.01), 2)
+    losses = []
+    for batch in utils.batches(digits.train, digits.subset(50), replace(config, horizontal_flip=0.0), seed=0, epoch=0):
+        before, statistics, loss = copy.deepcopy(model.state_dict()), {}, 0.0
+        optimizer.zero_grad()
+        for part in (slice(0, 12), slice(12, 25)):
+            model.load_state_dict(before)
+            share = (part.stop - part.start) / 25
+            part_loss = F.cross_entropy(model(batch.images[part]), batch.labels[part]) * share
+            part_loss.backward()
+            loss += part_loss.item()
+            for name, value in model.state_dict().items():
+                if "running" in name:
+                    statistics[name] = statistics.get(name, 0) + value * share
+        model.load_state_dict(statistics, strict=False)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss)
+    assert found["history"][0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found["model"][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_torchrun_with_one_process_is_plain_python_bit_for_bit(tmp_path, trained):
+    flags = [*small_flags(tmp_path), "--only=student"]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=1", "custom_resnet.py", *flags]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plain, one = (utils.load_checkpoint(root / "checkpoints/demo/seed0/student.pt") for root in (trained, tmp_path))
+    assert all(torch.equal(plain["model"][name], one["model"][name]) for name in plain["model"])
 
 
 # The script
@@ -383,6 +472,19 @@ def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, messa
     told = capsys.readouterr().err
     assert told.count("error: ") == 1
     assert message in told.split("error: ")[1]
+
+
+def test_room_on_the_disk_is_looked_for_before_training(tmp_path, config, digits, capsys, monkeypatch):
+    jobs = [("student", 0), ("student_kd", 0)]
+    parameters = 11_181_642 * 4
+    needed = custom_resnet.space_needed(jobs, config, digits)
+    assert 6 * parameters < needed < 6.1 * parameters  # two finished; one in training and its copy, with momentum
+    monkeypatch.setattr(custom_resnet.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
+    with pytest.raises(SystemExit) as exit:
+        custom_resnet.main([*small_flags(tmp_path), "--only", "student"])
+    assert exit.value.code == 2
+    assert "checkpoints: this run takes 224 MB, and 10 MB are free there" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_bad_input_ends_the_script_without_a_traceback(script):

@@ -3,6 +3,8 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_images
+from conftest import ROOT, random_images
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
@@ -274,6 +276,29 @@ def test_what_is_wrong_with_a_folder_is_named(config, image_folder, tmp_path):
     assert "and 2 more" in told
 
 
+def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
+    root = image_folder({"train/a": 2, "train/b": 1, "test/a": 1, "test/b": 1}, size=(8, 8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL warns above, and refuses above twice as many
+    with pytest.raises(UserError, match="decompression bomb") as error:
+        utils.load_dataset(replace(config, dataset=str(root)))
+    assert str(root / "train" / "a" / "0.png") in str(error.value)
+
+
+def test_links_in_circles_end(config, image_folder):
+    root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    (root / "train" / "a" / "up").symlink_to(root, target_is_directory=True)
+    with pytest.raises(UserError, match=r"train/a/up: cannot be read as an image"):
+        utils.load_dataset(replace(config, dataset=str(root)))
+    (root / "train" / "a" / "up").unlink()
+    (root / "train" / "a" / "self.png").symlink_to(root / "train" / "a" / "self.png")
+    with pytest.raises(UserError, match=r"self.png: cannot be read as an image"):
+        utils.load_dataset(replace(config, dataset=str(root)))
+    (root / "train" / "a" / "self.png").unlink()
+    (root / "train" / "c").symlink_to(root / "train", target_is_directory=True)
+    with pytest.raises(UserError, match="has no folder for class 'c'"):
+        utils.load_dataset(replace(config, dataset=str(root)))
+
+
 # Checkpoints
 
 
@@ -336,6 +361,24 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     assert "has format 2, this program reads format 1" in refused(path, path.read_bytes())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit on file sizes is POSIX")
+def test_a_file_size_limit_ends_a_save_like_a_full_disk(tmp_path):
+    path = tmp_path / "model.pt"
+    utils.save_checkpoint(path, STATE)
+    code = f"""
+import resource, torch, utils
+from config import one_line_errors
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+with one_line_errors():
+    utils.save_checkpoint({str(path)!r}, {{"model": {{"weight": torch.zeros(10**6)}}}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {path}: cannot be written (File too large); it takes 5 MB" in done.stderr
+    assert torch.equal(utils.load_checkpoint(path)["model"]["weight"], STATE["model"]["weight"])
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_a_failing_save_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, monkeypatch, fails):
     path = tmp_path / "model.pt"
@@ -366,6 +409,104 @@ def test_other_settings_are_refused_by_name(config, digits):
     assert "--overwrite" in told
 
 
+def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(config, digits):
+    settings = utils.training_settings("student", config, digits, None)
+    older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
+    utils.refuse_other_settings(Path("model.pt"), {"settings": older}, settings)
+    with pytest.raises(UserError, match="sync_batchnorm was False, is now True"):
+        utils.refuse_other_settings(Path("model.pt"), {"settings": older}, {**settings, "sync_batchnorm": True})
+
+
 def test_a_device_that_is_not_there_is_refused(config):
     with pytest.raises(UserError, match="CUDA devices"):
         utils.resolve(replace(config, device="cuda:99"))
+    with pytest.raises(UserError, match="sync_batchnorm = True: PyTorch has it on CUDA only"):
+        utils.resolve(replace(config, sync_batchnorm=True))
+
+
+def test_deterministic_is_a_switch_of_torch(config):
+    try:
+        utils.tune(replace(config, deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        utils.tune(config)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# The lock on a run's folder
+
+
+def test_a_second_process_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
+    code = f"""
+import pathlib, sys, time, utils
+with utils.locked(pathlib.Path({str(tmp_path)!r})):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with (
+        pytest.raises(UserError, match=f"{tmp_path}: process {other.pid} on .* is writing there"),
+        utils.locked(tmp_path),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):  # an orderly end gives it back as well
+        with utils.locked(tmp_path):
+            assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    taken, flock = [], utils.fcntl.flock
+
+    def slow_flock(file, how):
+        if not taken:  # as if the process that held the lock ended just now
+            os.remove(tmp_path / ".lock")
+        taken.append(file)
+        flock(file, how)
+
+    monkeypatch.setattr(utils.fcntl, "flock", slow_flock)
+    with utils.locked(tmp_path):
+        assert len(taken) == 2
+        assert os.path.samestat(os.fstat(taken[1].fileno()), os.stat(tmp_path / ".lock"))
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_the_parts_of_all_processes_are_everything_once(monkeypatch, processes):
+    monkeypatch.setattr(utils, "processes", lambda: processes)
+    for n in (0, 1, 5, 100, 10_000):
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+            parts.append(range(n)[utils.own_part(n)])
+        assert [number for part in parts for number in part] == list(range(n))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_all_processes_together_see_the_batches_of_one(config, digits, monkeypatch):
+    alone = list(utils.batches(digits.train, digits.subset(75), config, seed=1, epoch=2))
+    monkeypatch.setattr(utils, "processes", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        shares.append(list(utils.batches(digits.train, digits.subset(75), config, seed=1, epoch=2)))
+    for batch, *parts in zip(alone, *shares, strict=True):
+        for whole, *pieces in zip(batch, *parts, strict=True):
+            assert torch.equal(whole, torch.cat(pieces))
+
+
+def test_with_several_processes_the_device_is_each_ones_own(config, monkeypatch):
+    monkeypatch.setattr(utils, "processes", lambda: 2)
+    assert utils.resolve(config).device == "cpu"
+    for changes, message in (
+        ({"device": "cuda:0"}, "with several processes takes cuda"),
+        ({"batch_size": 3}, "batch_size = 3: takes 2 images or more for each of 2 processes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            utils.resolve(replace(config, **changes))
