@@ -2,16 +2,20 @@
 
     python evaluate.py                          # with the flags that the training had
     python evaluate.py --preset demo
+    python evaluate.py --predict IMAGE ...      # no report: what each trained model says of your own image files
+    python evaluate.py --export                 # no report: checkpoints/RUN/seedS/MODEL.pt2, which needs only torch
 
 Writes imgs/RUN/results.md and what it shows, results.json (every number) and predictions.npz (the logits behind them),
 and prints the table. Three layers: logits from checkpoints; metrics, functions of arrays; figures, from arrays.
 """
 
+import argparse
 import io
 import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -27,16 +31,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from PIL import Image, ImageOps
 from sklearn.metrics import classification_report, confusion_matrix
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config, Recipe, UserError, one_line_errors, parse
+from config import Config, Recipe, UserError, first_line, one_line_errors, parse
 from custom_resnet import build_resnet, fold_batchnorm, load_model, predict
 from utils import (
     Dataset,
     autocast,
     checkpoint_path,
     environment,
+    imagenet_statistics,
     load_checkpoint,
     load_dataset,
     load_finished,
@@ -1282,11 +1289,202 @@ def report(config: Config, dataset: Dataset, models: dict[str, Evaluated], missi
     return results
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# --predict: a person's own images
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere for a terminal: what is no printable character, as Python would write it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def read_image(path: str) -> torch.Tensor:
+    """uint8 (1, 3, H, W), upright and in RGB. Raises UserError if PIL cannot read it, or it unpacks to far too much."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # PIL's decoders raise what they like
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"{printable(path)}: cannot be read as an image ({printable(reason)})") from None
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).unsqueeze(0)
+
+
+def read_images(paths: list[str]) -> list[torch.Tensor]:
+    """Each file's image. Raises UserError with a line for each that cannot be read."""
+    images, problems = [], []
+    for path in paths:
+        try:
+            images.append(read_image(path))
+        except UserError as error:
+            problems += error.messages
+    if problems:
+        raise UserError(*problems)
+    return images
+
+
+def predict_files(paths: list[str], config: Config) -> list[str]:
+    """A table for each image file: the class and the probabilities (%) of every trained recipe and seed.
+
+    The classes and the image size come from the checkpoints. Of many classes, the 20 that any model finds likeliest.
+    """
+    images = read_images(paths)
+    columns = []  # for each model its title, its classes and its probabilities (files, C)
+    for name, seed in itertools.product(config.selected(), config.seeds):
+        path = checkpoint_path(config, name, seed)
+        state = load_finished(path)
+        if not state:
+            say(f"not trained yet, left out: {path}")
+            continue
+        model, size = load_model(state, config.device), state["settings"]["image_size"]
+        logits = torch.cat([predict(model, image, size, config.precision) for image in images])
+        columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
+    if not columns:
+        raise UserError("nothing to predict with; train first: python teacher_student_model.py, with the same flags")
+
+    def block(number: int, path: str) -> str:
+        said = [dict(zip(classes, p[number].tolist(), strict=True)) for _, classes, p in columns]
+        classes = dict.fromkeys(itertools.chain(*said))
+        likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in said), reverse=True)[:20]
+        rows = [["**class**", *(f"**{printable(max(p, key=p.get))}**" for p in said)]]
+        rows += [[printable(c), *(percent(p.get(c)) for p in said)] for c in classes if c in likeliest]
+        return table([printable(path), *(title for title, *_ in columns)], rows)
+
+    return [block(number, path) for number, path in enumerate(paths)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --export: a model that needs only torch
+
+ONE = 1 << 22  # Pillow's weights are multiples of 1 / ONE
+
+
+def resize_matrix(before: int, after: int) -> torch.Tensor:
+    """Pillow's bilinear filter from `before` to `after` pixels: whole weights (after, before), in float64.
+
+    The arithmetic of utils.resize_taps (Pillow, src/libImaging/Resample.c) in tensors, so that `before` may be a size
+    that is not known yet when the model is exported.
+    """
+    scale = torch.full((), before, dtype=torch.float64) / after
+    support = scale.clamp(min=1)
+    centers = (torch.arange(after, dtype=torch.float64) + 0.5) * scale  # (after,)
+    distance = (torch.arange(before, dtype=torch.float64) + 0.5 - centers.unsqueeze(1)).abs() / support
+    weights = (1 - distance).clamp(min=0)
+    return (0.5 + weights / weights.sum(1, keepdim=True) * ONE).floor()
+
+
+def resize_by_matrices(images: torch.Tensor, size: int) -> torch.Tensor:
+    """utils.resize to the bit, uint8 (N, 3, H, W) -> float64 (N, 3, size, size): its sums stay below 2^53, so exact."""
+    height, width = images.shape[2:]
+    rows = images.to(torch.float64) @ resize_matrix(width, size).T
+    rows = ((rows + ONE // 2) / ONE).floor()
+    return ((resize_matrix(height, size) @ rows + ONE // 2) / ONE).floor()
+
+
+class Exportable(nn.Module):
+    """uint8 images (N, 3, H, W) of any size -> probabilities (N, C): what `predict` does, in one module."""
+
+    def __init__(self, model: nn.Module, image_size: int):
+        super().__init__()
+        self.model = fold_batchnorm(model).requires_grad_(False).to(memory_format=torch.contiguous_format)
+        self.image_size = image_size
+        mean, std = imagenet_statistics(torch.device("cpu"))
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        resized = resize_by_matrices(images, self.image_size).to(torch.float32)
+        normalised = resized.div(255).sub(self.mean).div(self.std).contiguous(memory_format=torch.channels_last)
+        return torch.softmax(self.model(normalised), dim=1)
+
+
+def export_program(model: nn.Module, image_size: int, about: dict[str, Any]) -> bytes:
+    """A .pt2 file: torch.export.load(path).module()(images). `about` goes in as the extra file about.json."""
+    dynamic = {axis: torch.export.Dim(name) for axis, name in {0: "N", 2: "H", 3: "W"}.items()}
+    example = torch.zeros(2, 3, image_size + 1, image_size + 2, dtype=torch.uint8)
+    program = torch.export.export(Exportable(model, image_size).eval(), (example,), dynamic_shapes=(dynamic,))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
+    return buffer.getvalue()
+
+
+def check_export(path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference from the expected probabilities (n, C). Raises UserError if the file is not that model."""
+    program = torch.export.load(str(path)).module()
+    with torch.inference_mode():
+        found = torch.cat([program(chunk) for chunk in images.split(100)])
+    differing, largest = int((found.argmax(1) != expected.argmax(1)).sum()), (found - expected).abs().max().item()
+    if differing or not largest <= 1e-4:
+        raise UserError(
+            f"{path}: the exported model is not the checkpoint's: another class on {differing} of {len(images):,} test "
+            f"images, probabilities up to {largest:.2g} apart. The file is removed; please report this as a bug"
+        )
+    return largest
+
+
+def export(config: Config, dataset: Dataset) -> None:
+    """Write MODEL.pt2 beside each taught model's checkpoint (or each that `only` names), checked on the test images."""
+    everyone = config.selected()
+    names = everyone if config.only else [n for n in everyone if config.recipes[n].teacher] or everyone
+    images, missing, exported = dataset.test.images.cpu(), [], 0
+    for name, seed, state, _ in finished_checkpoints(config, dataset, missing):
+        if name not in names:
+            continue
+        model, path = load_model(state, "cpu"), checkpoint_path(config, name, seed).with_suffix(".pt2")
+        title = f"{name} seed {seed}"
+        logits = predict(model, images, config.image_size, "fp32", title=title)
+        about = {"name": name, "seed": seed, "classes": state["classes"], "image_size": config.image_size}
+        write_durably(path, export_program(model, config.image_size, about))
+        try:
+            largest = check_export(path, images, torch.softmax(logits, dim=1))
+        except BaseException:
+            path.unlink()
+            raise
+        say(
+            f"{title}  exported: {path}, {path.stat().st_size / 1e6:.1f} MB. Loaded again, it agrees with the "
+            f"checkpoint: the same class on all {len(images):,} test images, probabilities at most {largest:.1g} apart"
+        )
+        exported += 1
+    for path in missing:
+        say(f"not trained yet, left out: {path}")
+    if not exported:
+        raise UserError("nothing to export; train first: python teacher_student_model.py, with the same flags")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+OWN_FLAGS = {
+    "--predict IMAGE ...": "no report: the class and the probabilities of these image files, from each trained model",
+    "--export": "no report: write MODEL.pt2, which needs only torch, beside each taught model (or each in --only)",
+}
+
+
+def own_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """What is only this script's, and the rest of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--predict", nargs="+")
+    one_of.add_argument("--export", action="store_true")
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+
+
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    config = resolve(parse(argv))
+    own, rest = own_flags(argv)
+    config = resolve(parse(rest, OWN_FLAGS))
     tune(config)
+    if own.predict:
+        print("\n\n".join(predict_files(own.predict, config)))
+        return
     dataset = load_dataset(config)
+    if own.export:
+        export(config, dataset)
+        return
     models, missing = evaluate_checkpoints(config, dataset)
     for path in missing:
         say(f"not trained yet, left out: {path}")
