@@ -639,7 +639,7 @@ def time_architectures(
     more, until the seconds are over, 20 at most. The weights do not matter and are random ones, BatchNorm folded.
     """
     device = torch.device(config.device)
-    synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     count = len(dataset.test.images)
     images = dataset.test.images[torch.arange(batch_size, device=dataset.test.images.device) % count].to(device)
     models = {
@@ -650,11 +650,11 @@ def time_architectures(
     }
 
     def timed(arch: str, batch: torch.Tensor) -> float:
-        synchronise()
+        wait()
         started = time.perf_counter()
         with torch.inference_mode(), autocast(device, config.precision):
             models[arch](prepare(batch, config.image_size)).float()
-        synchronise()
+        wait()
         return time.perf_counter() - started
 
     for arch, batch in itertools.product(models, (images[:1], images)):
@@ -839,16 +839,16 @@ def gallery_figure(
         axes.axis("off")
     for axes, image, label, *said in zip(grid, images, labels, *probabilities.values(), strict=False):
         axes.imshow(image, interpolation="nearest")
-        (height, width), side = image.shape[:2], max(image.shape) / 2
-        axes.set(xlim=(width / 2 - side - 0.5, width / 2 + side - 0.5))  # square, whatever the image is
-        axes.set(ylim=(height / 2 + side - 0.5, height / 2 - side - 0.5))
+        (height, width), side = image.shape[:2], max(image.shape[:2])  # a square for the image, and text beside it
+        left, top = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
+        axes.set(xlim=(left, left + 2.3 * side), ylim=(top + side, top))
         beside = {"fontsize": 9, "va": "top", "transform": axes.transAxes}
-        axes.text(1.08, 0.96, f"true: {plain(classes[label], 13)}", weight="bold", **beside)
+        axes.text(0.46, 0.96, f"true: {plain(classes[label], 13)}", weight="bold", **beside)
         for line, (name, p) in enumerate(zip(probabilities, said, strict=True)):
             at, predicted = 0.70 - 0.24 * line, p.argmax()
-            text = f"{'✓' if predicted == label else '✗'} {plain(classes[predicted], 10)}, {100 * p[predicted]:.0f}%"
-            axes.text(1.08, at, "■", color=colours[name], **beside)
-            axes.text(1.20, at, text, **beside)
+            text = f"{'✓' if predicted == label else '✗'} {plain(classes[predicted], 11)}, {100 * p[predicted]:.0f}%"
+            axes.text(0.46, at, "■", color=colours[name], **beside)
+            axes.text(0.52, at, text, **beside)
     legend = [
         Line2D([], [], linestyle="", marker="s", color=colours[name], label=plain(name)) for name in probabilities
     ]
@@ -1089,10 +1089,12 @@ def fidelity_section(results: dict[str, Any]) -> list[str]:
         for row in results["fidelity"]
     ]
     header = ["", "teacher", "same class (%)", "where teacher is wrong (%)", "KL (nats)", "KL at T (nats)"]
+    over = " (of the images of all seeds together)" * any(len(row["seeds"]) > 1 for row in results["fidelity"])
     return [
-        "Does the student say what its teacher says? How often both predict the same class of the test images, and how "
-        "far the student's probabilities are from the teacher's (Kullback-Leibler divergence, 0 if they are the same). "
-        "A student that shares even its teacher's mistakes has learnt the teacher, not only the labels.",
+        "Does the student say what its teacher says? How often both predict the same class of a test image, also where "
+        f"that is wrong{over}, and how far the student's probabilities are from the teacher's (Kullback-Leibler "
+        "divergence, 0 if they are the same). A student that shares its teacher's mistakes has learnt more from it "
+        "than the labels.",
         table(header, rows),
         *(soft_target_sentence(row, len(results["classes"])) for row in results["soft_targets"]),
     ]
@@ -1132,13 +1134,15 @@ def difference_section(comparison: dict[str, Any]) -> list[str]:
     ]
 
 
-def confused_table(models: dict[str, Any]) -> str:
+def confused_section(models: dict[str, Any]) -> list[str]:
     columns = [
         [f"{pair['true']} as {pair['predicted']} ({percent(pair['share'])}%)" for pair in model["most_confused"]]
         for model in models.values()
     ]
     ranks = itertools.zip_longest(*columns, fillvalue="")
-    return table(["", *models], [[rank, *row] for rank, row in enumerate(ranks, 1)])
+    rows = [[rank, *row] for rank, row in enumerate(ranks, 1)]
+    told = "What is most often taken for something else (in brackets: share of the true class):"
+    return [told, table(["", *models], rows)] if rows else ["No image is taken for something else."]
 
 
 def results_markdown(results: dict[str, Any], config: Config) -> str:
@@ -1170,8 +1174,7 @@ def results_markdown(results: dict[str, Any], config: Config) -> str:
         *(["## Fidelity", *fidelity_section(results)] if results["fidelity"] else []),
         "## Where they differ",
         *itertools.chain.from_iterable(map(difference_section, comparisons)),
-        "What is most often taken for something else (in brackets: share of the true class):",
-        confused_table(models),
+        *confused_section(models),
         "## Training",
         picture(
             "training_curves.png", "Loss and accuracy by epoch. Lines are means over the seeds, bands their range."
@@ -1211,20 +1214,13 @@ def model_figures(
 
 
 def comparison_figures(
-    config: Config,
-    dataset: Dataset,
-    models: dict[str, Evaluated],
-    labels: np.ndarray,
-    comparison: dict[str, Any],
+    config: Config, dataset: Dataset, models: dict[str, Evaluated], labels: np.ndarray, comparison: dict[str, Any]
 ) -> Iterator[tuple[str, Figure]]:
     """Path and figure of all that shows a model beside its baseline."""
     name, baseline, seeds = (comparison[key] for key in ("model", "baseline", "seeds"))
     colours, classes = model_colours(config.recipes), dataset.classes
     title = f"{name} minus {baseline}"
-    yield (
-        f"{name}/class_differences.png",
-        class_differences_figure(comparison["per_class"], title, colours[name]),
-    )
+    yield (f"{name}/class_differences.png", class_differences_figure(comparison["per_class"], title, colours[name]))
     counts = [confusion_counts(models[m], labels, len(classes), seeds) for m in (name, baseline)]
     yield f"{name}/confusion_difference.png", confusion_difference_figure(*counts, classes, title)
     if gallery := comparison["disagreements"]:
