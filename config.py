@@ -16,8 +16,9 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 # torchvision's ResNet family, spelled out so that reading the settings does not import torch.
@@ -349,10 +350,11 @@ with one_line_errors(), line_of_mistakes():
 # The command line
 
 
-def parse(argv: list[str] | None = None) -> Config:
+def parse(argv: list[str] | None = None, own: Mapping[str, str] = MappingProxyType({})) -> Config:
     """The preset that `--preset` names (cifar10 by default) with the flags of `argv` (sys.argv[1:]) put over it.
 
-    Raises UserError with every mistake at once: unknown flags and presets, and fields that take no such value.
+    `own` are the calling script's own flags, with a line on each for --help; it takes them out of `argv` itself. Raises
+    UserError with every mistake at once: unknown flags and presets, and fields that take no such value.
     """
     preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     preset_parser.add_argument("--preset", default="cifar10")
@@ -364,8 +366,8 @@ def parse(argv: list[str] | None = None) -> Config:
         raise UserError(f"--preset {known.preset}: no such preset; {nearest(known.preset, PRESETS)}")
     preset = PRESETS[known.preset]
 
-    words, unknown = _words(preset, known.preset, rest)
-    problems = [_unknown_flag(flag, preset) for flag in unknown]
+    words, unknown = _words(preset, known.preset, rest, own)
+    problems = [_unknown_flag(flag, preset, own) for flag in unknown]
     recipes = {}
     for name, recipe in preset.recipes.items():
         try:
@@ -382,7 +384,9 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
-def _words(preset: Config, preset_name: str, argv: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+def _words(
+    preset: Config, preset_name: str, argv: list[str], own: Mapping[str, str]
+) -> tuple[dict[str, list[str]], list[str]]:
     """The words behind each flag that was given, and what is no flag at all."""
 
     class Parser(argparse.ArgumentParser):
@@ -396,7 +400,8 @@ def _words(preset: Config, preset_name: str, argv: list[str]) -> tuple[dict[str,
         first, others = f"  {flag:<25} ", " " * 28
         return textwrap.fill(help, 110, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
-    lines = [wrap("--preset", f"{', '.join(PRESETS)} (now {preset_name})"), "", "settings (and what they are now):"]
+    lines = [wrap(flag, help) for flag, help in own.items()]
+    lines += [wrap("--preset", f"{', '.join(PRESETS)} (now {preset_name})"), "", "settings (and what they are now):"]
     for field in settings_of(Config):
         lines.append(
             wrap(f"--{field.name}", f"{field.metadata['help']} ({show(getattr(preset, field.name)) or 'all'})")
@@ -409,7 +414,8 @@ def _words(preset: Config, preset_name: str, argv: list[str]) -> tuple[dict[str,
         lines.append(wrap(f"--RECIPE.{field.name}", f"{field.metadata['help']} ({values})"))
 
     parser = Parser(
-        usage="%(prog)s [--preset NAME] [--SETTING VALUE ...] [--RECIPE.SETTING VALUE ...]",
+        usage=f"%(prog)s {''.join(f'[{flag}] ' for flag in own)}"
+        "[--preset NAME] [--SETTING VALUE ...] [--RECIPE.SETTING VALUE ...]",
         epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -443,14 +449,14 @@ def _read(of: type, words: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _unknown_flag(word: str, preset: Config) -> str:
+def _unknown_flag(word: str, preset: Config, own: Iterable[str]) -> str:
     if not word.startswith("-"):
         return f"{word!r}: a value without a flag; see --help"
     name = word.lstrip("-").split("=")[0]
     recipe_settings = [field.name for field in settings_of(Recipe)]
     if name in recipe_settings:
         return f"--{name}: belongs to a recipe; write " + " or ".join(f"--{recipe}.{name}" for recipe in preset.recipes)
-    known = ["preset", *(field.name for field in settings_of(Config))]
+    known = [*(flag.split()[0].lstrip("-") for flag in own), "preset", *(field.name for field in settings_of(Config))]
     known += [f"{recipe}.{setting}" for recipe in preset.recipes for setting in recipe_settings]
     close = closest(name, known)
     return f"{word.split('=')[0]}: no such setting; " + (f"did you mean --{close}?" if close else "see --help")

@@ -142,6 +142,19 @@ def test_help_has_a_line_and_a_default_for_each_field(capsys):
     assert "%%" not in shown
 
 
+def test_a_script_may_have_flags_of_its_own(capsys):
+    own = {"--predict IMAGE ...": "what the models say of these files"}
+    with pytest.raises(SystemExit):
+        parse(["--help"], own)
+    shown = capsys.readouterr().out
+    assert "[--predict IMAGE ...] [--preset NAME]" in shown
+    assert "--predict IMAGE ...       what the models say of these files" in shown
+    with pytest.raises(UserError, match="did you mean --predict"):
+        parse(["--predcit"], own)
+    with pytest.raises(UserError, match="no such setting"):
+        parse(["--predict", "x.png"])
+
+
 def test_importing_the_settings_does_nothing_else(script):
     done = script("-c", "import sys, config; print('torch' in sys.modules)")
     assert (done.stdout, done.stderr) == ("False\n", "")
