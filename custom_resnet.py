@@ -384,7 +384,7 @@ def train(
     with other settings, unless config.overwrite is on, and SystemExit once a signal has stopped the training.
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
-    settings = training_settings(name, config, dataset, teacher_digest)
+    settings = training_settings(name, seed, config, dataset, teacher_digest)
     state = from_first(lambda: load_state(path, settings, config.overwrite))
     if state and state["finished"]:
         say(f"{title}  is finished: {path}")

@@ -97,7 +97,7 @@ def finished_checkpoints(
             missing.append(path)
             continue
         digests[name, seed] = tensors_digest(state["model"])
-        settings = training_settings(name, config, dataset, digests.get((config.recipes[name].teacher, seed)))
+        settings = training_settings(name, seed, config, dataset, digests.get((config.recipes[name].teacher, seed)))
         del settings["precision"]  # the test images are seen in this machine's
         refuse_other_settings(path, state, settings)
         yield name, seed, state, digests[name, seed]

@@ -86,7 +86,7 @@ def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teac
     state = from_first(lambda: load_finished(path))
     if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it too, by name or without --only")
-    refuse_other_settings(path, state, training_settings(name, config, dataset, None))
+    refuse_other_settings(path, state, training_settings(name, seed, config, dataset, None))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
 
@@ -204,7 +204,7 @@ def train_taught(name: str, seed: int, config: Config, dataset: Dataset) -> None
         logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
         return taught_by(stored(logits), recipe)
 
-    digest = from_first(lambda: tensors_digest(load_checkpoint(path)["model"]) if path.exists() else None)
+    digest = from_first(lambda: tensors_digest(load_checkpoint(path).get("model", {})) if path.exists() else None)
     train(name, seed, config, dataset, make_loss, digest)
 
 

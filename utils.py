@@ -666,7 +666,9 @@ def checkpoint_path(config: Config, name: str, seed: int) -> Path:
     return Path(config.checkpoints_path, config.run, f"seed{seed}", f"{name}.pt")
 
 
-def training_settings(name: str, config: Config, dataset: Dataset, teacher_digest: str | None) -> dict[str, Any]:
+def training_settings(
+    name: str, seed: int, config: Config, dataset: Dataset, teacher_digest: str | None
+) -> dict[str, Any]:
     """All that the weights of one recipe and seed depend on; a checkpoint made with anything else is not that model.
 
     Without a digest the teacher is left out: there is none, or it is gone.
@@ -679,6 +681,7 @@ def training_settings(name: str, config: Config, dataset: Dataset, teacher_diges
         *("precision", "sync_batchnorm"),
     )
     return {
+        "seed": seed,
         **{f"{name}.{field}": value for field, value in recipe.items()},
         **{field: getattr(config, field) for field in shared},
         "images of the data set": dataset.digest,
@@ -692,8 +695,11 @@ def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str,
     def short(value: Any) -> Any:
         return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
+    if "settings" not in state:
+        raise UserError(f"{path}: holds no model; delete it and train again")
     # A checkpoint that is older than a setting was made with its default.
-    made_with = {**{field.name: field.default for field in settings_of(Config)}, **state["settings"]}
+    defaults = {field.name: field.default for field in settings_of(Config)}
+    made_with = {**defaults, "seed": state.get("seed"), **state["settings"]}
     differing = [
         f"{field} was {short(made_with.get(field))}, is now {short(value)}"
         for field, value in settings.items()
@@ -786,4 +792,4 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 def load_finished(path: Path) -> dict[str, Any] | None:
     """The state of a training that is finished; None if there is no file, or one that is still being trained."""
     state = load_checkpoint(path) if path.exists() else None
-    return state if state and state["finished"] else None
+    return state if state and state.get("finished") else None

@@ -396,21 +396,25 @@ def test_a_failing_save_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, 
 
 def test_other_settings_are_refused_by_name(config, digits):
     path = Path("model.pt")
-    settings = utils.training_settings("student_kd", config, digits, "a" * 64)
+    settings = utils.training_settings("student_kd", 0, config, digits, "a" * 64)
     utils.refuse_other_settings(path, {"settings": settings}, settings)
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], temperature=4.0)}
     changed = replace(config, recipes=recipes, batch_size=20)
-    other = utils.training_settings("student_kd", changed, digits, "b" * 64)
+    other = utils.training_settings("student_kd", 0, changed, digits, "b" * 64)
     with pytest.raises(UserError) as error:
         utils.refuse_other_settings(path, {"settings": settings}, other)
     told = str(error.value)
     assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in told
     assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in told
     assert "--overwrite" in told
+    with pytest.raises(UserError, match="seed was 0, is now 1"):
+        utils.refuse_other_settings(path, {"settings": settings}, {**settings, "seed": 1})
+    with pytest.raises(UserError, match=r"model.pt: holds no model"):
+        utils.refuse_other_settings(path, {"logits": None}, settings)
 
 
 def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(config, digits):
-    settings = utils.training_settings("student", config, digits, None)
+    settings = utils.training_settings("student", 0, config, digits, None)
     older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
     utils.refuse_other_settings(Path("model.pt"), {"settings": older}, settings)
     with pytest.raises(UserError, match="sync_batchnorm was False, is now True"):
