@@ -16,7 +16,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -198,15 +198,32 @@ def student_t_cdf(t: float, df: int) -> float:
     return 0.5 + between / 2
 
 
-def student_t_quantile(p: float, df: int) -> float:
-    """The t above which a share 1 - p of Student's distribution lies, for p of 0.5 or more, by bisection."""
-    low, high = 0.0, 1.0
-    while student_t_cdf(high, df) < p:
-        high *= 2
-    for _ in range(100):
+def least(enough: Callable[[float], bool], low: float, high: float) -> float:
+    """The least number between `low` and `high` that is enough, by bisection; every larger one must be so too."""
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if student_t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def student_t_quantile(p: float, df: int) -> float:
+    """The t above which a share 1 - p of Student's distribution lies, for p of 0.5 to 0.9999."""
+    return least(lambda t: student_t_cdf(t, df) >= p, 0.0, 10_000.0)
+
+
+def t_power(effect: float, seeds: int) -> float:
+    """P that a two-sided paired t-test at the 5% level finds a true mean of `effect` standard deviations, either way.
+
+    The test's t is (Z + effect * sqrt(seeds)) / s with Z normal and s^2 chi-square over df (Cohen 1988, chapter 2);
+    the probability for each s is normal, and is summed over the density of s.
+    """
+    df, points = seeds - 1, 4_000
+    most = 1 + 12 / math.sqrt(2 * df)  # s beyond that has no probability to speak of
+    s = (torch.arange(points, dtype=torch.float64) + 0.5) * (most / points)
+    log_density = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2) + (df - 1) * s.log() - df * s**2 / 2
+    shift, critical = effect * math.sqrt(seeds), student_t_quantile(0.975, df)
+    found = torch.special.ndtr(shift - critical * s) + torch.special.ndtr(-shift - critical * s)
+    return (log_density.exp() * found).sum().item() * most / points
 
 
 def t_interval(values: Iterable[float]) -> tuple[float, float]:
@@ -257,8 +274,7 @@ def detectable_difference(discordant: float, n: int) -> float:
 
 def detectable_over_seeds(std: float, seeds: int) -> float:
     """The same for a paired t-test over `seeds` differences whose standard deviation is `std`."""
-    df = seeds - 1
-    return (student_t_quantile(0.975, df) + student_t_quantile(0.8, df)) * std / math.sqrt(seeds)
+    return std * least(lambda effect: t_power(effect, seeds) >= 0.8, 0.0, 20.0)
 
 
 def seeds_needed(difference: float, discordant: float, n: int, std: float | None) -> int | None:
@@ -271,9 +287,10 @@ def seeds_needed(difference: float, discordant: float, n: int, std: float | None
         return None
     if std is None:
         return max(1, math.ceil((detectable_difference(discordant, n) / difference) ** 2))
-    enough = (seeds for seeds in range(2, 100) if detectable_over_seeds(std, seeds) <= abs(difference))
+    effect = abs(difference) / std if std else math.inf
+    enough = (seeds for seeds in range(2, 100) if t_power(effect, seeds) > 0.8 - 1e-9)
     k = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)  # past a hundred, t is normal
-    found = next(enough, None) or math.ceil((k * std / difference) ** 2)
+    found = next(enough, None) or math.ceil((k / effect) ** 2)
     return found if found <= 100_000 else None
 
 
@@ -366,12 +383,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     z = torch.as_tensor(logits, dtype=torch.float64)
     of_label = z.gather(1, torch.as_tensor(labels).unsqueeze(1)).mean()
-    low, high = math.log(0.01), math.log(100)
-    for _ in range(50):
-        middle = (low + high) / 2
-        slope = (torch.softmax(math.exp(middle) * z, dim=1) * z).sum(1).mean() - of_label
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return math.exp(-(low + high) / 2) if z.isfinite().all() else math.nan
+
+    def rises(log_b: float) -> bool:
+        return bool((torch.softmax(math.exp(log_b) * z, dim=1) * z).sum(1).mean() >= of_label)
+
+    return math.exp(-least(rises, math.log(0.01), math.log(100))) if z.isfinite().all() else math.nan
 
 
 def temperatures(model: Evaluated, validation_labels: np.ndarray | None) -> dict[int, float]:
