@@ -226,23 +226,27 @@ class Tally:
         self.sums = sums.to(device)  # (2,): of the batches' mean losses and of the hits, over this process's images
         self.parts: list[str] = []
         self.bad_steps = torch.zeros(1, device=device)  # for how many steps each part has been no finite number
+        self.rates: list[float] = []  # the learning rate of each step
 
     @torch.no_grad()
-    def add(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:
+    def add(
+        self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float, lr: float
+    ) -> None:
         """A step: logits (B, C), labels (B,), the terms of their loss, and their share of the whole batch."""
+        self.rates.append(lr)
         self.sums += torch.stack([sum(terms.values()) * share, (logits.argmax(1) == labels).sum()])
         self.parts = ["logits", *terms]
         bad = torch.stack([logits.float().sum(), *terms.values()]).isfinite().logical_not()
         self.bad_steps = self.bad_steps + (bad | (self.bad_steps > 0))
 
-    def read(self, title: str, epoch: int, step: int, lr: float) -> torch.Tensor:
+    def read(self, title: str, epoch: int, step: int) -> torch.Tensor:
         """The sums (2,) over all processes, on the CPU. Raises Diverged, naming the part that went first."""
         bad = highest(*self.bad_steps.int().tolist())
         if any(bad):
-            first = bad.index(max(bad))  # where several went together, the one that the others are made from
-            part, step = self.parts[first], step - max(bad) + 1
-            if part == "logits" and step > 1:
-                part, step = "gradients", step - 1  # they made the weights that made these logits
+            ago, part = max(bad) - 1, self.parts[bad.index(max(bad))]  # of several, what the others are made from
+            if part == "logits" and step - ago > 1:
+                ago, part = ago + 1, "gradients"  # they made the weights that made these logits
+            step, lr = step - ago, self.rates[max(-ago - 1, -len(self.rates))]
             raise Diverged(
                 f"{title}: the {part} became infinite or no number in epoch {epoch}, step {step}, at learning rate "
                 f"{lr:g}. The last good state is kept. Try a lower lr"
@@ -282,7 +286,7 @@ def fit(
         tally = Tally(state["totals"] * (rank() == 0), config.device)
 
     def so_far(step: int) -> tuple[float, float]:
-        loss, hits = tally.read(title, len(history) + 1, step, scheduler.get_last_lr()[0]).tolist()
+        loss, hits = tally.read(title, len(history) + 1, step).tolist()
         return loss / step, hits / (step * size)
 
     def keep(step: int, seconds: float) -> None:
@@ -309,10 +313,9 @@ def fit(
             terms = loss_fn(logits.float(), batch)
             (sum(terms.values()) * (share * processes())).backward()  # the processes' gradients are averaged
             optimizer.step()
-            scheduler.step()
             average_statistics(model, share)
-
-            tally.add(logits.detach(), batch.labels, terms, share)
+            tally.add(logits.detach(), batch.labels, terms, share, optimizer.param_groups[0]["lr"])
+            scheduler.step()
             late = time.monotonic() - saved > 60 * config.checkpoint_minutes
             stopping, due, drawn = highest(stop(), late, bool(bar.update(size)))  # twice a second at most
             if drawn or step % 50 == 0 or stopping or due:

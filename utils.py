@@ -221,7 +221,7 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 file = open(path, "a+")  # noqa: SIM115 - closed when the lock is given back
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+                raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):

@@ -308,8 +308,11 @@ def test_what_diverged_first_is_named_with_its_step(config, digits, model, culpr
                 logits.register_hook(lambda gradient: gradient * math.nan)
         return terms
 
-    recipe = Recipe(epochs=1, lr=0.02, train_size=100)
-    message = f"test: the {culprit} became infinite or no number in epoch 1, step {step}, at learning rate 0.02"
+    recipe = Recipe(epochs=1, lr=0.02, schedule="cosine", train_size=100)
+    lr = 0.02 * (1 + math.cos(math.pi * (step - 1) / 4)) / 2
+    message = (
+        f"test: the {culprit} became infinite or no number in epoch 1, step {step}, at learning rate {lr:g}[.] The"
+    )
     with pytest.raises(UserError, match=message):
         fit(model, recipe, config, 0, digits, loss_fn, "test")
     assert steps == 4
@@ -462,7 +465,7 @@ def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
         (["--student.train_size", "1290", "--validation_size", "100"], "student.train_size = 1290"),
         (["--student.train_size", "1290"], "train_size = 1290: takes an image of each class and leaves one"),
         (["--validation_size", "3"], "validation_size = 3: takes an image of each class and leaves one"),
-        (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo/.lock: cannot be written"),
+        (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo: cannot be written"),
     ],
 )
 def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, message):
