@@ -246,12 +246,16 @@ class Tally:
             ago, part = max(bad) - 1, self.parts[bad.index(max(bad))]  # of several, what the others are made from
             if part == "logits" and step - ago > 1:
                 ago, part = ago + 1, "gradients"  # they made the weights that made these logits
-            step, lr = step - ago, self.rates[max(-ago - 1, -len(self.rates))]
-            raise Diverged(
-                f"{title}: the {part} became infinite or no number in epoch {epoch}, step {step}, at learning rate "
-                f"{lr:g}. The last good state is kept. Try a lower lr"
-            )
+            self.stop(title, part, epoch, step, ago)
         return summed(self.sums).cpu()
+
+    def stop(self, title: str, part: str, epoch: int, step: int, ago: int) -> None:
+        """Raise Diverged: a part went `ago` steps before `step`."""
+        lr = self.rates[max(-ago - 1, -len(self.rates))]
+        raise Diverged(
+            f"{title}: the {part} became infinite or no number in epoch {epoch}, step {step - ago}, at learning rate "
+            f"{lr:g}. The last good state is kept. Try a lower lr"
+        )
 
 
 def fit(
@@ -290,6 +294,9 @@ def fit(
         return loss / step, hits / (step * size)
 
     def keep(step: int, seconds: float) -> None:
+        # At an epoch's end, step 0, the model has been measured; in its midst no logits have shown yet what it is now.
+        if step and not all(parameter.isfinite().all() for parameter in model.parameters()):
+            tally.stop(title, "gradients", len(history) + 1, step, ago=0)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         progress = {"history": list(history), "step": step, "totals": summed(tally.sums).cpu(), "seconds": seconds}
         save({**{name: part.state_dict() for name, part in parts.items()}, **progress})

@@ -318,6 +318,21 @@ def test_what_diverged_first_is_named_with_its_step(config, digits, model, culpr
     assert steps == 4
 
 
+def test_weights_that_are_no_numbers_are_never_kept(config, digits, model):
+    """A state is due right after the step whose gradients are no numbers, before any logits show it."""
+    kept, steps = [], itertools.count(1)
+
+    def loss_fn(logits, batch):
+        if next(steps) == 3:
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return custom_resnet.cross_entropy(logits, batch)
+
+    recipe, often = Recipe(epochs=1, lr=0.01, train_size=100), replace(config, checkpoint_minutes=1e-9)
+    with pytest.raises(UserError, match=r"the gradients became .* in epoch 1, step 3, at learning rate 0.01"):
+        fit(model, recipe, often, 0, digits, loss_fn, "test", None, kept.append)
+    assert [state["step"] for state in kept] == [1, 2]
+
+
 def test_a_signal_while_measuring_keeps_the_epoch_and_measures_again(config, digits):
     recipe, kept = Recipe(epochs=1, lr=0.01, train_size=50), []
 
