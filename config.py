@@ -32,14 +32,19 @@ ARCHS = (
 TRAINING_IMAGES = {"cifar10": 50_000, "digits": 1_297}
 
 
+def printable(text: str) -> str:
+    """Text that may come from elsewhere, for a terminal: what is no printable character as Python would write it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """A mistake that a person can mend. Takes one message, or several that are told together."""
 
     status = 2  # of the process that it ends
 
     def __init__(self, *messages: str):
-        super().__init__("\n       ".join(messages))
-        self.messages = messages
+        self.messages = tuple(map(printable, messages))
+        super().__init__("\n       ".join(self.messages))
 
 
 class Diverged(UserError):
@@ -61,6 +66,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
     except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
         raise SystemExit(130) from None
 
 

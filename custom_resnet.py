@@ -38,9 +38,9 @@ from utils import (
     everywhere,
     from_first,
     highest,
-    load_checkpoint,
-    load_dataset,
+    load_everywhere,
     load_finished,
+    load_training,
     locked,
     memory_format,
     own_part,
@@ -49,13 +49,12 @@ from utils import (
     progress,
     rank,
     refuse_other_settings,
-    resolve,
     save_checkpoint,
     say,
+    settle,
     stop_requests,
     summed,
     training_settings,
-    tune,
     write_durably,
 )
 
@@ -215,8 +214,12 @@ def measure(
     title = f"{title} on {held_out} images"
     logits = predict(model, split.images, config.image_size, config.precision, title=title, stop=stop)
     if not logits.isfinite().all():
-        raise Diverged(f"{title}: the logits became not finite. The last good state is kept. Try a lower lr")
+        raise Diverged(f"{title}: the logits became infinite or no number. {AFTER_DIVERGENCE}")
     return held_out, (logits.argmax(1) == split.labels).float().mean().item()
+
+
+AFTER_DIVERGENCE = "The last good state is kept. Train again with a lower lr (and --overwrite, or another --run)"
+WEIGHTS = "gradients, or the weights they led to,"
 
 
 class Tally:
@@ -245,7 +248,7 @@ class Tally:
         if any(bad):
             ago, part = max(bad) - 1, self.parts[bad.index(max(bad))]  # of several, what the others are made from
             if part == "logits" and step - ago > 1:
-                ago, part = ago + 1, "gradients"  # they made the weights that made these logits
+                ago, part = ago + 1, WEIGHTS  # which made these logits
             self.stop(title, part, epoch, step, ago)
         return summed(self.sums).cpu()
 
@@ -254,7 +257,7 @@ class Tally:
         lr = self.rates[max(-ago - 1, -len(self.rates))]
         raise Diverged(
             f"{title}: the {part} became infinite or no number in epoch {epoch}, step {step - ago}, at learning rate "
-            f"{lr:g}. The last good state is kept. Try a lower lr"
+            f"{lr:g}. {AFTER_DIVERGENCE}"
         )
 
 
@@ -293,13 +296,14 @@ def fit(
         loss, hits = tally.read(title, len(history) + 1, step).tolist()
         return loss / step, hits / (step * size)
 
+    def refuse_bad_weights(step: int) -> None:  # that no logits have shown yet
+        if not torch.stack([parameter.detach().sum() for parameter in model.parameters()]).isfinite().all():
+            tally.stop(title, WEIGHTS, len(history) + 1, step, ago=0)
+
     def keep(step: int, seconds: float) -> None:
-        # At an epoch's end, step 0, the model has been measured; in its midst no logits have shown yet what it is now.
-        if step and not all(parameter.isfinite().all() for parameter in model.parameters()):
-            tally.stop(title, "gradients", len(history) + 1, step, ago=0)
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        progress = {"history": list(history), "step": step, "totals": summed(tally.sums).cpu(), "seconds": seconds}
-        save({**{name: part.state_dict() for name, part in parts.items()}, **progress})
+        so_far = {"history": list(history), "step": step, "totals": summed(tally.sums).cpu(), "seconds": seconds}
+        save({**{name: part.state_dict() for name, part in parts.items()}, **so_far})
 
     saved = time.monotonic()
     forward = uncompiled = parallel(model, config)
@@ -329,6 +333,7 @@ def fit(
                 mean_loss, accuracy = so_far(step)
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             if stopping or due:
+                refuse_bad_weights(step)
                 keep(step, time.perf_counter() - started)
                 saved = time.monotonic()
             if stopping:
@@ -336,20 +341,23 @@ def fit(
         bar.close()
         mean_loss, accuracy = so_far(steps)
         seconds = time.perf_counter() - started
+        if tally.rates:  # none where only the measuring is left to do
+            refuse_bad_weights(steps)
 
         try:
-            held_out, measured = measure(model, config, dataset, title, stop)
+            held_out, measured = measure(model, config, dataset, f"{title} epoch {epoch + 1}", stop)
         except Stopped:
             keep(steps, seconds)
             return history
         record = {"epoch": epoch + 1, "loss": mean_loss, "train_accuracy": accuracy}
         history.append({**record, f"{held_out}_accuracy": measured, "seconds": seconds})
-        say(
+        told = (
             f"{title}  epoch {epoch + 1:>2}/{recipe.epochs}  loss {mean_loss:.4f}  training {accuracy:7.2%}"
             f"  {held_out} {measured:7.2%}  {steps * size / seconds:,.0f} images/s  {seconds:,.0f} s"
         )
         done, seconds, tally = 0, 0.0, Tally(torch.zeros(2), config.device)
         keep(done, seconds)
+        say(told)
         saved = time.monotonic()
         if highest(stop())[0]:
             break
@@ -359,7 +367,12 @@ def fit(
 def load_model(state: dict[str, Any], device: str) -> nn.Module:
     """The model that a checkpoint's state describes, in evaluation mode."""
     model = build_resnet(state["arch"], len(state["classes"]), pretrained=False)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{state['name']}: the weights in its checkpoint are not a {state['arch']}'s ({error})"
+        ) from None
     return model.to(device, memory_format=memory_format(device)).eval()
 
 
@@ -368,11 +381,10 @@ def load_state(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[st
 
     Raises UserError if the file is damaged or was made with other settings, unless `overwrite` is on.
     """
-    if not path.exists():
-        return None
     try:
-        state = load_checkpoint(path)
-        refuse_other_settings(path, state, settings)
+        state = load_training(path)
+        if state:
+            refuse_other_settings(path, state, settings)
     except UserError:
         if not overwrite:
             raise
@@ -400,9 +412,11 @@ def train(
         say(f"{title}  is finished: {path}")
         return
     if state:
-        before, now = int(state["environment"].get("processes", 1)), processes()
-        changed = f", on {now} process{'es' * (now > 1)}, begun on {before}" if now != before else ""
-        say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}{changed}: {path}")
+        before, now = {"processes": "1", **state["environment"]}, environment(config)
+        changed = "".join(
+            f"; {key} was {before.get(key)}, is now {now[key]}" for key in now if before.get(key) != now[key]
+        )
+        say(f"{title}  continues after epoch {len(state['history'])}, step {state['step']}: {path}{changed}")
 
     def build() -> nn.Module:
         torch.manual_seed(seed)  # the same first weights for every recipe of this architecture
@@ -420,14 +434,17 @@ def train(
         + (f", taught by {recipe.teacher}" if recipe.teacher else "")
     )
 
-    def save(progress: dict[str, Any]) -> None:
-        finished = len(progress["history"]) == recipe.epochs
+    def write(state: dict[str, Any]) -> None:
+        finished = len(state["history"]) == recipe.epochs
         about = {"name": name, "seed": seed, "arch": recipe.arch, "classes": list(dataset.classes)}
         made = {"settings": settings, "environment": environment(config), "finished": finished}
         if finished:
-            progress = {key: progress[key] for key in ("model", "history")}
-        weights = {key: tensor.cpu().contiguous() for key, tensor in progress["model"].items()}
-        from_first(lambda: save_checkpoint(path, {**about, **made, **progress, "model": weights}))
+            state = {key: state[key] for key in ("model", "history")}
+        weights = {key: tensor.cpu().contiguous() for key, tensor in state["model"].items()}
+        save_checkpoint(path, {**about, **made, **state, "model": weights})
+
+    def save(state: dict[str, Any]) -> None:
+        from_first(lambda: write(state))
 
     loss_fn = make_loss()
     with stop_requests() as asked:
@@ -440,7 +457,7 @@ def train(
         except torch.OutOfMemoryError:
             raise Alone(
                 f"{title}: the memory of {config.device} is too small for batch_size = {config.batch_size} at "
-                f"{config.image_size} px; try a smaller --batch_size"
+                f"{config.image_size} px; try more processes, or a smaller --batch_size (with --overwrite)"
             ) from None
         except RuntimeError as error:
             if config.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
@@ -491,8 +508,8 @@ def space_needed(jobs: list[tuple[str, int]], config: Config, dataset: Dataset) 
     sizes = {name: weights(name) for name, _ in jobs}
     views = 2 * len(dataset.train.labels) * len(dataset.classes) * 4
     taught = sum(config.recipes[name].teacher is not None for name, _ in jobs)
-    # While a model trains its momentum is kept too, and the new state is written before the old one goes.
-    return sum(sizes[name] for name, _ in jobs) + 4 * max(sizes.values()) + taught * views
+    # While a model trains its momentum is kept too, and what is new is written before the old one goes.
+    return sum(sizes[name] for name, _ in jobs) + 4 * max(sizes.values()) + (taught + (taught > 0)) * views
 
 
 def check_folders(names: list[str], config: Config, dataset: Dataset) -> None:
@@ -509,7 +526,10 @@ def check_folders(names: list[str], config: Config, dataset: Dataset) -> None:
     if not jobs:
         return
     there = sum(path.stat().st_size for job in jobs if (path := checkpoint_path(config, *job)).exists())
-    free, needed = shutil.disk_usage(config.checkpoints_path).free + there, space_needed(jobs, config, dataset)
+    free, needed = (
+        shutil.disk_usage(checkpoint_path(config, *jobs[0]).parent).free + there,
+        space_needed(jobs, config, dataset),
+    )
     if free < needed:
         raise UserError(
             f"{config.checkpoints_path}: this run takes {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free "
@@ -525,11 +545,10 @@ def check_folders(names: list[str], config: Config, dataset: Dataset) -> None:
 @contextlib.contextmanager
 def start(config: Config, names: list[str]) -> Iterator[tuple[Config, Dataset]]:
     """Choose the device, load the images, say on stderr what is going to be done on what, and lock the run's folder."""
-    config = everywhere(lambda: resolve(config))
-    tune(config)
-    dataset = everywhere(lambda: load_dataset(config))
-    if from_first(lambda: dataset.digest) != dataset.digest:
-        raise Alone(f"process {rank()}: {config.dataset} holds other images on this machine than on the first")
+    config = settle(config)
+    if config.sync_batchnorm and torch.device(config.device).type != "cuda":
+        raise UserError(f"sync_batchnorm = True: PyTorch has it on CUDA only, and the device is {config.device}")
+    dataset = load_everywhere(config)
     for name in names:
         dataset.subset(config.recipes[name].train_size)  # raises where there is none of that size
     validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
@@ -547,7 +566,7 @@ def start(config: Config, names: list[str]) -> Iterator[tuple[Config, Dataset]]:
 
 @as_script()
 def main(argv: list[str] | None = None) -> None:
-    config = everywhere(lambda: parse(argv))
+    config = from_first(lambda: parse(argv))
     names = [name for name in config.selected() if config.recipes[name].teacher is None]
     if not names:
         raise UserError(f"only = {config.only}: these have a teacher; python teacher_student_model.py trains them")

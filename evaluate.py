@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -31,12 +30,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from PIL import Image, ImageOps
 from sklearn.metrics import classification_report, confusion_matrix
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config, Recipe, UserError, first_line, parse
+from config import Config, Recipe, UserError, parse, printable
 from custom_resnet import build_resnet, fold_batchnorm, load_model, predict
 from utils import (
     Dataset,
@@ -44,23 +42,23 @@ from utils import (
     autocast,
     checkpoint_path,
     environment,
-    everywhere,
     from_first,
     imagenet_statistics,
     load_checkpoint,
-    load_dataset,
+    load_everywhere,
     load_finished,
     locked,
     memory_format,
+    open_image,
     prepare,
     processes,
     rank,
+    read_logits,
     refuse_other_settings,
-    resolve,
     say,
+    settle,
     tensors_digest,
     training_settings,
-    tune,
     write_durably,
 )
 
@@ -133,26 +131,23 @@ def logits_for_student(
     """
     subset, labels = dataset.subset(recipe.train_size), dataset.train.labels.cpu()
     path = checkpoint_path(config, recipe.teacher, seed)
-    stored = from_first(lambda: stored_logits(path.with_suffix(".logits"), config, dataset, digest))
-    if stored is not None and not stored[0, subset].isnan().any():
+    made_with = {
+        "teacher": digest,
+        "images": dataset.digest,
+        "validation_size": config.validation_size,
+        "image_size": config.image_size,
+    }
+    shape = (2, len(labels), len(dataset.classes))
+    stored = from_first(lambda: read_logits(path.with_suffix(".logits"), made_with, shape))
+    if not stored[0, subset].isnan().any():
         return stored[0, subset].numpy(), labels[subset].numpy()
     by_class = subset[labels[subset].argsort(stable=True)]  # every k-th of these has the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
-    model, title = load_model(load_checkpoint(path), config.device), f"{recipe.teacher} on training images"
+    model = load_model(from_first(lambda: load_checkpoint(path)), config.device)
+    title = f"{recipe.teacher} on training images"
     logits = predict(model, images, config.image_size, config.precision, title=title)
     return logits.cpu().numpy(), labels[chosen].numpy()
-
-
-def stored_logits(path: Path, config: Config, dataset: Dataset, digest: str) -> torch.Tensor | None:
-    """The file's logits (2, N, C) of both views of the training images; None if of other images or another teacher."""
-    try:
-        state = load_checkpoint(path)
-    except UserError:  # there is none, or it is damaged
-        return None
-    made_with = {"teacher": digest, "images": dataset.digest, "image_size": config.image_size}
-    fits = all(state.get("made_with", {}).get(field) == value for field, value in made_with.items())
-    return state["logits"] if fits and state["logits"].shape[1] == len(dataset.train.labels) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -943,7 +938,7 @@ def curves_figure(
 
 def cell(value: Any) -> str:
     """A value as one cell of a Markdown table, whatever characters a class name has."""
-    return " ".join(str(value).split()).replace("|", r"\|")
+    return printable(" ".join(str(value).split())).replace("\\", r"\\").replace("|", r"\|")
 
 
 def table(header: list[Any], rows: list[list[Any]]) -> str:
@@ -1317,22 +1312,9 @@ def report(
 # --predict: a person's own images
 
 
-def printable(text: str) -> str:
-    """Text from elsewhere for a terminal: what is no printable character, as Python would write it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def read_image(path: str) -> torch.Tensor:
-    """uint8 (1, 3, H, W), upright and in RGB. Raises UserError if PIL cannot read it, or it unpacks to far too much."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL's decoders raise what they like
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise UserError(f"{printable(path)}: cannot be read as an image ({printable(reason)})") from None
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).unsqueeze(0)
+    """uint8 (1, 3, H, W), upright. Raises UserError if it cannot be read."""
+    return torch.from_numpy(np.array(open_image(path, upright=True))).permute(2, 0, 1).unsqueeze(0)
 
 
 def read_images(paths: list[str]) -> list[torch.Tensor]:
@@ -1499,25 +1481,24 @@ def own_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 @as_script()
 def main(argv: list[str] | None = None) -> None:
-    own, rest = everywhere(lambda: own_flags(argv))
-    config = everywhere(lambda: resolve(parse(rest, OWN_FLAGS)))
-    tune(config)
+    own, rest = from_first(lambda: own_flags(argv))
+    config = settle(from_first(lambda: parse(rest, OWN_FLAGS)))
     if processes() > 1 and (own.predict or own.export):
-        raise UserError("--predict and --export take one process")
+        raise UserError("--predict and --export take one process: python evaluate.py, without torchrun")
     if own.predict:
         print("\n\n".join(predict_files(own.predict, config)))
         return
-    dataset = everywhere(lambda: load_dataset(config))
+    dataset = load_everywhere(config)
     if own.export:
         export(config, dataset)
         return
-    models, missing = evaluate_checkpoints(config, dataset)
-    for path in missing:
-        say(f"not trained yet, left out: {path}")
-    if not models:
-        raise UserError("nothing to evaluate; train first: python teacher_student_model.py, with the same flags")
-    seen_by_students = soft_targets(config, dataset, models)
     with locked(Path(config.imgs_path, config.run)):
+        models, missing = evaluate_checkpoints(config, dataset)
+        for path in missing:
+            say(f"not trained yet, left out: {path}")
+        if not models:
+            raise UserError("nothing to evaluate; train first: python teacher_student_model.py, with the same flags")
+        seen_by_students = soft_targets(config, dataset, models)
         if rank() == 0:
             results = report(config, dataset, models, seen_by_students, missing)
             print(accuracy_table(results))

@@ -5,12 +5,12 @@
     python teacher_student_model.py --student_kd.temperature 4 --run warmer
 
 Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained again, one that was interrupted goes on
-after its last epoch. Then: python evaluate.py with the same flags.
+where it stopped. Then: python evaluate.py with the same flags.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from utils import (
     as_script,
     autocast,
     checkpoint_path,
-    everywhere,
     from_first,
-    load_checkpoint,
     load_finished,
+    load_training,
+    read_logits,
     refuse_other_settings,
     save_checkpoint,
     say,
@@ -85,7 +85,7 @@ def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teac
     path = checkpoint_path(config, name, seed)
     state = from_first(lambda: load_finished(path))
     if not state:
-        raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it too, by name or without --only")
+        raise UserError(f"{path}: the teacher {name!r} is not trained yet; first: --only {name}")
     refuse_other_settings(path, state, training_settings(name, seed, config, dataset, None))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
@@ -107,7 +107,7 @@ def teacher_logits(
         "precision": config.precision,
     }
     shape = (2, len(dataset.train.labels), len(dataset.classes))
-    logits = from_first(lambda: read_logits(path, made_with, shape))
+    logits = from_first(lambda: read_logits(path, made_with, shape) if path else torch.full(shape, torch.nan))
     computed = 0
     for view, shown in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
         missing = subset[logits[view, subset].isnan().any(1)]
@@ -126,23 +126,6 @@ def teacher_logits(
         + (f": {path}" if path else "")
     )
     return logits.to(config.device)
-
-
-def read_logits(path: Path | None, made_with: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
-    """The stored logits; NaN, with a line that says why, if they are damaged or were made with anything else."""
-    missing = torch.full(shape, torch.nan)
-    if not path or not path.exists():
-        return missing
-    try:
-        state = load_checkpoint(path)
-    except UserError as error:
-        say(f"{error.messages[0].split(';')[0]}; computed again")
-        return missing
-    stale = [field for field, value in made_with.items() if state.get("made_with", {}).get(field) != value]
-    if stale:
-        say(f"{path}: made with another {' and '.join(stale)}; computed again")
-        return missing
-    return state["logits"]
 
 
 Lookup = Callable[[Batch], torch.Tensor]  # batch -> the teacher's logits (B, C)
@@ -178,7 +161,7 @@ def taught_by(lookup: Lookup, recipe: Recipe) -> LossFunction:
 
 @as_script()
 def main(argv: list[str] | None = None) -> None:
-    config = everywhere(lambda: parse(argv))
+    config = from_first(lambda: parse(argv))
     names = config.selected()
     with start(config, names) as (config, dataset):
         for seed in config.seeds:
@@ -204,8 +187,11 @@ def train_taught(name: str, seed: int, config: Config, dataset: Dataset) -> None
         logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
         return taught_by(stored(logits), recipe)
 
-    digest = from_first(lambda: tensors_digest(load_checkpoint(path).get("model", {})) if path.exists() else None)
-    train(name, seed, config, dataset, make_loss, digest)
+    def digest() -> str | None:
+        state = load_training(path)
+        return tensors_digest(state["model"]) if state else None
+
+    train(name, seed, config, dataset, make_loss, from_first(digest))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts share: the device, the images on it, the batches made from them, and checkpoints."""
+"""What the scripts share: messages, signals, processes, locks, the device, the images on it, batches, checkpoints."""
 
 import contextlib
 import ctypes
@@ -7,12 +7,14 @@ import io
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,30 +23,43 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from config import TRAINING_IMAGES, Config, UserError, first_line, nearest, one_line_errors, settings_of
+from config import (
+    ARCHS,
+    TRAINING_IMAGES,
+    Config,
+    Recipe,
+    UserError,
+    first_line,
+    nearest,
+    one_line_errors,
+    printable,
+    settings_of,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+# Decoders that are part of Pillow; some of its other formats start programs (EPS: Ghostscript).
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 T = TypeVar("T")
 
 
 def say(message: str) -> None:
-    """A line on stderr that stays above a progress bar, from the first process."""
+    """A line on stderr that stays above a progress bar, from the first process; no run ends because nobody reads it."""
     if rank() == 0:
-        tqdm.write(message, file=sys.stderr)
+        with contextlib.suppress(OSError, RuntimeError):
+            tqdm.write(printable(message), file=sys.stderr)
 
 
 def progress(**settings: Any) -> tqdm:
@@ -57,20 +72,31 @@ def as_script() -> Iterator[None]:
     """What a script's main runs in: errors in one line, SIGTERM in good order, and the processes of torchrun joined."""
 
     def end(number: int, frame: Any) -> None:
+        say("stopped; the same command goes on from what is saved")
         raise SystemExit(128 + number)
 
-    with one_line_errors():
-        before = signal.signal(signal.SIGTERM, end)
-        try:
-            with joined():
-                yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    with one_line_errors(), handled(end, "SIGTERM", "SIGHUP"), joined():
+        yield
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], None], *names: str) -> Iterator[dict[int, Any]]:
+    """Let a function handle these signals, where the system has them and they are not ignored. Yields the old ones."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield before
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """The signals SIGINT and SIGTERM, in a list that fills as they come, for a loop to stop in good order.
+    """SIGINT, SIGTERM and SIGHUP, in a list that fills as they come, for a loop to stop in good order.
 
     Another one acts at once if it comes two seconds later or more: torchrun passes Ctrl-C on to processes that the
     terminal told already.
@@ -80,19 +106,15 @@ def stop_requests() -> Iterator[list[int]]:
 
     def ask(number: int, frame: Any) -> None:
         nonlocal first
-        if not asked:
+        asked.append(number)
+        if len(asked) == 1:
             first = time.monotonic()
-            say("stopping after this step; once more to stop at once and lose what came after the last checkpoint")
+            say("stopping after this step; again stops at once and loses what came after the last checkpoint")
         elif time.monotonic() - first > 2 and callable(before[number]):
             before[number](number, frame)
-        asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(ask, "SIGINT", "SIGTERM", "SIGHUP") as before:
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,7 +148,8 @@ def joined() -> Iterator[None]:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    patience = timedelta(hours=2)  # while one process of a machine downloads, for instance
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=patience)
     try:
         yield
     except UserError as error:
@@ -136,14 +159,14 @@ def joined() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
+        reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without gloo's own file and line
         print(
-            f"error: process {rank()} of {processes()} lost another one ({first_line(error)}), whose own message says "
-            "why. What was saved is kept, and the same command goes on from there",
+            f"error: process {rank()} of {processes()} lost another one ({reason}); its own message, or "
+            "torchrun's below, says why. What was saved is kept, and the same command goes on from there",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: NCCL would wait for processes that do not know of it
 
 
 def from_first(function: Callable[[], T]) -> T:
@@ -213,15 +236,18 @@ def locked(folder: Path) -> Iterator[None]:
     The system lifts the lock of a process that has died, whatever killed it.
     """
     path, held = folder / ".lock", []
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a link or pipe: no
 
     def take() -> None:
-        file = None
         while not held:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                file = open(path, "a+")  # noqa: SIM115 - closed when the lock is given back
+                file = os.fdopen(os.open(path, flags, 0o666), "r+")  # closed when the lock is given back
             except OSError as error:
-                raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+                raise UserError(
+                    f"{folder}: cannot be written ({error.strerror}); choose another folder (--checkpoints_path, "
+                    "--imgs_path)"
+                ) from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -235,20 +261,25 @@ def locked(folder: Path) -> Iterator[None]:
             except FileNotFoundError:
                 continue
             except OSError:
-                return  # a file system without locks
+                say(f"{folder}: this file system has no locks; see to it that no other process writes there")
+                return
             held.append(file)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+            with contextlib.suppress(OSError):  # a full disk; it only helps the other one's message
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
 
-    if fcntl:
-        from_first(take)
     try:
+        if fcntl:
+            from_first(take)
         yield
     finally:
         for file in held:
             path.unlink(missing_ok=True)  # while it is still locked
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing came of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,15 +302,23 @@ def resolve(config: Config) -> Config:
         number = str(local_rank()) if kind == "cuda" else ""
         device = f"cuda:{number}" if number else device
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise UserError(f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu")
+        there = f"this machine has {torch.cuda.device_count()} CUDA devices"
+        fewer = "start no more processes than that, or " if processes() > 1 else ""
+        raise UserError(f"device = {device!r}: {there}; {fewer}try cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
-    if config.sync_batchnorm and kind != "cuda":
-        raise UserError(f"sync_batchnorm = True: PyTorch has it on CUDA only, and the device is {kind}")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if gains_by_bf16(kind, config.image_size) else "fp32"
     return replace(config, device=device, precision=precision)
+
+
+def settle(config: Config) -> Config:
+    """`resolve` and `tune` in every process, in one precision."""
+    config = everywhere(lambda: resolve(config))
+    config = replace(config, precision=from_first(lambda: config.precision))
+    tune(config)
+    return config
 
 
 def gains_by_bf16(device_type: str, image_size: int) -> bool:
@@ -409,6 +448,14 @@ def load_dataset(config: Config) -> Dataset:
     return Dataset(classes, *splits, digest.hexdigest())
 
 
+def load_everywhere(config: Config) -> Dataset:
+    """The data set in every process. Raises UserError where machines hold different images."""
+    dataset = everywhere(lambda: load_dataset(config))
+    if from_first(lambda: dataset.digest) != dataset.digest:
+        raise Alone(f"process {rank()}: {config.dataset} is not what the first machine has; copy it from there")
+    return dataset
+
+
 def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
     """Labels on the device, and the images too unless they are to stay in pinned host memory, as too many for it."""
     images = split.images.pin_memory() if images_on_host else split.images.to(device)
@@ -455,7 +502,7 @@ def read_digits(config: Config) -> tuple[tuple[str, ...], Split, Split]:
 
 
 def read_folder(config: Config) -> tuple[tuple[str, ...], Split, Split]:
-    """train/CLASS/* and test/CLASS/* (or val/CLASS/*): every file that PIL opens, as RGB.
+    """train/CLASS/* and test/CLASS/* (or val/CLASS/*): every image file in one of IMAGE_FORMATS, as RGB.
 
     Images that are larger than `image_size` are resized while reading, and if the sizes still differ, all are.
     """
@@ -467,9 +514,13 @@ def read_folder(config: Config) -> tuple[tuple[str, ...], Split, Split]:
     folders = [root / "train", test]
     if missing := [f"{folder}" for folder in folders if not folder.is_dir()]:
         raise UserError(f"{root}: takes the folders train/ and test/ (or val/); there is no {' and no '.join(missing)}")
-    files = [{d.name: visible(d) for d in visible(folder) if d.is_dir()} for folder in folders]  # [train, test][class]
+    try:
+        files = [{d.name: visible(d) for d in visible(folder) if d.is_dir()} for folder in folders]  # [train, test]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
     classes = tuple(sorted(files[0].keys() | files[1].keys()))
-    problems = [
+    problems = [f"{root}: class {c!r} has a name that is not UTF-8; rename the folder" for c in classes if not utf8(c)]
+    problems += [
         f"{folder}: has no folder for class {name!r}" if name not in found else f"{folder / name}: holds no images"
         for folder, found in zip(folders, files, strict=True)
         for name in classes
@@ -484,6 +535,10 @@ def read_folder(config: Config) -> tuple[tuple[str, ...], Split, Split]:
     )
 
 
+def utf8(name: str) -> bool:
+    return name.encode(errors="ignore").decode() == name
+
+
 def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -492,20 +547,31 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
     paths = [path for name in classes for path in files[name]]
     labels = [label for label, name in enumerate(classes) for _ in files[name]]
     arrays, unreadable = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for path in progress(iterable=paths, desc=f"reading {folder}", unit=" images"):
-            try:
-                with Image.open(path) as image:
-                    arrays.append(pixels(image.convert("RGB"), size if max(image.size) > size else None))
-            except Exception as error:  # PIL's decoders raise what they like
-                unreadable.append(f"{path}: cannot be read as an image ({first_line(error)})")
+    for path in progress(iterable=paths, desc=f"reading {folder}", unit=" images"):
+        try:
+            image = open_image(path)
+            arrays.append(pixels(image, size if max(image.size) > size else None))
+        except UserError as error:
+            unreadable += error.messages
     if unreadable:
         more = [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
         raise UserError(*unreadable[:10], *more, "mend or remove what is not an image")
     if len({array.shape for array in arrays}) > 1:
         arrays = [pixels(Image.fromarray(array), size) for array in arrays]
     return to_split(np.stack(arrays), labels)
+
+
+def open_image(path: str | os.PathLike, upright: bool = False) -> Image.Image:
+    """An image file in RGB, turned as its camera noted if `upright`. Raises UserError if there is none in it."""
+    try:
+        if not Path(path).is_file():  # reading a pipe would never end
+            raise OSError("not a file" if Path(path).exists() else "no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except Exception as error:  # PIL's decoders raise what they like
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
 
 def pixels(image: Image.Image, size: int | None) -> np.ndarray:
@@ -695,10 +761,9 @@ def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str,
     def short(value: Any) -> Any:
         return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
-    if "settings" not in state:
-        raise UserError(f"{path}: holds no model; delete it and train again")
     # A checkpoint that is older than a setting was made with its default.
     defaults = {field.name: field.default for field in settings_of(Config)}
+    defaults |= {f"{state['name']}.{field.name}": field.default for field in settings_of(Recipe)}
     made_with = {**defaults, "seed": state.get("seed"), **state["settings"]}
     differing = [
         f"{field} was {short(made_with.get(field))}, is now {short(value)}"
@@ -738,20 +803,15 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace the file in one step: a crash at any moment leaves the old content or the new. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # make the new name durable too
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); it takes {math.ceil(len(content) / 1e6) or 1} MB, and what "
@@ -760,6 +820,13 @@ def write_durably(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # it is gone where all went well
             temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # makes the new name durable too, on file systems that can
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -782,14 +849,52 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file from elsewhere provokes in torch's reader; nothing of it is executed
-        raise UserError(f"{path}: cannot be loaded ({first_line(error)}); {mend}") from None
+        raise UserError(
+            f"{path}: is undamaged but cannot be loaded ({first_line(error)}); free memory, or move it away and train "
+            "again"
+        ) from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
-        raise UserError(f"{path}: has format {found}, this program reads format {FORMAT}; {mend}")
+        raise UserError(
+            f"{path}: has format {found}, this program reads format {FORMAT}; use the program that wrote it, or move "
+            "it away and train again"
+        )
+    return state
+
+
+def load_training(path: Path) -> dict[str, Any] | None:
+    """The state of a training, finished or not; None if there is no file. Raises UserError for anything else in it."""
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    kinds = {"name": str, "settings": dict, "environment": dict, "finished": bool, "model": dict, "history": list}
+    wrong = [key for key, kind in {**kinds, "classes": list}.items() if not isinstance(state.get(key), kind)]
+    wrong += ["arch"] * (state.get("arch") not in ARCHS)
+    if wrong:
+        raise UserError(f"{path}: holds no model of ours (wrong: {', '.join(wrong)}); delete it and train again")
     return state
 
 
 def load_finished(path: Path) -> dict[str, Any] | None:
     """The state of a training that is finished; None if there is no file, or one that is still being trained."""
-    state = load_checkpoint(path) if path.exists() else None
-    return state if state and state.get("finished") else None
+    state = load_training(path)
+    return state if state and state["finished"] else None
+
+
+def read_logits(path: Path, made_with: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    """A teacher's stored logits; NaN where there are none, or, with a line that says so, damaged ones or others."""
+    missing = torch.full(shape, torch.nan)
+    if not path.exists():
+        return missing
+    try:
+        state = load_checkpoint(path)
+    except UserError as error:
+        say(f"{error.messages[0].split(';')[0]}; computed again")
+        return missing
+    logits, found = state.get("logits"), state.get("made_with")
+    stale = [field for field, value in made_with.items() if not isinstance(found, dict) or found.get(field) != value]
+    stale += ["shape"] * (not isinstance(logits, torch.Tensor) or logits.shape != shape)
+    if stale:
+        say(f"{path}: made with another {' and '.join(stale)}; computed again")
+        return missing
+    return logits

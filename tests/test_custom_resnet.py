@@ -310,9 +310,8 @@ def test_what_diverged_first_is_named_with_its_step(config, digits, model, culpr
 
     recipe = Recipe(epochs=1, lr=0.02, schedule="cosine", train_size=100)
     lr = 0.02 * (1 + math.cos(math.pi * (step - 1) / 4)) / 2
-    message = (
-        f"test: the {culprit} became infinite or no number in epoch 1, step {step}, at learning rate {lr:g}[.] The"
-    )
+    part = custom_resnet.WEIGHTS if culprit == "gradients" else culprit
+    message = f"test: the {part} became infinite or no number in epoch 1, step {step}, at learning rate {lr:g}[.] The"
     with pytest.raises(UserError, match=message):
         fit(model, recipe, config, 0, digits, loss_fn, "test")
     assert steps == 4
@@ -328,7 +327,10 @@ def test_weights_that_are_no_numbers_are_never_kept(config, digits, model):
         return custom_resnet.cross_entropy(logits, batch)
 
     recipe, often = Recipe(epochs=1, lr=0.01, train_size=100), replace(config, checkpoint_minutes=1e-9)
-    with pytest.raises(UserError, match=r"the gradients became .* in epoch 1, step 3, at learning rate 0.01"):
+    with pytest.raises(
+        UserError,
+        match=r"the gradients, or the weights they led to, became .* in epoch 1, step 3, at learning rate 0.01",
+    ):
         fit(model, recipe, often, 0, digits, loss_fn, "test", None, kept.append)
     assert [state["step"] for state in kept] == [1, 2]
 

@@ -284,6 +284,25 @@ def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
     assert str(root / "train" / "a" / "0.png") in str(error.value)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_a_pipe_or_a_format_that_starts_programs_is_no_image(config, image_folder):
+    root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    os.mkfifo(root / "train" / "a" / "pipe.png")
+    Image.new("RGB", (8, 8)).save(root / "train" / "a" / "program.eps")
+    with pytest.raises(UserError) as error:
+        utils.load_dataset(replace(config, dataset=str(root)))
+    assert "pipe.png: cannot be read as an image (not a file)" in str(error.value)
+    assert "program.eps: cannot be read as an image" in str(error.value)
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(config, image_folder):
+    root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    for split in ("train", "test"):
+        os.rename(os.fsencode(root / split / "a"), os.fsencode(root / split) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"has a name that is not UTF-8; rename the folder"):
+        utils.load_dataset(replace(config, dataset=str(root)))
+
+
 def test_links_in_circles_end(config, image_folder):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     (root / "train" / "a" / "up").symlink_to(root, target_is_directory=True)
@@ -353,6 +372,30 @@ def test_a_checkpoint_from_elsewhere_does_nothing(tmp_path, monkeypatch):
         utils.load_checkpoint(tmp_path / "nowhere.pt")
 
 
+@pytest.mark.parametrize(
+    "wrong", ["name", "settings", "environment", "model", "history", "classes", "arch", "finished"]
+)
+def test_a_whole_file_that_holds_no_model_is_refused_by_what_is_wrong(tmp_path, wrong):
+    path = tmp_path / "model.pt"
+    about = {"name": "student", "settings": {}, "environment": {}, "history": [], "classes": [], "finished": True}
+    utils.save_checkpoint(path, {**about, "model": {}, "arch": "resnet18"})
+    assert utils.load_finished(path)
+    utils.save_checkpoint(path, {**about, "model": {}, "arch": "resnet18", wrong: 7})
+    with pytest.raises(UserError, match=rf"holds no model of ours \(wrong: {wrong}\)"):
+        utils.load_finished(path)
+
+
+def test_what_is_said_has_no_control_characters_and_ends_no_run(capsys, monkeypatch):
+    utils.say("\x1b[2Jclass \u540d")
+    assert capsys.readouterr().err == "\\x1b[2Jclass \u540d\n"
+
+    def broken(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(utils.tqdm, "write", broken)
+    utils.say("nobody reads this")
+
+
 def test_another_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     monkeypatch.setattr(utils, "FORMAT", 2)
@@ -397,35 +440,33 @@ def test_a_failing_save_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, 
 def test_other_settings_are_refused_by_name(config, digits):
     path = Path("model.pt")
     settings = utils.training_settings("student_kd", 0, config, digits, "a" * 64)
-    utils.refuse_other_settings(path, {"settings": settings}, settings)
+    utils.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, settings)
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], temperature=4.0)}
     changed = replace(config, recipes=recipes, batch_size=20)
     other = utils.training_settings("student_kd", 0, changed, digits, "b" * 64)
     with pytest.raises(UserError) as error:
-        utils.refuse_other_settings(path, {"settings": settings}, other)
+        utils.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, other)
     told = str(error.value)
     assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in told
     assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in told
     assert "--overwrite" in told
     with pytest.raises(UserError, match="seed was 0, is now 1"):
-        utils.refuse_other_settings(path, {"settings": settings}, {**settings, "seed": 1})
-    with pytest.raises(UserError, match=r"model.pt: holds no model"):
-        utils.refuse_other_settings(path, {"logits": None}, settings)
+        utils.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
 
 
 def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(config, digits):
     settings = utils.training_settings("student", 0, config, digits, None)
     older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
-    utils.refuse_other_settings(Path("model.pt"), {"settings": older}, settings)
+    utils.refuse_other_settings(Path("model.pt"), {"name": "student", "settings": older}, settings)
     with pytest.raises(UserError, match="sync_batchnorm was False, is now True"):
-        utils.refuse_other_settings(Path("model.pt"), {"settings": older}, {**settings, "sync_batchnorm": True})
+        utils.refuse_other_settings(
+            Path("model.pt"), {"name": "student", "settings": older}, {**settings, "sync_batchnorm": True}
+        )
 
 
 def test_a_device_that_is_not_there_is_refused(config):
     with pytest.raises(UserError, match="CUDA devices"):
         utils.resolve(replace(config, device="cuda:99"))
-    with pytest.raises(UserError, match="sync_batchnorm = True: PyTorch has it on CUDA only"):
-        utils.resolve(replace(config, sync_batchnorm=True))
 
 
 def test_deterministic_is_a_switch_of_torch(config):
@@ -442,25 +483,26 @@ def test_deterministic_is_a_switch_of_torch(config):
 
 
 def test_a_second_process_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
+    folder = tmp_path / "run"
     code = f"""
 import pathlib, sys, time, utils
-with utils.locked(pathlib.Path({str(tmp_path)!r})):
+with utils.locked(pathlib.Path({str(folder)!r})):
     print("locked", flush=True)
     time.sleep(60)
 """
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     with (
-        pytest.raises(UserError, match=f"{tmp_path}: process {other.pid} on .* is writing there"),
-        utils.locked(tmp_path),
+        pytest.raises(UserError, match=f"{folder}: process {other.pid} on .* is writing there"),
+        utils.locked(folder),
     ):
         pass
     other.kill()
     other.wait()
     for _ in range(2):  # an orderly end gives it back as well
-        with utils.locked(tmp_path):
-            assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert not list(tmp_path.iterdir())
+        with utils.locked(folder):
+            assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not folder.exists()
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
@@ -476,6 +518,17 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypat
     with utils.locked(tmp_path):
         assert len(taken) == 2
         assert os.path.samestat(os.fstat(taken[1].fileno()), os.stat(tmp_path / ".lock"))
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="a POSIX flag")
+def test_a_lock_that_is_a_link_harms_nobody(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match="cannot be written"), utils.locked(tmp_path / "run"):
+        pass
+    assert victim.read_text() == "precious"
 
 
 # Several processes
