@@ -10,12 +10,14 @@ and prints the table. Three layers: logits from checkpoints; metrics, functions 
 """
 
 import argparse
+import dataclasses
 import io
 import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -201,13 +203,14 @@ def least(enough: Callable[[float], bool], low: float, high: float) -> float:
     return high
 
 
+@lru_cache
 def student_t_quantile(p: float, df: int) -> float:
     """The t above which a share 1 - p of Student's distribution lies, for p of 0.5 to 0.9999."""
     return least(lambda t: student_t_cdf(t, df) >= p, 0.0, 10_000.0)
 
 
-def t_power(effect: float, seeds: int) -> float:
-    """P that a two-sided paired t-test at the 5% level finds a true mean of `effect` standard deviations, either way.
+def t_power(effect: float, seeds: int, level: float = 0.05) -> float:
+    """P that a two-sided paired t-test at this level finds a true mean of `effect` standard deviations, either way.
 
     The test's t is (Z + effect * sqrt(seeds)) / s with Z normal and s^2 chi-square over df (Cohen 1988, chapter 2);
     the probability for each s is normal, and is summed over the density of s.
@@ -216,7 +219,7 @@ def t_power(effect: float, seeds: int) -> float:
     most = 1 + 12 / math.sqrt(2 * df)  # s beyond that has no probability to speak of
     s = (torch.arange(points, dtype=torch.float64) + 0.5) * (most / points)
     log_density = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2) + (df - 1) * s.log() - df * s**2 / 2
-    shift, critical = effect * math.sqrt(seeds), student_t_quantile(0.975, df)
+    shift, critical = effect * math.sqrt(seeds), student_t_quantile(1 - level / 2, min(df, 200))
     found = torch.special.ndtr(shift - critical * s) + torch.special.ndtr(-shift - critical * s)
     return (log_density.exp() * found).sum().item() * most / points
 
@@ -229,23 +232,32 @@ def t_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def paired_bootstrap(correct: np.ndarray, correct_baseline: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval for the difference in accuracy, over 10,000 resamples of the test images and the seeds.
+    """95% percentile interval for the difference in accuracy, over 10,000 resamples of the test images, and the seeds.
 
     `correct` and `correct_baseline` are bool (S, n), S seeds by n images, `labels` (n,). Images are resampled within
     their class, in pairs (Efron and Tibshirani 1993, chapter 8). Images on which the models differ alike over all seeds
-    are interchangeable, so a resample is a multinomial draw of how many of each kind there are.
+    are interchangeable, so a resample is a multinomial draw of how many of each kind there are. Resampling two or three
+    seeds would understate how much seeds differ; instead each draw moves their mean by as much as S seeds leave open,
+    a draw of Student's t times its standard error.
     """
     draws, random = 10_000, np.random.default_rng(0)
     difference = correct.astype(int) - correct_baseline.astype(int)  # (S, n) of -1, 0, 1
     seeds, n = difference.shape
-    weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (draws, S)
     total = np.zeros(draws)
     for label in np.unique(labels):
-        kinds, counts = np.unique(difference[:, labels == label], axis=1, return_counts=True)  # (S, K), (K,)
-        drawn = random.multinomial(counts.sum(), counts / counts.sum(), size=draws)  # (draws, K)
-        total += ((weights @ kinds) * drawn).sum(1)
-    low, high = np.quantile(total / n, [0.025, 0.975])
+        kinds, counts = np.unique(difference[:, labels == label].mean(0), return_counts=True)  # (K,), (K,)
+        total += random.multinomial(counts.sum(), counts / counts.sum(), size=draws) @ kinds  # (draws, K) @ (K,)
+    total /= n
+    if seeds > 1:
+        total += difference.mean(1).std(ddof=1) / math.sqrt(seeds) * random.standard_t(seeds - 1, draws)
+    low, high = np.quantile(total, [0.025, 0.975])
     return float(low), float(high)
+
+
+def image_variance(correct: np.ndarray, correct_baseline: np.ndarray, labels: np.ndarray) -> float:
+    """Of the difference in accuracy, as far as the choice of test images goes: stratified; shapes as above."""
+    difference = correct.mean(0) - correct_baseline.mean(0)  # (n,)
+    return float(sum(difference[labels == c].var() * (labels == c).sum() for c in np.unique(labels)) / len(labels) ** 2)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -257,36 +269,52 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def detectable_difference(discordant: float, n: int) -> float:
-    """The smallest true difference in accuracy that one seed finds at the 5% level with 80% power.
+def detectable_difference(discordant: float, n: int, level: float = 0.05) -> float | None:
+    """The smallest true difference in accuracy that one seed finds with 80% power; None if no such difference can be.
 
     `discordant` is the share of the n test images that just one of the two models gets right. Normal approximation to
-    McNemar's test (Connor 1987, Biometrics 43, 207-211): the variance of the difference d is (discordant - d^2) / n.
+    McNemar's test at that level (simplified from Connor 1987, Biometrics 43, 207-211): the variance of the difference d
+    is (discordant - d^2) / n.
     """
-    k = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
-    return k * math.sqrt(discordant / (n + k**2))
+    k = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(0.8)
+    difference = k * math.sqrt(discordant / (n + k**2))
+    return difference if 0 < difference <= discordant else None
 
 
-def detectable_over_seeds(std: float, seeds: int) -> float:
-    """The same for a paired t-test over `seeds` differences whose standard deviation is `std`."""
-    return std * least(lambda effect: t_power(effect, seeds) >= 0.8, 0.0, 20.0)
+def seeds_needed_after_one(difference: float, discordant: float, n: int, level: float = 0.05) -> int | None:
+    """At least how many seeds find a true difference of this size with 80% power, by what one seed shows.
 
-
-def seeds_needed(difference: float, discordant: float, n: int, std: float | None) -> int | None:
-    """How many seeds find a true difference of this size with 80% power; None if it is 0 or takes over 100,000.
-
-    `std` is the standard deviation of the difference over seeds; with one seed there is none, and each seed is taken to
-    disagree on images of its own, as many as this one: the best case.
+    Each seed is taken to disagree on images of its own, as many as this one: the best case. None if there is no
+    difference or it takes over 100,000.
     """
-    if difference == 0:
+    detectable = detectable_difference(discordant, n, level)
+    if difference == 0 or detectable is None:
         return None
-    if std is None:
-        return max(1, math.ceil((detectable_difference(discordant, n) / difference) ** 2))
-    effect = abs(difference) / std if std else math.inf
-    enough = (seeds for seeds in range(2, 100) if t_power(effect, seeds) > 0.8 - 1e-9)
-    k = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)  # past a hundred, t is normal
-    found = next(enough, None) or math.ceil((k / effect) ** 2)
-    return found if found <= 100_000 else None
+    seeds = max(1, math.ceil((detectable / difference) ** 2))
+    return seeds if seeds <= 100_000 else None
+
+
+def finds(difference: float, std: float, images: float, seeds: int, level: float = 0.05) -> bool:
+    """Whether the verdict over two or more seeds finds a true difference of this size with 80% power.
+
+    `std` is the standard deviation of the difference over the seeds, `images` the variance from the choice of test
+    images, which no number of seeds makes smaller. Both the t-test and the interval have to find it.
+    """
+    error, z, df = std / math.sqrt(seeds), NormalDist().inv_cdf, min(seeds - 1, 200)  # t is normal by then
+    half = math.hypot(z(0.975) * math.sqrt(images), student_t_quantile(0.975, df) * error)  # of the interval
+    in_interval = abs(difference) >= half + z(0.8) * math.hypot(math.sqrt(images), error)
+    return in_interval and t_power(abs(difference) / std if std else math.inf, seeds, level) > 0.8 - 1e-9
+
+
+def detectable_over_seeds(std: float, images: float, seeds: int, level: float = 0.05) -> float | None:
+    """The smallest true difference that `finds` says yes to; None if all seeds differed alike, which says nothing."""
+    return least(lambda difference: finds(difference, std, images, seeds, level), 0.0, 1.0) if std else None
+
+
+def seeds_needed(difference: float, std: float, images: float, level: float = 0.05) -> int | None:
+    """About how many seeds find a true difference of this size with 80% power; None if 100,000 would not."""
+    candidates = itertools.chain(range(2, 200), np.geomspace(200, 100_000, 100).astype(int).tolist())
+    return next((seeds for seeds in candidates if finds(difference, std, images, seeds, level)), None)
 
 
 def paired_t_p(differences: np.ndarray) -> float | None:
@@ -336,6 +364,22 @@ def confidences(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
     """The probability of what a model predicts (n,), and whether that is right (n,) bool."""
     confidence, prediction = (array.numpy() for array in log_probabilities(logits).exp().max(dim=1))
     return confidence, prediction == np.asarray(labels)
+
+
+def calibration_error_by_chance(logits: np.ndarray, draws: int = 20) -> float:
+    """The expected calibration error that a model with these logits (n, C) would show if it were calibrated perfectly.
+
+    It is above 0 as the images of a bin are few. Mean over labels drawn from the model's own probabilities.
+    """
+    random, p = np.random.default_rng(0), log_probabilities(logits).exp().numpy()
+    if not np.isfinite(p).all():
+        return math.nan
+    cumulative = p.cumsum(1)
+    errors = []
+    for _ in range(draws):
+        drawn = (cumulative < random.random((len(p), 1))).sum(1).clip(max=p.shape[1] - 1)  # (n,)
+        errors.append(expected_calibration_error(logits, drawn))
+    return float(np.mean(errors))
 
 
 def equal_mass_bins(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
@@ -459,9 +503,16 @@ def model_metrics(
         "per_class": {
             name: float(counts[c, c] / of_class[c]) if of_class[c] else None for c, name in enumerate(classes)
         },
+        "per_class_ci95": {  # of as many images as there are: that several seeds see the same ones narrows nothing
+            name: wilson_interval(counts[c, c] / len(values), of_class[c] / len(values)) if of_class[c] else None
+            for c, name in enumerate(classes)
+        },
         "confusion_matrix": counts.tolist(),
         "most_confused": most_confused(counts, classes),
         **means(calibration(logits, labels) for logits in model.logits.values()),
+        **means({"calibration_error_by_chance": calibration_error_by_chance(z)} for z in model.logits.values()),
+        "reliability": [[*map(number, bins)] for bins in reliability(list(model.logits.values()), labels)],
+        "history": {str(seed): records for seed, records in model.history.items()},
         "temperature_scaled": means(scaled) if scaled else None,
     }
 
@@ -484,11 +535,17 @@ def baseline_of(name: str, models: dict[str, Evaluated]) -> str | None:
 
 
 def compare(
-    name: str, baseline: str, models: dict[str, Evaluated], labels: np.ndarray, classes: Sequence[str] = ()
+    name: str,
+    baseline: str,
+    models: dict[str, Evaluated],
+    labels: np.ndarray,
+    classes: Sequence[str] = (),
+    level: float = 0.05,
 ) -> dict[str, Any] | None:
     """The entry of one comparison in results.json, over the seeds that both have; None if they share none.
 
-    p_value is McNemar's exact one for one seed, and that of the paired t-test over the seeds for several.
+    p_value is McNemar's exact one for one seed, and that of the paired t-test over the seeds for several. What could be
+    found, and with how many seeds, is for a test at this level.
     """
     seeds = common_seeds(models[name], models[baseline])
     if not seeds:
@@ -501,6 +558,7 @@ def compare(
         for seed, a, b in zip(seeds, first, second, strict=True)
     }
     std, discordant = float(differences.std(ddof=1)) if several else None, float((first != second).mean())
+    images, n = image_variance(first, second, labels), len(labels)
     return {
         "model": name,
         "baseline": baseline,
@@ -514,19 +572,31 @@ def compare(
         "only_model_right": int((first & ~second).sum()),
         "only_baseline_right": int((second & ~first).sum()),
         "detectable_difference": (
-            detectable_over_seeds(std, len(seeds)) if several else detectable_difference(discordant, len(labels))
+            detectable_over_seeds(std, images, len(seeds), level)
+            if several
+            else detectable_difference(discordant, n, level)
         ),
-        "seeds_needed": seeds_needed(difference, discordant, len(labels), std),
+        "seeds_needed": (
+            seeds_needed(difference, std, images, level)
+            if several and std
+            else seeds_needed_after_one(difference, discordant, n, level)
+            if not several
+            else None
+        ),
         "per_class": {c: class_difference(first, second, labels == label) for label, c in enumerate(classes)},
     }
 
 
 def class_difference(correct: np.ndarray, correct_baseline: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
-    """Difference in accuracy over the chosen images (n,) bool alone, its interval as in `paired_bootstrap`."""
+    """Difference in accuracy over the chosen images (n,) bool alone, its interval as in `paired_bootstrap`.
+
+    Fewer than ten images say too little to be resampled: no interval.
+    """
     if not chosen.any():
         return {"difference": None, "ci95": None}
     first, second = correct[:, chosen], correct_baseline[:, chosen]  # (S, k)
-    ci95 = paired_bootstrap(first, second, np.zeros(first.shape[1], dtype=int))
+    enough = first.shape[1] >= 10
+    ci95 = paired_bootstrap(first, second, np.zeros(first.shape[1], dtype=int)) if enough else None
     return {"difference": float(first.mean() - second.mean()), "ci95": ci95}
 
 
@@ -534,10 +604,12 @@ def compare_all(models: dict[str, Evaluated], labels: np.ndarray, classes: Seque
     """Every model beside its baseline, with p-values corrected for their number and a verdict for each.
 
     The rule: "better" or "worse" if p_holm, the corrected p_value, is below 0.05 and ci95 leaves out 0; otherwise
-    "indistinguishable". A test that is not defined (p_value None) counts as p = 1.
+    "indistinguishable". A test that is not defined (p_value None) counts as p = 1. With one seed this is a verdict on
+    two trainings, not on two recipes: how much seeds differ is not known then.
     """
     pairs = [(name, baseline) for name in models if (baseline := baseline_of(name, models))]
-    comparisons = [found for pair in pairs if (found := compare(*pair, models, labels, classes))]
+    level = 0.05 / max(1, len(pairs))  # Holm's, for the smallest p
+    comparisons = [found for pair in pairs if (found := compare(*pair, models, labels, classes, level))]
     corrected = holm([1.0 if c["p_value"] is None else c["p_value"] for c in comparisons])
     for comparison, p_holm in zip(comparisons, corrected, strict=True):
         low, high = comparison["ci95"]
@@ -566,7 +638,10 @@ def fidelity(models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str,
         teacher, temperature = models[name].recipe.teacher, models[name].recipe.temperature
         for student in (name, baseline_of(name, models)):
             seeds = common_seeds(models[student], models[teacher]) if student not in (None, teacher) else []
-            if not seeds:
+            told = any(
+                (row["model"], row["teacher"], row["temperature"]) == (student, teacher, temperature) for row in rows
+            )
+            if not seeds or told:
                 continue
             logits = [(models[teacher].logits[seed], models[student].logits[seed]) for seed in seeds]
             agree = np.stack([v.argmax(1) == z.argmax(1) for v, z in logits])  # (S, n)
@@ -834,7 +909,7 @@ def reliability_figure(
         Line2D([], [], color="dimgrey", marker="o", label="a 15th of the images" + " as trained" * bool(scaled)),
         *[Line2D([], [], color="black", marker="s", linestyle="--", label="temperature-scaled")] * bool(scaled),
         Patch(color="dimgrey", alpha=0.3, linewidth=0, label="95% interval"),
-        Line2D([], [], color="grey", linestyle=":", label="as sure as right"),
+        Line2D([], [], color="grey", linestyle=":", label="perfectly calibrated"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
     return figure
@@ -850,7 +925,7 @@ def gallery_figure(
     """Images (k, H, W, 3) as they are, their labels (k,), and what each model says of them, from its (k, C)."""
     columns = 3
     rows = math.ceil(len(images) / columns)
-    figure = blank_figure(9, 1.35 * rows + 0.4)
+    figure = blank_figure(10, 1.35 * rows + 0.4)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
@@ -858,14 +933,14 @@ def gallery_figure(
         axes.imshow(image, interpolation="nearest")
         (height, width), side = image.shape[:2], max(image.shape[:2])  # a square for the image, and text beside it
         left, top = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
-        axes.set(xlim=(left, left + 2.3 * side), ylim=(top + side, top))
-        beside = {"fontsize": 9, "va": "top", "transform": axes.transAxes}
-        axes.text(0.46, 0.96, f"true: {plain(classes[label], 13)}", weight="bold", **beside)
+        axes.set(xlim=(left, left + 2.45 * side), ylim=(top + side, top), anchor="W")
+        beside = {"fontsize": 8.5, "va": "top", "transform": axes.transAxes}
+        axes.text(0.43, 0.96, f"true: {plain(classes[label], 13)}", weight="bold", **beside)
         for line, (name, p) in enumerate(zip(probabilities, said, strict=True)):
             at, predicted = 0.70 - 0.24 * line, p.argmax()
             text = f"{'✓' if predicted == label else '✗'} {plain(classes[predicted], 11)}, {100 * p[predicted]:.0f}%"
-            axes.text(0.46, at, "■", color=colours[name], **beside)
-            axes.text(0.52, at, text, **beside)
+            axes.text(0.43, at, "■", color=colours[name], **beside)
+            axes.text(0.49, at, text, **beside)
     legend = [
         Line2D([], [], linestyle="", marker="s", color=colours[name], label=plain(name)) for name in probabilities
     ]
@@ -978,24 +1053,38 @@ def accuracy_table(results: dict[str, Any]) -> str:
     return table(["accuracy (%)", *models], rows)
 
 
+def class_intervals_table(results: dict[str, Any]) -> str:
+    models = results["models"]
+
+    def interval(bounds: tuple[float, float] | None) -> str:
+        return "none" if bounds is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in bounds))
+
+    rows = [[c, *(interval(m["per_class_ci95"][c]) for m in models.values())] for c in results["classes"]]
+    return table(["accuracy (%)", *models], rows)
+
+
 def comparison_sentence(comparison: dict[str, Any]) -> str:
-    points, detectable = (100 * comparison[key] for key in ("difference", "detectable_difference"))
+    points, detectable = 100 * comparison["difference"], comparison["detectable_difference"]
     low, high = (100 * bound for bound in comparison["ci95"])
     seeds, needed = len(comparison["seeds"]), comparison["seeds_needed"]
     p, p_holm = comparison["p_value"], comparison["p_holm"]
-    shown = (
-        f"{comparison['test']} not defined for equal differences" if p is None else f"{comparison['test']} p = {p:.2g}"
-    )
+    shown = "no t-test, as all seeds differ alike" if p is None else f"{comparison['test']} p = {p:.2g}"
     sentence = (
         f"{comparison['model']} is {abs(points):.2f} points {'above' if points >= 0 else 'below'} "
         f"{comparison['baseline']} (95% interval {low:+.2f} to {high:+.2f}, {shown}"
         + (f", {p_holm:.2g} after Holm's correction" if p is not None and p_holm != p else "")
-        + f", {seeds} seed{'s' * (seeds > 1)}): {comparison['verdict']}. "
-        f"What this design finds with 80% power is a difference of {detectable:.2f} points"
+        + f", {seeds} seed{'s' * (seeds > 1)}): {comparison['verdict']}."
     )
-    if comparison["verdict"] == "indistinguishable" and needed:
-        sentence += f"; to find one of {abs(points):.2f} takes about {needed:,} seed{'s' * (needed > 1)}"
-    return sentence + "."
+    if detectable is not None:
+        sentence += f" What this design finds with 80% power is a difference of {100 * detectable:.2f} points."
+    if comparison["verdict"] != "indistinguishable":
+        return sentence + " That is of these two trainings; other seeds may differ." * (seeds == 1)
+    if points and needed:
+        about = "at least" if seeds == 1 else "about"
+        sentence += f" To find one of {abs(points):.2f} takes {about} {needed:,} seed{'s' * (needed > 1)}."
+    elif points and detectable is not None:
+        sentence += f" To find one of {abs(points):.2f} takes more test images, not more seeds."
+    return sentence
 
 
 def setup_table(config: Config, names: Iterable[str]) -> str:
@@ -1022,10 +1111,12 @@ def cost_sentence(name: str, models: dict[str, Any]) -> str:
     cost, of_teacher = models[name]["cost"], models[teacher]["cost"]
     speed, speed_of_teacher = (c["images_per_second"]["median"] for c in (cost, of_teacher))
     accuracy, accuracy_of_teacher = (models[m]["accuracy"]["mean"] for m in (name, teacher))
-    kept = accuracy / accuracy_of_teacher if accuracy_of_teacher else math.nan
     parameters, multiplications = (cost[key] / of_teacher[key] for key in ("parameters", "multiply_accumulates"))
+    kept = f"keeps {accuracy / accuracy_of_teacher:.1%} of {teacher}'s accuracy" if accuracy_of_teacher else "runs"
+    if accuracy > accuracy_of_teacher:
+        kept = f"is {100 * (accuracy - accuracy_of_teacher):.2f} points more accurate than {teacher}"
     return (
-        f"{name} keeps {kept:.1%} of {teacher}'s accuracy at {speed_of_teacher / speed:.0%} of its time per image (in "
+        f"{name} {kept}, at {speed_of_teacher / speed:.0%} of its time per image (in "
         f"batches of {cost['images_per_second']['batch_size']}), {parameters:.0%} of its parameters and "
         f"{multiplications:.0%} of its multiply-accumulates."
     )
@@ -1070,16 +1161,22 @@ def calibration_section(results: dict[str, Any]) -> list[str]:
         return [title, *(shown(None if value is None else scale * value, form) for value in values)]
 
     rows = [row(title, models.values(), *metric) for title, metric in metrics.items()]
+    by_chance = "calibration error if calibrated (points)", models.values(), "calibration_error_by_chance", 100, ".1f"
+    rows.append(row(*by_chance))
     if any(scaled):
         rows.append(row("temperature", scaled, "temperature", 1, ".2f"))
         rows += [row(f"scaled: {title}", scaled, *metric) for title, metric in metrics.items()]
     return [
         "Can a model's probabilities be believed? All of these are better when smaller. The calibration error is the "
-        "mean distance between how sure a model is and how often it is right, over 15 bins of equally many images."
+        "mean distance between how sure a model is and how often it is right, over 15 bins of equally many images; "
+        "if calibrated: what a model as sure as this one would show by chance if it were perfectly calibrated."
         + " Scaled: logits divided by the temperature that fits the validation images best."
         * any(scaled),
         table(["", *models], rows),
-        picture("reliability.png", "Accuracy against confidence. Below the dotted line a model is surer than right."),
+        picture(
+            "reliability.png",
+            "Accuracy against confidence. Below the dotted line a model is surer than it is right.",
+        ),
     ]
 
 
@@ -1088,8 +1185,8 @@ def soft_target_sentence(row: dict[str, Any], classes: int) -> str:
         f"What {row['model']} sees of {row['teacher']} on {row['images']:,} training images: it is right on "
         f"{percent(row['accuracy'])}% and {percent(row['confidence'])}% sure on average, with an entropy of "
         f"{shown(row['entropy'], '.3f')} nats, and of {shown(row['entropy_at_temperature'], '.3f')} at the T = "
-        f"{row['temperature']:g} of the soft loss. At 0 a teacher is certain and has nothing to add to the labels; at "
-        f"ln {classes} = {math.log(classes):.2f} it knows nothing."
+        f"{row['temperature']:g} of the soft loss. At T = 1, 0 nats mean that it is certain (and where it is also "
+        f"right, that it adds nothing to the labels), and ln {classes} = {math.log(classes):.2f} would be guessing."
     )
 
 
@@ -1099,7 +1196,7 @@ def fidelity_section(results: dict[str, Any]) -> list[str]:
             row["model"],
             row["teacher"],
             percent(row["agreement"]),
-            f"{percent(row['agreement_where_teacher_wrong'])} of {row['teacher_wrong']:,}",
+            f"{percent(row['agreement_where_teacher_wrong'])}% of {row['teacher_wrong']:,}",
             shown(row["kl"], ".3f"),
             f"{shown(row['kl_at_temperature'], '.3f')} (T = {row['temperature']:g})",
         ]
@@ -1110,8 +1207,8 @@ def fidelity_section(results: dict[str, Any]) -> list[str]:
     return [
         "Does the student say what its teacher says? How often both predict the same class of a test image, also where "
         f"that is wrong{over}, and how far the student's probabilities are from the teacher's (Kullback-Leibler "
-        "divergence, 0 if they are the same). A student that shares its teacher's mistakes has learnt more from it "
-        "than the labels.",
+        "divergence, 0 if they are the same). Hard images fool every model: what the taught student shares beyond "
+        "what the student alone does comes from the teacher.",
         table(header, rows),
         *(soft_target_sentence(row, len(results["classes"])) for row in results["soft_targets"]),
     ]
@@ -1129,11 +1226,11 @@ def difference_section(comparison: dict[str, Any]) -> list[str]:
     gallery = comparison["disagreements"]
     return [
         f"**{name} and {baseline}.** "
-        + (f"The interval leaves out 0 in {listed} points. " if clear else "The interval of each class holds 0. ")
-        + f"By chance alone one in 20 would not, and there are {len(known)}.",
+        + (f"Beyond chance in {listed} points. " if clear else "In no class is the difference beyond chance. ")
+        + f"Even between equal models about 1 class in 20 would look so; there are {len(known)}.",
         picture(
             f"{name}/class_differences.png",
-            f"Accuracy of {name} minus that of {baseline} in each class. No line: they are right on the same images.",
+            f"Accuracy of {name} minus that of {baseline} in each class, with 95% intervals.",
         ),
         picture(
             f"{name}/confusion_difference.png",
@@ -1158,7 +1255,7 @@ def confused_section(models: dict[str, Any]) -> list[str]:
     ]
     ranks = itertools.zip_longest(*columns, fillvalue="")
     rows = [[rank, *row] for rank, row in enumerate(ranks, 1)]
-    told = "What is most often taken for something else (in brackets: share of the true class):"
+    told = "Most confused: true class as predicted class (share of the true class)."
     return [told, table(["", *models], rows)] if rows else ["No image is taken for something else."]
 
 
@@ -1170,7 +1267,7 @@ def results_markdown(results: dict[str, Any], config: Config) -> str:
     missing = "".join(f"\n- {path}" for path in results["missing"])
     parts = [
         f"# {results['run']}",
-        "\n".join(f"- {comparison_sentence(comparison)}" for comparison in comparisons),
+        "\n".join([*(f"- {comparison_sentence(comparison)}" for comparison in comparisons), *uncompared(results)]),
         "## Set-up",
         f"{config.dataset}, {results['n_test']:,} test images, {config.image_size} px, batch size {config.batch_size}, "
         f"seeds: {seeds}.",
@@ -1179,11 +1276,16 @@ def results_markdown(results: dict[str, Any], config: Config) -> str:
         "## Accuracy",
         "How many of the test images a model gets right, in percent: in each class, and of all (± standard deviation "
         "over the seeds). The 95% interval says how far that could be off because the test images are few (one seed: "
-        "Wilson's) or because seeds differ (several: Student's t)."
+        "Wilson's) or because seeds differ (several: Student's t over the seeds, on these same test images)."
         + " Better or worse is said only where p is below 0.05 and the interval of the difference leaves out 0."
         * bool(comparisons),
         accuracy_table(results),
-        *(picture(f"{name}/confusion_matrix.png", f"Confusion matrix of {name}.") for name in models),
+        "The same 95% intervals class by class (Wilson's):",
+        class_intervals_table(results),
+        *(
+            picture(f"{name}/confusion_matrix.png", f"Confusion matrix of {name}, counts of all seeds together.")
+            for name in models
+        ),
         "## Cost",
         *cost_section(results, config.image_size),
         "## Calibration",
@@ -1200,6 +1302,16 @@ def results_markdown(results: dict[str, Any], config: Config) -> str:
         f"{environment_line}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def uncompared(results: dict[str, Any]) -> list[str]:
+    """A line for each taught model that stands alone."""
+    compared = {comparison["model"] for comparison in results["comparisons"]}
+    return [
+        f"- {name} is compared with nothing: no trained {m['arch']} without a teacher shares a seed with it."
+        for name, m in results["models"].items()
+        if m["teacher"] and name not in compared
+    ]
 
 
 def png(figure: Figure) -> bytes:
@@ -1285,6 +1397,10 @@ def report(
         "fidelity": fidelity(models, labels),
         "soft_targets": seen_by_students,
         "missing": [str(path) for path in missing],
+        "settings": {
+            **dataclasses.asdict(config),
+            "recipes": {n: dataclasses.asdict(m.recipe) for n, m in models.items()},
+        },
         "environment": {**environment(config), "numpy": np.__version__, "scikit-learn": sklearn.__version__},
     }
     beside = (comparison_figures(config, dataset, models, labels, c) for c in results["comparisons"])
@@ -1344,7 +1460,7 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
             say(f"not trained yet, left out: {path}")
             continue
         model, size = load_model(state, config.device), state["settings"]["image_size"]
-        logits = torch.cat([predict(model, image, size, config.precision) for image in images])
+        logits = torch.cat([predict(model, image, size) for image in images])
         columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         raise UserError("nothing to predict with; train first: python teacher_student_model.py, with the same flags")
@@ -1415,16 +1531,16 @@ def export_program(model: nn.Module, image_size: int, about: dict[str, Any]) -> 
     return buffer.getvalue()
 
 
-def check_export(path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference from the expected probabilities (n, C). Raises UserError if the file is not that model."""
-    program = torch.export.load(str(path)).module()
+def check_export(content: bytes, path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference from the expected probabilities (n, C). Raises UserError for any other model than that."""
+    program = torch.export.load(io.BytesIO(content)).module()
     with torch.inference_mode():
         found = torch.cat([program(chunk) for chunk in images.split(100)])
     differing, largest = int((found.argmax(1) != expected.argmax(1)).sum()), (found - expected).abs().max().item()
     if differing or not largest <= 1e-4:
         raise UserError(
             f"{path}: the exported model is not the checkpoint's: another class on {differing} of {len(images):,} test "
-            f"images, probabilities up to {largest:.2g} apart. The file is removed; please report this as a bug"
+            f"images, probabilities up to {largest:.2g} apart. It was not written; please report this as a bug"
         )
     return largest
 
@@ -1441,15 +1557,13 @@ def export(config: Config, dataset: Dataset) -> None:
         title = f"{name} seed {seed}"
         logits = predict(model, images, config.image_size, "fp32", title=title)
         about = {"name": name, "seed": seed, "classes": state["classes"], "image_size": config.image_size}
-        write_durably(path, export_program(model, config.image_size, about))
-        try:
-            largest = check_export(path, images, torch.softmax(logits, dim=1))
-        except BaseException:
-            path.unlink()
-            raise
+        content = export_program(model, config.image_size, about)
+        largest = check_export(content, path, images, torch.softmax(logits, dim=1))
+        write_durably(path, content)
         say(
-            f"{title}  exported: {path}, {path.stat().st_size / 1e6:.1f} MB. Loaded again, it agrees with the "
-            f"checkpoint: the same class on all {len(images):,} test images, probabilities at most {largest:.1g} apart"
+            f"{title}  exported: {path}, {path.stat().st_size / 1e6:.1f} MB. Loaded again before it was written, it "
+            f"agrees with the checkpoint: the same class on all {len(images):,} test images, probabilities at most "
+            f"{largest:.1g} apart"
         )
         exported += 1
     for path in missing:

@@ -569,6 +569,8 @@ def open_image(path: str | os.PathLike, upright: bool = False) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
+                if image.mode[0] in "IF":  # PIL would cut 16 bits off at 8, which makes such an image white
+                    raise OSError("more than 8 bits a channel; save it with 8")
                 return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # PIL's decoders raise what they like
         raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None

@@ -35,6 +35,7 @@ from evaluate import (
     paired_t_p,
     report_figure,
     seeds_needed,
+    seeds_needed_after_one,
     student_t_cdf,
     student_t_quantile,
     t_interval,
@@ -95,13 +96,60 @@ def test_the_bootstrap_is_that_of_a_plain_loop(seeds):
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [100, 50, 150])
     model, baseline = random.random((seeds, 300)) < 0.8, random.random((seeds, 300)) < 0.7
-    draws = []
+    differences, draws = model.mean(1) - baseline.mean(1), []
     for _ in range(4000):
-        chosen = random.integers(0, seeds, seeds)
         images = np.concatenate([random.choice(np.flatnonzero(labels == c), (labels == c).sum()) for c in (0, 1, 2)])
-        draws.append(model[np.ix_(chosen, images)].mean() - baseline[np.ix_(chosen, images)].mean())
+        draws.append(model[:, images].mean() - baseline[:, images].mean())
+        if seeds > 1:  # the mean over the seeds, as far off as Student's t says
+            error = differences.std(ddof=1) / math.sqrt(seeds)
+            draws[-1] += error * scipy.stats.t.rvs(seeds - 1, random_state=random)
     expected = np.quantile(draws, [0.025, 0.975])
-    assert paired_bootstrap(model, baseline, labels) == pytest.approx(expected, abs=0.006)
+    assert paired_bootstrap(model, baseline, labels) == pytest.approx(expected, abs=0.008)
+    if seeds == 1:
+        spread = np.std(draws)
+        assert math.sqrt(evaluate.image_variance(model, baseline, labels)) == pytest.approx(spread, rel=0.05)
+
+
+def simulated_seeds(random, seeds: int, n: int, difference: float, seed_std: float, shared: float) -> dict:
+    """Two models over several seeds: a true difference, how much seeds differ, and images that are harder for one."""
+    easier = random.normal(0, shared, n)  # in points of probability, the same in every seed
+    recipes, logits = PRESETS["cifar10"].recipes, {"student": {}, "student_kd": {}}
+    for seed in range(seeds):
+        gain = difference + random.normal(0, seed_std) + easier
+        luck = random.random(n)
+        right = {"student": luck < 0.5, "student_kd": luck < 0.5 + gain}
+        for name, r in right.items():
+            logits[name][seed] = np.stack([r, ~r], 1).astype(np.float32)
+    return {name: evaluate.Evaluated(recipes[name], by_seed, {}) for name, by_seed in logits.items()}
+
+
+@pytest.mark.parametrize(("seeds", "seed_std"), [(2, 0.01), (3, 0.01), (5, 0.01), (3, 0.0)])
+def test_over_seeds_the_interval_covers_and_equal_models_are_rarely_called_different(seeds, seed_std):
+    random, labels, said, covered = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter(), 0
+    for _ in range(300):
+        (comparison,) = evaluate.compare_all(simulated_seeds(random, seeds, 2000, 0.0, seed_std, 0.05), labels)
+        said[comparison["verdict"]] += 1
+        covered += comparison["ci95"][0] <= 0 <= comparison["ci95"][1]
+    assert said["better"] + said["worse"] <= 0.05 * 300 + 7  # two standard deviations
+    assert covered >= 0.95 * 300 - 8
+
+
+@pytest.mark.parametrize(("seeds", "shared"), [(3, 0.02), (5, 0.15)])
+def test_over_seeds_the_detectable_difference_is_found_about_four_times_in_five(seeds, shared):
+    """Once where the seeds decide, once where the test images do, which are drawn anew each time."""
+    random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
+    pilot = [simulated_seeds(random, 100, 2000, 0.0, 0.005, shared) for _ in range(3)]
+    entries = [evaluate.compare_all(models, labels)[0] for models in pilot]
+    std = np.mean([entry["std"] for entry in entries])
+    right = [{m: np.stack([p == 0 for p in models[m].predictions.values()]) for m in models} for models in pilot]
+    images = np.mean([evaluate.image_variance(r["student_kd"], r["student"], labels) for r in right])
+    difference = detectable_over_seeds(std, images, seeds)
+    verdicts = [
+        evaluate.compare_all(simulated_seeds(random, seeds, 2000, difference, 0.005, shared), labels)[0]["verdict"]
+        for _ in range(200)
+    ]
+    assert 0.68 <= verdicts.count("better") / 200 <= 0.92
+    assert verdicts.count("worse") == 0
 
 
 def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
@@ -169,8 +217,8 @@ def test_the_detectable_difference_is_found_four_times_in_five():
     draws = random.multinomial(n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant], 2000)
     found = np.mean([mcnemar_p(int(b), int(c)) < 0.05 for b, c, _ in draws])
     assert found == pytest.approx(0.8, abs=0.03)
-    assert seeds_needed(difference, discordant, n, None) == 1
-    assert seeds_needed(difference / 2, discordant, n, None) == 4
+    assert seeds_needed_after_one(difference, discordant, n) == 1
+    assert seeds_needed_after_one(difference / 2, discordant, n) == 4
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 9, 20])
@@ -184,17 +232,26 @@ def test_the_power_over_seeds_is_that_of_the_noncentral_t(seeds):
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 20])
 def test_the_detectable_difference_over_seeds_is_found_four_times_in_five(seeds):
-    difference = detectable_over_seeds(0.0015, seeds)
+    difference = detectable_over_seeds(0.0015, 0.0, seeds)
     random = np.random.default_rng(0)
     found = np.mean([paired_t_p(random.normal(difference, 0.0015, seeds)) < 0.05 for _ in range(3000)])
     assert found == pytest.approx(0.8, abs=0.025)
-    assert seeds_needed(difference, 0.04, 10_000, 0.0015) == seeds
+    assert seeds_needed(difference, 0.0015, 0.0) == seeds
 
 
 def test_the_number_of_seeds_may_be_out_of_reach():
-    assert seeds_needed(0.0, 0.04, 10_000, None) is None
-    assert seeds_needed(1e-9, 0.04, 10_000, 0.0015) is None
-    assert seeds_needed(0.0001, 0.04, 10_000, 0.0015) == pytest.approx((2.8016 * 15) ** 2, rel=0.01)
+    assert seeds_needed_after_one(0.0, 0.04, 10_000) is None
+    assert seeds_needed_after_one(1e-9, 0.04, 10_000) is None
+    assert seeds_needed(1e-9, 0.0015, 0.0) is None
+    assert seeds_needed(0.0001, 0.0015, 0.0) == pytest.approx((2.8016 * 15) ** 2, rel=0.07)
+    assert seeds_needed(0.002, 0.0015, 0.001**2) is None  # no number of seeds makes the test images more
+    assert seeds_needed(0.003, 0.0015, 0.001**2) > seeds_needed(0.003, 0.0015, 0.0)
+
+
+def test_what_cannot_be_said_is_not_said():
+    assert detectable_difference(0.0, 500) is None
+    assert detectable_difference(4 / 500, 500) is None  # four images: no p below 0.05 can come of them
+    assert detectable_over_seeds(0.0, 0.001, 3) is None
 
 
 def test_the_originals_own_figures_are_indistinguishable_unless_their_errors_hardly_differ():
@@ -598,7 +655,8 @@ def test_the_markdown_report_shows_figures_that_exist(report):
     assert len(shown) == len(set(shown)) == 4 + 4
     assert all((report / path).is_file() for path in shown)
     assert text.splitlines()[2].startswith("- student_kd is ")  # the verdict, right under the title
-    assert re.search(r"student_kd keeps [\d.]+% of teacher's accuracy at \d+% of its time per image", text)
+    kept = r"(keeps [\d.]+% of|is [\d.]+ points more accurate than) teacher('s accuracy)?"
+    assert re.search(rf"student_kd {kept}, at \d+% of its time per image", text)
     headings = ["Set-up", "Accuracy", "Cost", "Calibration", "Fidelity", "Where they differ", "Training", "Environment"]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
     assert not re.search(r"\bNone\b|\bnan\b", text)
@@ -662,7 +720,8 @@ def test_two_seeds_that_differ_alike_are_indistinguishable():
     (comparison,) = evaluate.compare_all(models, np.zeros(500, dtype=int))
     assert comparison["p_value"] is None
     assert comparison["verdict"] == "indistinguishable"
-    assert "not defined" in evaluate.comparison_sentence(comparison)
+    assert "no t-test, as all seeds differ alike" in evaluate.comparison_sentence(comparison)
+    assert comparison["detectable_difference"] is comparison["seeds_needed"] is None
 
 
 def test_a_column_of_one_character_is_a_column():
@@ -815,7 +874,7 @@ def test_hostile_file_names_do_not_break_the_table(trained, digit_files, tmp_pat
     evaluate.main([*flags(trained), "--only", "student", "--predict", str(path)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 10
-    assert lines[0].startswith(f"| {tmp_path}/a\\|b\\x1b[31m\\n.png | student seed 0")
+    assert lines[0].startswith(f"| {tmp_path}/a\\|b\\\\x1b[31m\\\\n.png | student seed 0")
 
 
 # --export
