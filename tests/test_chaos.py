@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved and fed with rubbish: `make chaos`, a quarter of an hour on two cores.
+"""Runs that are killed, stopped, starved and fed with rubbish: `make chaos`, half an hour.
 
 Each test prints what it did and how often. Smaller versions of most are in the other files, which `make test` runs.
 """
