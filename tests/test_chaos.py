@@ -21,7 +21,6 @@ from conftest import ROOT, SMALL_FLAGS
 from conftest import flags as small_flags
 from PIL import Image
 
-import teacher_student_model
 import utils
 from config import UserError
 
@@ -189,7 +188,7 @@ def test_no_truncated_or_flipped_file_is_loaded(undisturbed, tmp_path, name, mon
     path = tmp_path / name
     shutil.copy(undisturbed / "checkpoints/demo/seed0" / name, path)
     size, moments, refused = path.stat().st_size, random.Random(0), 0
-    monkeypatch.setattr(teacher_student_model, "say", lambda line: None)
+    monkeypatch.setattr(utils, "say", lambda line: None)
     made_with, shape = utils.load_checkpoint(path).get("made_with", {}), (2, 1297, 10)
 
     def assert_refused() -> None:
@@ -197,7 +196,7 @@ def test_no_truncated_or_flipped_file_is_loaded(undisturbed, tmp_path, name, mon
         with pytest.raises(UserError, match=r"is damaged|is not a checkpoint"):
             utils.load_checkpoint(path)
         if name.endswith(".logits"):
-            assert teacher_student_model.read_logits(path, made_with, shape).isnan().all()
+            assert utils.read_logits(path, made_with, shape).isnan().all()
         refused += 1
 
     for bit in [moments.randrange(8 * size) for _ in range(200)]:
