@@ -1224,14 +1224,16 @@ def difference_section(comparison: dict[str, Any]) -> list[str]:
     ]
     listed = ", ".join(clear[:10]) + f" and {len(clear) - 10} more" * (len(clear) > 10)
     gallery = comparison["disagreements"]
+    told = f"Beyond chance in {listed} points. " if clear else "In no class is the difference beyond chance. "
+    told += f"Even between equal models about 1 class in 20 would look so; there are {len(known)}."
     return [
-        f"**{name} and {baseline}.** "
-        + (f"Beyond chance in {listed} points. " if clear else "In no class is the difference beyond chance. ")
-        + f"Even between equal models about 1 class in 20 would look so; there are {len(known)}.",
+        f"**{name} and {baseline}.** " + (told if known else "No class has ten test images, too few for an interval."),
         picture(
             f"{name}/class_differences.png",
             f"Accuracy of {name} minus that of {baseline} in each class, with 95% intervals.",
-        ),
+        )
+        if known
+        else "",
         picture(
             f"{name}/confusion_difference.png",
             f"Confusion matrix of {name} minus that of {baseline}. Purple: {name} says so more often; on the diagonal "
@@ -1349,7 +1351,8 @@ def comparison_figures(
     name, baseline, seeds = (comparison[key] for key in ("model", "baseline", "seeds"))
     colours, classes = model_colours(config.recipes), dataset.classes
     title = f"{name} minus {baseline}"
-    yield (f"{name}/class_differences.png", class_differences_figure(comparison["per_class"], title, colours[name]))
+    if any(entry["ci95"] for entry in comparison["per_class"].values()):
+        yield f"{name}/class_differences.png", class_differences_figure(comparison["per_class"], title, colours[name])
     counts = [confusion_counts(models[m], labels, len(classes), seeds) for m in (name, baseline)]
     yield f"{name}/confusion_difference.png", confusion_difference_figure(*counts, classes, title)
     if gallery := comparison["disagreements"]:
