@@ -81,10 +81,12 @@ def as_script() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], None], *names: str) -> Iterator[dict[int, Any]]:
-    """Let a function handle these signals, where the system has them and they are not ignored. Yields the old ones."""
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    """Let a function handle these signals, where the system has them. Yields the old handlers.
+
+    A SIGHUP that is ignored stays so: that is how nohup has a run outlive its terminal.
+    """
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names if hasattr(signal, name)}
+    before = {n: old for n, old in before.items() if not (n.name == "SIGHUP" and old is signal.SIG_IGN)}
     for number in before:
         signal.signal(number, handler)
     try:
