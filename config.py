@@ -356,18 +356,22 @@ with one_line_errors(), line_of_mistakes():
 # The command line
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is a UserError."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
 def parse(argv: list[str] | None = None, own: Mapping[str, str] = MappingProxyType({})) -> Config:
     """The preset that `--preset` names (cifar10 by default) with the flags of `argv` (sys.argv[1:]) put over it.
 
     `own` are the calling script's own flags, with a line on each for --help; it takes them out of `argv` itself. Raises
     UserError with every mistake at once: unknown flags and presets, and fields that take no such value.
     """
-    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    preset_parser = Parser(add_help=False, allow_abbrev=False)
     preset_parser.add_argument("--preset", default="cifar10")
-    try:
-        known, rest = preset_parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
+    known, rest = preset_parser.parse_known_args(argv)
     if known.preset not in PRESETS:
         raise UserError(f"--preset {known.preset}: no such preset; {nearest(known.preset, PRESETS)}")
     preset = PRESETS[known.preset]
@@ -394,10 +398,6 @@ def _words(
     preset: Config, preset_name: str, argv: list[str], own: Mapping[str, str]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """The words behind each flag that was given, and what is no flag at all."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
 
     def show(value):
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()

@@ -427,9 +427,9 @@ def train(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(config.device, memory_format=memory_format(config.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    start = "ImageNet weights" if recipe.pretrained else "random weights"
+    origin = "ImageNet weights" if recipe.pretrained else "random weights"
     say(
-        f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters from {start}, "
+        f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters from {origin}, "
         f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {len(dataset.subset(recipe.train_size)):,} images"
         + (f", taught by {recipe.teacher}" if recipe.teacher else "")
     )

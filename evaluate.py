@@ -36,7 +36,7 @@ from sklearn.metrics import classification_report, confusion_matrix
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config, Recipe, UserError, parse, printable
+from config import Config, Parser, Recipe, UserError, parse, printable
 from custom_resnet import build_resnet, fold_batchnorm, load_model, predict
 from utils import (
     Dataset,
@@ -303,7 +303,7 @@ def finds(difference: float, std: float, images: float, seeds: int, level: float
     error, z, df = std / math.sqrt(seeds), NormalDist().inv_cdf, min(seeds - 1, 200)  # t is normal by then
     half = math.hypot(z(0.975) * math.sqrt(images), student_t_quantile(0.975, df) * error)  # of the interval
     in_interval = abs(difference) >= half + z(0.8) * math.hypot(math.sqrt(images), error)
-    return in_interval and t_power(abs(difference) / std if std else math.inf, seeds, level) > 0.8 - 1e-9
+    return in_interval and t_power(abs(difference) / std, seeds, level) > 0.8 - 1e-9
 
 
 def detectable_over_seeds(std: float, images: float, seeds: int, level: float = 0.05) -> float | None:
@@ -312,7 +312,12 @@ def detectable_over_seeds(std: float, images: float, seeds: int, level: float = 
 
 
 def seeds_needed(difference: float, std: float, images: float, level: float = 0.05) -> int | None:
-    """About how many seeds find a true difference of this size with 80% power; None if 100,000 would not."""
+    """About how many seeds find a true difference of this size with 80% power; None if 100,000 would not.
+
+    None, too, if all seeds differed alike, as in `detectable_over_seeds`.
+    """
+    if not std:
+        return None
     candidates = itertools.chain(range(2, 200), np.geomspace(200, 100_000, 100).astype(int).tolist())
     return next((seeds for seeds in candidates if finds(difference, std, images, seeds, level)), None)
 
@@ -430,7 +435,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def temperatures(model: Evaluated, validation_labels: np.ndarray | None) -> dict[int, float]:
-    """The temperature that fits the validation images of each seed."""
+    """The temperature that fits the validation images of each seed; empty where no images are held out."""
     return {seed: fit_temperature(logits, validation_labels) for seed, logits in model.validation_logits.items()}
 
 
@@ -475,7 +480,10 @@ def most_confused(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> 
 
 
 def model_metrics(
-    model: Evaluated, labels: np.ndarray, classes: tuple[str, ...], validation_labels: np.ndarray | None = None
+    model: Evaluated,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    fitted: Mapping[int, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The entry of one model in results.json. Accuracies are shares; confusion counts are summed over the seeds.
 
@@ -487,10 +495,7 @@ def model_metrics(
     accuracies = {seed: float((p == labels).mean()) for seed, p in model.predictions.items()}
     values = list(accuracies.values())
     several = len(values) > 1
-    scaled = [
-        {"temperature": t, **calibration(model.logits[seed] / t, labels)}
-        for seed, t in temperatures(model, validation_labels).items()
-    ]
+    scaled = [{"temperature": t, **calibration(model.logits[seed] / t, labels)} for seed, t in fitted.items()]
     return {
         "arch": model.recipe.arch,
         "teacher": model.recipe.teacher,
@@ -558,7 +563,13 @@ def compare(
         for seed, a, b in zip(seeds, first, second, strict=True)
     }
     std, discordant = float(differences.std(ddof=1)) if several else None, float((first != second).mean())
-    images, n = image_variance(first, second, labels), len(labels)
+    if several:
+        images = image_variance(first, second, labels)
+        detectable = detectable_over_seeds(std, images, len(seeds), level)
+        needed = seeds_needed(difference, std, images, level)
+    else:
+        detectable = detectable_difference(discordant, len(labels), level)
+        needed = seeds_needed_after_one(difference, discordant, len(labels), level)
     return {
         "model": name,
         "baseline": baseline,
@@ -571,18 +582,8 @@ def compare(
         "mcnemar_p": mcnemar,
         "only_model_right": int((first & ~second).sum()),
         "only_baseline_right": int((second & ~first).sum()),
-        "detectable_difference": (
-            detectable_over_seeds(std, images, len(seeds), level)
-            if several
-            else detectable_difference(discordant, n, level)
-        ),
-        "seeds_needed": (
-            seeds_needed(difference, std, images, level)
-            if several and std
-            else seeds_needed_after_one(difference, discordant, n, level)
-            if not several
-            else None
-        ),
+        "detectable_difference": detectable,
+        "seeds_needed": needed,
         "per_class": {c: class_difference(first, second, labels == label) for label, c in enumerate(classes)},
     }
 
@@ -1323,9 +1324,13 @@ def png(figure: Figure) -> bytes:
 
 
 def model_figures(
-    config: Config, dataset: Dataset, models: dict[str, Evaluated], labels: np.ndarray
+    config: Config,
+    dataset: Dataset,
+    models: dict[str, Evaluated],
+    labels: np.ndarray,
+    fitted: dict[str, dict[int, float]],
 ) -> Iterator[tuple[str, Figure]]:
-    """Path and figure of all that shows the models one by one, or all of them."""
+    """Path and figure of all that shows the models one by one, or all of them; `fitted`: model -> `temperatures`."""
     colours, classes = model_colours(config.recipes), dataset.classes
     for name, model in models.items():
         over = f"{name}, {model.recipe.arch}" + (f", {len(model.logits)} seeds" if len(model.logits) > 1 else "")
@@ -1334,12 +1339,7 @@ def model_figures(
         named = sklearn_report(model, labels, classes, output_dict=True)
         yield f"{name}/classification_report.png", report_figure(named, classes, over)
     yield "training_curves.png", curves_figure({name: model.history for name, model in models.items()}, colours)
-    validation_labels = dataset.validation.labels.cpu().numpy() if dataset.validation else None
-    scaled = {
-        name: [model.logits[seed] / t for seed, t in temperatures(model, validation_labels).items()]
-        for name, model in models.items()
-        if model.validation_logits
-    }
+    scaled = {name: [models[name].logits[seed] / t for seed, t in by.items()] for name, by in fitted.items() if by}
     as_trained = {name: list(model.logits.values()) for name, model in models.items()}
     yield "reliability.png", reliability_figure(as_trained, labels, colours, scaled)
 
@@ -1383,6 +1383,7 @@ def report(
     labels, classes = dataset.test.labels.cpu().numpy(), dataset.classes
     validation_labels = dataset.validation.labels.cpu().numpy() if dataset.validation else None
     folder = Path(config.imgs_path, config.run)
+    fitted = {name: temperatures(model, validation_labels) for name, model in models.items()}
     cost = costs(config, dataset, models)
     results = {
         "run": config.run,
@@ -1390,7 +1391,7 @@ def report(
         "classes": list(classes),
         "n_test": len(labels),
         "models": {
-            name: {**model_metrics(model, labels, classes, validation_labels), "cost": cost[name]}
+            name: {**model_metrics(model, labels, classes, fitted[name]), "cost": cost[name]}
             for name, model in models.items()
         },
         "comparisons": [
@@ -1407,7 +1408,7 @@ def report(
         "environment": {**environment(config), "numpy": np.__version__, "scikit-learn": sklearn.__version__},
     }
     beside = (comparison_figures(config, dataset, models, labels, c) for c in results["comparisons"])
-    for path, figure in itertools.chain(model_figures(config, dataset, models, labels), *beside):
+    for path, figure in itertools.chain(model_figures(config, dataset, models, labels, fitted), *beside):
         write_durably(folder / path, png(figure))
     for name, model in models.items():
         text = sklearn_report(model, labels, classes)
@@ -1586,14 +1587,11 @@ OWN_FLAGS = {
 
 def own_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """What is only this script's, and the rest of the command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--predict", nargs="+")
     one_of.add_argument("--export", action="store_true")
-    try:
-        return parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
+    return parser.parse_known_args(argv)
 
 
 @as_script()

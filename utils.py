@@ -141,6 +141,12 @@ class Alone(UserError):
     """What ends one process of several while the others do not know of it, unlike all that they meet together."""
 
 
+class Lost(Alone):
+    """Another process has ended."""
+
+    status = 1
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Join the processes that torchrun started, if it did. A UserError that all of them meet is told by the first."""
@@ -162,12 +168,10 @@ def joined() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without gloo's own file and line
-        print(
-            f"error: process {rank()} of {processes()} lost another one ({reason}); its own message, or "
-            "torchrun's below, says why. What was saved is kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+        raise Lost(
+            f"process {rank()} of {processes()} lost another one ({reason}); its own message, or torchrun's below, "
+            "says why. What was saved is kept, and the same command goes on from there"
+        ) from None
     dist.destroy_process_group()  # not after an error: NCCL would wait for processes that do not know of it
 
 

@@ -341,7 +341,9 @@ def test_an_overconfident_model_gets_its_temperature_back():
     temperature = fit_temperature(logits[:10_000], labels[:10_000])  # validation images
     assert temperature == pytest.approx(5, rel=0.03)
     model = evaluate.Evaluated(PRESETS["demo"].recipes["student"], {0: logits[10_000:]}, {}, {0: logits[:10_000]})
-    entry = evaluate.model_metrics(model, labels[10_000:], tuple("0123456789"), labels[:10_000])
+    entry = evaluate.model_metrics(
+        model, labels[10_000:], tuple("0123456789"), evaluate.temperatures(model, labels[:10_000])
+    )
     assert entry["expected_calibration_error"] > 0.3
     assert entry["temperature_scaled"]["expected_calibration_error"] < 0.02
     assert entry["temperature_scaled"]["temperature"] == temperature
@@ -703,7 +705,8 @@ def test_a_model_whose_logits_are_no_numbers_does_not_end_the_report():
     entry = evaluate.model_metrics(model, labels, ("a", "b"))
     assert entry["expected_calibration_error"] is None
     assert (entry["negative_log_likelihood"], entry["brier_score"]) == (None, None)
-    entry = evaluate.model_metrics(model._replace(validation_logits=model.logits), labels, ("a", "b"), labels)
+    fitted = evaluate.temperatures(model._replace(validation_logits=model.logits), labels)
+    entry = evaluate.model_metrics(model, labels, ("a", "b"), fitted)
     assert set(entry["temperature_scaled"].values()) == {None}
     json.dumps(entry, allow_nan=False)
 
