@@ -1,13 +1,14 @@
-"""Train the whole experiment: the teachers, the students on their own, and the students that are taught.
+"""Train the whole experiment: teachers, students without a teacher, and students that a teacher distils into.
 
-    python teacher_student_model.py                             # the README's table: wants a GPU and CIFAR-10
+    python teacher_student_model.py                             # the README's table: needs CIFAR-10 and, better, a GPU
     python teacher_student_model.py --preset demo               # under three minutes on a CPU, nothing to download
     python teacher_student_model.py --student_kd.temperature 4 --run warmer
 
-Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained again, one that was interrupted goes on
-where it stopped. Then: python evaluate.py with the same flags.
+Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained again, an interrupted one is resumed.
+Then: python evaluate.py with the same flags.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,24 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, Recipe, UserError, parse
-from custom_resnet import LossFunction, fold_batchnorm, load_model, predict, start, train
-from utils import (
-    Batch,
-    Dataset,
-    as_script,
-    autocast,
+from custom_resnet import LossFunction, build_resnet, load_model, train
+from engine.checkpoints import (
     checkpoint_path,
-    from_first,
     load_finished,
+    load_logits,
     load_training,
-    read_logits,
     refuse_other_settings,
     save_checkpoint,
-    say,
     tensors_digest,
     training_settings,
 )
+from engine.console import log
+from engine.datasets import Batch, Dataset
+from engine.device import autocast
+from engine.distributed import broadcast_from_rank0
+from engine.errors import UserError
+from engine.estimate import UNKNOWN, Estimate
+from engine.inference import fold_batchnorm, predict
+from engine.settings import Config, Recipe
+from utils import load_config, run_script, start_training
 
 
 def distillation_loss(
@@ -44,11 +47,11 @@ def distillation_loss(
     temperature: float,
     scale_soft_loss: bool = True,
 ) -> torch.Tensor:
-    """The mean over the batch of alpha * CE(z, y) + (1 - alpha) * T^2 * KL(softmax(v / T) || softmax(z / T)).
+    """alpha * CE(z, y) + (1 - alpha) * T^2 * KL(softmax(v / T) || softmax(z / T)), averaged over the batch.
 
-    Student logits z and teacher logits v are (B, C), labels y (B,). alpha weighs the hard labels. The gradients of the
-    soft loss shrink by 1/T^2, which the factor T^2 makes up for (Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section
-    2); scale_soft_loss=False leaves it out. No gradient reaches the teacher.
+    z are the student's logits and v the teacher's, both (B, C); y are the labels (B,). alpha weighs the hard loss. The
+    gradients of the soft loss shrink by 1/T^2, which the factor T^2 compensates for (Hinton, Vinyals, Dean 2015, arXiv
+    1503.02531, section 2); scale_soft_loss=False leaves it out. No gradient flows to the teacher.
     """
     return sum(distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss))
 
@@ -61,7 +64,7 @@ def distillation_terms(
     temperature: float,
     scale_soft_loss: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hard and the soft term of the distillation loss, with their weights: the loss is their sum."""
+    """The weighted hard loss and the weighted soft loss; `distillation_loss` is their sum."""
     hard_loss = F.cross_entropy(student_logits, labels)
     soft_loss = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
@@ -83,9 +86,9 @@ class Teacher(NamedTuple):
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
     """The finished teacher of this seed. Raises UserError if it is not trained yet, or with other settings."""
     path = checkpoint_path(config, name, seed)
-    state = from_first(lambda: load_finished(path))
+    state = broadcast_from_rank0(lambda: load_finished(path))
     if not state:
-        raise UserError(f"{path}: the teacher {name!r} is not trained yet; first: --only {name}")
+        raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it first: --only {name}")
     refuse_other_settings(path, state, training_settings(name, seed, config, dataset, None))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
@@ -93,13 +96,12 @@ def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teac
 def teacher_logits(
     teacher: Teacher, config: Config, dataset: Dataset, subset: torch.Tensor, path: Path | None = None
 ) -> torch.Tensor:
-    """What a frozen teacher says of each view of the training images, once for all epochs: (2, N, C) float32.
+    """A frozen teacher's logits never change, so they are computed once per view, for all epochs: (2, N, C) float32.
 
-    [0, i] are the logits of training image i, [1, i] those of its mirror image; views that no batch shows are NaN.
-    They are kept in the file `path`, and read from there if they are this teacher's, of these images, in this transform
-    and precision.
+    [0, i] are the logits of training image i, [1, i] those of its mirror image; views that no batch of `subset` shows
+    are NaN. They are stored in the file `path`, and read from it if their fingerprint is that of this call's inputs.
     """
-    made_with = {
+    fingerprint = {
         "teacher": teacher.digest,
         "images": dataset.digest,
         "validation_size": config.validation_size,
@@ -107,48 +109,54 @@ def teacher_logits(
         "precision": config.precision,
     }
     shape = (2, len(dataset.train.labels), len(dataset.classes))
-    logits = from_first(lambda: read_logits(path, made_with, shape) if path else torch.full(shape, torch.nan))
-    computed = 0
+    logits = broadcast_from_rank0(
+        lambda: load_logits(path, fingerprint, shape) if path else torch.full(shape, torch.nan)
+    )
+
+    def save() -> None:
+        if path:
+            broadcast_from_rank0(lambda: save_checkpoint(path, {"fingerprint": fingerprint, "logits": logits}))
+
+    computed, saved = 0, time.monotonic()
     for view, shown in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
         missing = subset[logits[view, subset].isnan().any(1)]
         for index in missing.split(10_000) if shown else ():
             images = dataset.train.images[index.to(dataset.train.images.device)]
             images = images.flip(3) if view else images
             title = f"logits of {teacher.name}"
-            of_view = predict(teacher.model, images, config.image_size, config.precision, title=title)
-            logits[view, index] = of_view.cpu()
+            predicted = predict(teacher.model, images, config.image_size, config.precision, title=title)
+            logits[view, index] = predicted.cpu()
             computed += len(index)
-            if path:
-                from_first(lambda: save_checkpoint(path, {"made_with": made_with, "logits": logits}))
-    say(
-        f"logits of {teacher.name}  "
-        + (f"{computed:,} computed" if computed else "read")
-        + (f": {path}" if path else "")
-    )
+            if broadcast_from_rank0(lambda saved=saved: time.monotonic() - saved > 60 * config.checkpoint_minutes):
+                save()
+                saved = time.monotonic()
+    if computed:
+        save()
+    log.info(f"logits of {teacher.name}  " + (f"{computed:,} computed" if computed else f"read from {path}"))
     return logits.to(config.device)
 
 
 Lookup = Callable[[Batch], torch.Tensor]  # batch -> the teacher's logits (B, C)
 
 
-def stored(logits: torch.Tensor) -> Lookup:
+def stored_logits(logits: torch.Tensor) -> Lookup:
     """Look the teacher's logits (2, N, C) up by view and image."""
     return lambda batch: logits[batch.flipped.long(), batch.index]
 
 
-def online(teacher: nn.Module, config: Config) -> Lookup:
-    """Ask the teacher about the student's very batch, for augmentations that never show the same view twice."""
+def online_logits(teacher: nn.Module, config: Config) -> Lookup:
+    """Run the teacher on the student's very batch, for augmentations that never show the same view twice."""
     folded = fold_batchnorm(teacher)
 
-    def ask(batch: Batch) -> torch.Tensor:
+    def run(batch: Batch) -> torch.Tensor:
         with torch.inference_mode(), autocast(config.device, config.precision):
             return folded(batch.images).float()
 
-    return ask
+    return run
 
 
-def taught_by(lookup: Lookup, recipe: Recipe) -> LossFunction:
-    """The distillation loss of a recipe, against the logits that `lookup` finds for a batch."""
+def distilled_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
+    """The distillation loss of a recipe against the teacher's logits that `lookup` returns for a batch."""
 
     def loss_fn(student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         hard, soft = distillation_terms(
@@ -159,39 +167,36 @@ def taught_by(lookup: Lookup, recipe: Recipe) -> LossFunction:
     return loss_fn
 
 
-@as_script()
-def main(argv: list[str] | None = None) -> None:
-    config = from_first(lambda: parse(argv))
-    names = config.selected()
-    with start(config, names) as (config, dataset):
-        for seed in config.seeds:
-            for name in names:
-                recipe = config.recipes[name]
-                if recipe.teacher is None:
-                    train(name, seed, config, dataset)
-                else:
-                    train_taught(name, seed, config, dataset)
-    say("All trained. The report: python evaluate.py, with the same flags")
-
-
-def train_taught(name: str, seed: int, config: Config, dataset: Dataset) -> None:
-    """Train a recipe that has a teacher, as `train` does; the teacher is only asked if there is something to train."""
+def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
+    """Train a recipe that has a teacher, as `train` does; the teacher is loaded only if there is something to train."""
     recipe = config.recipes[name]
     path = checkpoint_path(config, recipe.teacher, seed)
 
     def make_loss() -> LossFunction:
         teacher = load_teacher(recipe.teacher, seed, config, dataset)
-        if config.crop_padding:
-            return taught_by(online(teacher.model, config), recipe)
+        if config.crop_padding:  # endless views
+            return distilled_loss(online_logits(teacher.model, config), recipe)
         subset = dataset.subset(recipe.train_size)
         logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
-        return taught_by(stored(logits), recipe)
+        return distilled_loss(stored_logits(logits), recipe)
 
-    def digest() -> str | None:
+    def teacher_digest() -> str | None:
         state = load_training(path)
         return tensors_digest(state["model"]) if state else None
 
-    train(name, seed, config, dataset, make_loss, from_first(digest))
+    train(name, seed, config, dataset, make_loss, broadcast_from_rank0(teacher_digest), estimate)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with run_script():
+        config = load_config(argv)
+        names = config.selected()
+        with start_training(config, names, build_resnet) as (config, dataset, estimates):
+            for seed in config.seeds:
+                for name in names:
+                    train_one = train_distilled if config.recipes[name].teacher else train
+                    train_one(name, seed, config, dataset, estimate=estimates.get((name, seed), UNKNOWN))
+        log.info("All models are trained. For the report: python evaluate.py, with the same flags")
 
 
 if __name__ == "__main__":

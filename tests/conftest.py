@@ -1,4 +1,4 @@
-"""Small experiments on real digits: 16 px, ResNet18, a few steps, all on the CPU."""
+"""Small experiments on real digits: 16 px, ResNet18, a few steps. Tests that use a device run on each one there is."""
 
 import hashlib
 import os
@@ -15,44 +15,67 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import teacher_student_model
-from config import PRESETS, Config, Recipe
-from utils import load_dataset, resolve
+from config import PRESETS
+from engine.console import configure_logging
+from engine.datasets import Dataset, load_dataset
+from engine.device import configure_backends
+from engine.settings import Config, Recipe
 
 ROOT = Path(__file__).parent.parent
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "train_size": 100}
 SMALL_FLAGS = [
-    *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--device", "cpu"),
+    *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32"),
     *(f"--{name}.{field}={value}" for name in ("teacher", "student", "student_kd") for field, value in SMALL.items()),
 ]
 
 
-def flags(folder: Path) -> list[str]:
+def flags(folder: Path, device: str = "cpu") -> list[str]:
     """The command line of a small experiment that keeps to `folder`."""
-    return [*SMALL_FLAGS, f"--checkpoints_path={folder / 'checkpoints'}", f"--imgs_path={folder / 'imgs'}"]
+    paths = [f"--checkpoints_path={folder / 'checkpoints'}", f"--imgs_path={folder / 'imgs'}"]
+    return [*SMALL_FLAGS, "--device", device, *paths]
+
+
+def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def logging_to_stderr():
+    configure_logging()
 
 
 @pytest.fixture
-def config(tmp_path) -> Config:
-    """The same small experiment as a Config, with half of the images flipped."""
+def config(tmp_path, device) -> Config:
+    """The small experiment as a Config, with half of the images mirrored."""
     recipes = {
         "teacher": Recipe(**SMALL),
         "student": Recipe(**SMALL),
         "student_kd": Recipe(**SMALL, teacher="teacher"),
     }
-    small = replace(PRESETS["demo"], recipes=recipes, image_size=16, batch_size=25, horizontal_flip=0.5, device="cpu")
-    return resolve(replace(small, checkpoints_path=str(tmp_path / "checkpoints"), imgs_path=str(tmp_path / "imgs")))
+    small = replace(PRESETS["demo"], recipes=recipes, image_size=16, batch_size=25, horizontal_flip=0.5, device=device)
+    paths = {"checkpoints_path": str(tmp_path / "checkpoints"), "imgs_path": str(tmp_path / "imgs")}
+    small = replace(small, precision="fp32", **paths)
+    configure_backends(small)
+    return small
 
 
 @pytest.fixture(scope="session")
-def digits():
-    return load_dataset(replace(PRESETS["demo"], device="cpu"))
+def digits(device) -> Dataset:
+    return load_dataset(replace(PRESETS["demo"], device=device))
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, device) -> Path:
     """A folder in which the small experiment has been trained with two seeds. Tests only read it."""
     folder = tmp_path_factory.mktemp("trained")
-    teacher_student_model.main([*flags(folder), "--seeds", "0", "1"])
+    teacher_student_model.main([*flags(folder, device), "--seeds", "0", "1"])
     return folder
 
 
@@ -116,8 +139,3 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     return tmp_path / "hub" / "checkpoints"
-
-
-def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)

@@ -1,0 +1,177 @@
+"""From disk to tensors on the device, once, and from there to batches."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision.datasets import CIFAR10
+
+from engine.distributed import RankError, broadcast_from_rank0, main_process_first, rank, shard
+from engine.errors import UserError
+from engine.folder import Arrays, read_folder
+from engine.images import flip, prepare, shift
+from engine.settings import TRAINING_IMAGES, Config
+
+CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+
+
+class Dataset(NamedTuple):
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split | None
+    test: Split
+    digest: str  # sha256 of the classes and of every image and label
+
+    def subset(self, size: int | None) -> torch.Tensor:
+        """Indices (size,) of a stratified choice of training images, always the same; None: all of them."""
+        everything = torch.arange(len(self.train.labels))
+        return everything if size is None else stratified(self.train.labels, size, "train_size")[0]
+
+    @property
+    def held_out(self) -> tuple[str, Split]:
+        """What is evaluated after each epoch: the validation images if there are any, else the test images."""
+        return ("validation", self.validation) if self.validation else ("test", self.test)
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # (B, 3, S, S) float32, normalised
+    labels: torch.Tensor  # (B,) int64
+    index: torch.Tensor  # (B,) int64, into the training images
+    flipped: torch.Tensor  # (B,) bool
+
+
+def batches(
+    split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """The batches of an epoch from `first_step` on; batch k is a function of (seed, epoch, k) and of nothing else.
+
+    Each image of `subset` (M,) occurs at most once an epoch; the last M % batch_size of the shuffled images are
+    dropped. With several processes each gets its own part of every batch.
+    """
+    device = split.labels.device
+    random = np.random.default_rng((seed, epoch))
+    order = subset[torch.from_numpy(random.permutation(len(subset)))]
+    source = order.to(split.images.device)  # the images may be in the host's memory
+    order = order.to(device)
+    flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(device)
+    padding = config.crop_padding
+    shifts = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
+    own = shard(config.batch_size)
+    for step in range(first_step, len(subset) // config.batch_size):
+        here = slice(step * config.batch_size + own.start, step * config.batch_size + own.stop)
+        images = split.images[source[here]]
+        if split.images.is_pinned():
+            images = images.pin_memory()  # only from pinned memory does a copy to the GPU not make the host wait
+        images = images.to(device, non_blocking=True)
+        if padding:
+            images = shift(images, *shifts[:, here])
+        images = prepare(flip(images, flipped[here]), config.image_size)
+        yield Batch(images, split.labels[order[here]], order[here], flipped[here])
+
+
+def load_dataset(config: Config) -> Dataset:
+    """The images of `config.dataset` as uint8 tensors on `config.device`, in every process.
+
+    Raises UserError, saying what to put where, if they cannot be read, or if machines hold different images.
+    """
+    dataset = main_process_first(lambda: read_dataset(config))
+    if broadcast_from_rank0(lambda: dataset.digest) != dataset.digest:
+        raise RankError(f"rank {rank()}: {config.dataset} is not what the first machine has; copy it from there")
+    return dataset
+
+
+def read_dataset(config: Config) -> Dataset:
+    read = {"cifar10": read_cifar10, "digits": read_digits}.get(config.dataset, read_folder)
+    classes, *parts = read(config)
+    train, test = (to_split(*part) for part in parts)
+    digest = hashlib.sha256(repr(classes).encode())
+    for split in (train, test):
+        for tensor in split:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy())
+    refuse_sizes(config, train)
+    validation = None
+    if config.validation_size:
+        held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
+        validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
+    for name, recipe in config.recipes.items():
+        if recipe.train_size is not None:
+            stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
+    splits = [train, validation, test]
+    on_cuda, total = torch.device(config.device).type == "cuda", sum(split.images.nbytes for split in splits if split)
+    on_host = on_cuda and total > torch.cuda.mem_get_info(config.device)[0] / 2
+    splits = [split and to_device(split, config.device, on_host) for split in splits]
+    return Dataset(classes, *splits, digest.hexdigest())
+
+
+def refuse_sizes(config: Config, train: Split) -> None:
+    """Raise UserError for settings that the number or the size of the training images does not allow."""
+    available, side = len(train.labels) - config.validation_size, min(train.images.shape[2:])
+    problems = []
+    if config.batch_size > available:
+        held_out = f", of which validation_size = {config.validation_size} are held out" * bool(config.validation_size)
+        problems.append(
+            f"batch_size = {config.batch_size}: takes at most the number of training images; {config.dataset} has "
+            f"{len(train.labels)}{held_out}"
+        )
+    if config.crop_padding >= side:
+        problems.append(f"crop_padding = {config.crop_padding}: takes less than the {side} pixels of the images")
+    if problems:
+        raise UserError(*problems)
+
+
+def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
+    """Labels on the device, and the images too, unless they are too many for it and stay in pinned host memory."""
+    images = split.images.pin_memory() if images_on_host else split.images.to(device)
+    return Split(images, split.labels.to(device))
+
+
+def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of `size` images, stratified by class, and of the others; both sorted, and always the same."""
+    labels = labels.cpu().numpy()
+    if size == len(labels):
+        return torch.arange(size), torch.arange(0)
+    try:
+        parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
+    except ValueError:  # a class would have no image on one of the sides
+        classes = len(np.unique(labels))
+        raise UserError(
+            f"{setting} = {size}: has to take and to leave an image of each class; with {classes} classes and "
+            f"{len(labels)} images that is {classes} to {len(labels) - classes}, and two images of each class or more"
+        ) from None
+    return tuple(torch.from_numpy(np.sort(part)) for part in parts)
+
+
+def to_split(images: np.ndarray, labels: list[int]) -> Split:
+    """From images (N, H, W, 3), as PIL and torchvision have them."""
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels))
+
+
+def read_cifar10(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
+    """CIFAR-10 through torchvision, which downloads it once and verifies it."""
+    try:
+        splits = [CIFAR10(config.data_path, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:  # OSError: no network, space or permission; RuntimeError: damaged
+        raise UserError(
+            f"CIFAR-10 is not in {config.data_path}/ and could not be downloaded ({error}). Put {CIFAR10.filename} "
+            f"(md5 {CIFAR10.tgz_md5}, from {CIFAR10.url}) into {config.data_path}/ and run this again, or try the "
+            "experiment that needs no download: python teacher_student_model.py --preset demo"
+        ) from None
+    return CIFAR10_CLASSES, *((split.data, split.targets) for split in splits)
+
+
+def read_digits(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
+    """The 1,797 handwritten digits, 8 x 8 pixels of 0 to 16, that come with scikit-learn; 500 are the test set."""
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)  # (N, 8, 8, 3)
+    parts = stratified(torch.as_tensor(digits.target), TRAINING_IMAGES["digits"], "train_size")
+    return tuple("0123456789"), *((images[index], digits.target[index].tolist()) for index in parts)

@@ -1,0 +1,145 @@
+"""One process, or several that torchrun starts. With one process every function here is the identity."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import UserError, first_line
+
+T = TypeVar("T")
+
+
+class RankError(UserError):
+    """An error that only this rank has met, and reports itself; any other is met by all and reported by rank 0."""
+
+
+class PeerLost(RankError):
+    """Another process has ended."""
+
+    status = 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is also that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the process group if torchrun started this process. Rank 0 reports a UserError that all ranks meet."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    timeout = timedelta(hours=2)  # one process of a machine may be downloading
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timeout)
+    try:
+        yield
+    except UserError as error:
+        if rank() > 0 and not isinstance(error, RankError):
+            raise SystemExit(error.status) from None
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without gloo's source file and line
+        raise PeerLost(
+            f"rank {rank()} of {world_size()} lost contact with another process ({reason}), whose own message, or "
+            "torchrun's below, gives the cause. Run the same command again to resume from the last checkpoint"
+        ) from None
+    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that do not know of it
+
+
+def broadcast_from_rank0(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and return its result on every rank; an error that it raises is raised on all."""
+    if world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except (UserError, SystemExit) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    result, error = outcome
+    if error:
+        raise error
+    return result
+
+
+def main_process_first(function: Callable[[], T]) -> T:
+    """Call `function` on every rank, first on one of each machine, so that it alone downloads.
+
+    An error that one rank raises is raised on all.
+    """
+    if world_size() == 1:
+        return function()
+    result = error = None
+    for first in (True, False):
+        if (local_rank() == 0) == first:
+            try:
+                result = function()
+            except (UserError, SystemExit) as raised:
+                error = raised
+        errors: list[Any] = [None] * world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors):
+            raise next(filter(None, errors))
+    return result
+
+
+def all_reduce_max(*values: int) -> list[int]:
+    """The maximum of each value over the ranks, exchanged between the hosts, so that no GPU has to wait."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks, as a new tensor."""
+    tensor = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def shard(n: int) -> slice:
+    """This rank's part of n items. The parts hold each item once, in order; their sizes differ by at most 1."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def data_parallel(model: nn.Module, device: str) -> nn.Module:
+    """The model as several processes train it, with averaged gradients; the model itself in a single process."""
+    if world_size() == 1:
+        return model
+    device_ids = [torch.device(device)] if torch.device(device).type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def average_batchnorm_statistics(model: nn.Module, share: float) -> None:
+    """Average BatchNorm's running statistics over the ranks, each weighted by its `share` of the batch."""
+    if world_size() == 1:
+        return
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    averages = all_reduce_sum(torch.cat(statistics) * share).split([len(buffer) for buffer in statistics])
+    torch._foreach_copy_(statistics, averages)

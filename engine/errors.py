@@ -1,0 +1,73 @@
+"""Errors that the user can fix: one message on stderr, no traceback, exit status 2. A traceback means a bug."""
+
+import contextlib
+import difflib
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def escape_control(text: str) -> str:
+    """Replace the characters that a terminal would not print by their escape sequences (text may be a file's name)."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class UserError(Exception):
+    """A mistake that the user can fix. Takes one message, or several that are reported together."""
+
+    status = 2  # of the process, when the error ends it
+
+    def __init__(self, *messages: str):
+        self.messages = tuple(map(escape_control, messages))
+        super().__init__("\n       ".join(self.messages))
+
+
+class Diverged(UserError):
+    """The loss, the logits or the weights became NaN or infinite."""
+
+    status = 1
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Print a UserError to stderr and exit with its status; exit with 130 on Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def locate_errors() -> Iterator[None]:
+    """Turn errors in a module that is imported here, such as an edited config.py, into a UserError with their line."""
+    try:
+        yield
+    except (UserError, TypeError, ValueError, LookupError, NameError) as error:
+        frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"][-1]
+        messages = error.messages if isinstance(error, UserError) else [first_line(error)]
+        where = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise UserError(*(f"{where}: {message}" for message in messages)) from None
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The hint after an unknown name: the closest known one, or all of them."""
+    known = list(known)
+    match = closest(name, known)
+    return f"did you mean {match}?" if match else "known: " + ", ".join(known)
+
+
+def at_most_ten(messages: list[str]) -> list[str]:
+    return messages[:10] + [f"and {len(messages) - 10} more"] * (len(messages) > 10)

@@ -1,0 +1,78 @@
+"""Files that survive crashes and other processes: durable writes, and a lock on a run's folder."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from engine.console import log
+from engine.distributed import broadcast_from_rank0
+from engine.errors import UserError
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace a file atomically: after a crash at any moment it holds the old content or the new. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); it takes {math.ceil(len(content) / 1e6) or 1} MB, and what "
+            "was there is unchanged. Free some space or choose another folder, and run this again"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):  # after a success it is gone
+            temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        with contextlib.suppress(OSError):  # where the file system can, make the new name durable too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the lock on a run's folder. Raises UserError if another process holds it.
+
+    The system releases the lock of a process that has died, whatever killed it.
+    """
+    held = filelock.FileLock(folder / ".lock")
+
+    def acquire() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"{folder}: another process is writing there. Wait for it, stop it, or give this experiment a name of "
+                "its own (--run NAME)"
+            ) from None
+        except NotImplementedError:
+            log.info(f"{folder}: this file system has no locks; make sure that no other process writes there")
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); choose another folder (--checkpoints_path, "
+                "--imgs_path)"
+            ) from None
+
+    try:
+        broadcast_from_rank0(acquire)
+        yield
+    finally:
+        if held.is_locked:
+            with contextlib.suppress(OSError):
+                os.unlink(held.lock_file)  # while it is locked: a process that waits for it notices and starts over
+            held.release()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing was written

@@ -1,0 +1,121 @@
+"""The command line, generated from the fields of Config and Recipe: an edit and a flag have the same name."""
+
+import argparse
+import dataclasses
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from engine.errors import UserError, closest, suggest
+from engine.settings import Config, Recipe, settings_of
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, except that a mistake is a UserError."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
+    """The preset that `--preset` names (the first by default) with the flags in `argv` (sys.argv[1:]) applied to it.
+
+    `script_flags` maps the flags that the calling script has taken out of `argv` itself to their lines in --help.
+    Raises UserError with every mistake at once: unknown flags and presets, and values that a field does not accept.
+    """
+    preset_parser = Parser(add_help=False, allow_abbrev=False)
+    preset_parser.add_argument("--preset", default=next(iter(presets)))
+    known, rest = preset_parser.parse_known_args(argv)
+    if known.preset not in presets:
+        raise UserError(f"--preset {known.preset}: no such preset; {suggest(known.preset, presets)}")
+    preset = presets[known.preset]
+
+    parser = make_parser(preset, help_text(preset, known.preset, presets, script_flags), script_flags)
+    namespace, unknown = parser.parse_known_args(rest)
+    words = vars(namespace)
+    unknown = [word for word in unknown if word.startswith("-")] or unknown
+    problems = [explain_unknown(word, preset, script_flags) for word in unknown]
+    recipes = {}
+    for name, recipe in preset.recipes.items():
+        try:
+            recipes[name] = dataclasses.replace(recipe, **convert(Recipe, words, prefix=f"{name}."))
+        except UserError as error:
+            problems += [f"{name}.{message}" for message in error.messages]
+            recipes[name] = recipe
+    try:
+        config = dataclasses.replace(preset, recipes=recipes, **convert(Config, words))
+    except UserError as error:
+        problems += error.messages
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def make_parser(preset: Config, help: str, script_flags: Iterable[str]) -> Parser:
+    parser = Parser(
+        usage=f"%(prog)s {''.join(f'[{flag}] ' for flag in script_flags)}"
+        "[--preset NAME] [--SETTING VALUE ...] [--RECIPE.SETTING VALUE ...]",
+        epilog=help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    names = [(field.name, field) for field in settings_of(Config)]
+    names += [(f"{recipe}.{field.name}", field) for recipe in preset.recipes for field in settings_of(Recipe)]
+    for name, field in names:
+        nargs = field.metadata["kind"].nargs
+        const = "true" if nargs == "?" else None
+        parser.add_argument(f"--{name}", dest=name, nargs=nargs, const=const, help=argparse.SUPPRESS)
+    return parser
+
+
+def help_text(preset: Config, preset_name: str, presets: Iterable[str], script_flags: Mapping[str, str]) -> str:
+    """A line for each flag, with its value in this preset."""
+
+    def show(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+
+    def wrap(flag: str, help: str) -> str:
+        first, others = f"  {flag:<25} ", " " * 28
+        return textwrap.fill(help, 110, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+    lines = [wrap(flag, help) for flag, help in script_flags.items()]
+    lines += [wrap("--preset", f"{', '.join(presets)} (now {preset_name})"), "", "settings (and their values now):"]
+    for field in settings_of(Config):
+        value = show(getattr(preset, field.name)) or "all"
+        lines.append(wrap(f"--{field.name}", f"{field.metadata['help']} ({value})"))
+    lines += ["", f"settings of a recipe, one of {', '.join(preset.recipes)}:"]
+    for field in settings_of(Recipe):
+        values = {name: show(getattr(recipe, field.name)) for name, recipe in preset.recipes.items()}
+        shared = next(iter(values.values())) if len(set(values.values())) == 1 else None
+        shown = shared or ", ".join(f"{name} {value}" for name, value in values.items())
+        lines.append(wrap(f"--RECIPE.{field.name}", f"{field.metadata['help']} ({shown})"))
+    return "\n".join(lines)
+
+
+def convert(cls: type, words: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Field values from words; a word that cannot be converted stays as it is, for the validation to name."""
+    values = {}
+    for field in settings_of(cls):
+        if (given := words.get(prefix + field.name)) is None:
+            continue
+        to_value = field.metadata["kind"].convert
+        try:
+            values[field.name] = tuple(map(to_value, given)) if isinstance(given, list) else to_value(given)
+        except (ValueError, KeyError):
+            values[field.name] = given
+    return values
+
+
+def explain_unknown(word: str, preset: Config, script_flags: Iterable[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r}: a value without a flag; see --help"
+    name = word.lstrip("-").split("=")[0]
+    recipe_settings = [field.name for field in settings_of(Recipe)]
+    if name in recipe_settings:
+        return f"--{name}: belongs to a recipe; use " + " or ".join(f"--{recipe}.{name}" for recipe in preset.recipes)
+    known = [flag.split()[0].lstrip("-") for flag in script_flags]
+    known += ["preset", *(field.name for field in settings_of(Config))]
+    known += [f"{recipe}.{setting}" for recipe in preset.recipes for setting in recipe_settings]
+    match = closest(name, known)
+    return f"{word.split('=')[0]}: no such setting; " + (f"did you mean --{match}?" if match else "see --help")

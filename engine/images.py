@@ -1,0 +1,118 @@
+"""From uint8 images to what a model takes: flip, shift, resize to the bits of PIL, normalise; on any device."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from engine.device import memory_format
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PRECISION_BITS = 22  # of Pillow's fixed-point weights
+
+
+def resize_weights(before: int, after: int) -> torch.Tensor:
+    """Pillow's bilinear filter from `before` to `after` pixels: integer weights (after, before), stored as float64.
+
+    Source: Pillow, src/libImaging/Resample.c, precompute_coeffs and normalize_coeffs_8bpc. It is written in tensors so
+    that `before` may be a symbolic size while a model is exported.
+    """
+    scale = torch.full((), before, dtype=torch.float64) / after
+    support = scale.clamp(min=1)
+    centers = (torch.arange(after, dtype=torch.float64) + 0.5) * scale  # (after,)
+    distance = (torch.arange(before, dtype=torch.float64) + 0.5 - centers.unsqueeze(1)).abs() / support
+    weights = (1 - distance).clamp(min=0)  # (after, before)
+    return (0.5 + weights / weights.sum(1, keepdim=True) * (1 << PRECISION_BITS)).floor()
+
+
+@lru_cache
+def resize_taps(before: int, after: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The nonzero weights by tap: the pixel (after,) that each output pixel reads, and its int32 weight (after,).
+
+    Enlarging takes 2 taps, shrinking by a factor f up to 2 f + 1.
+    """
+    weights = resize_weights(before, after)
+    first = (weights > 0).int().argmax(1)  # (after,)
+    taps = []
+    for tap in range(int((weights > 0).sum(1).max())):
+        index = (first + tap).clamp(max=before - 1)
+        weight = weights[torch.arange(after), index] * (first + tap < before)
+        taps.append((index.to(device), weight.to(torch.int32).to(device)))
+    return taps
+
+
+def resize_axis(images: torch.Tensor, size: int, axis: int) -> torch.Tensor:
+    """One pass of Pillow's resize over int32 images, in its fixed-point arithmetic."""
+    if images.shape[axis] == size:
+        return images
+    total = None
+    for index, weight in resize_taps(images.shape[axis], size, images.device):
+        weight = weight.view([-1 if a == axis else 1 for a in range(images.ndim)])
+        product = images.index_select(axis, index).mul_(weight)
+        total = product.add_(1 << PRECISION_BITS - 1) if total is None else total.add_(product)  # a half, to round
+    return total.bitwise_right_shift_(PRECISION_BITS)
+
+
+def map_chunks(
+    function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """out = function(images); on a CPU a few images at a time, so that intermediate results stay in its cache."""
+    chunk = max(1, 2**19 // out.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(images))
+    for start in range(0, len(images), chunk):
+        out[start : start + chunk] = function(images[start : start + chunk])
+    return out
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize to the bits of PIL's bilinear resize, on any device: uint8 (N, 3, H, W) -> uint8 (N, 3, size, size).
+
+    Exact for square images of any size and for images that are enlarged. Where the height shrinks by more than the
+    width, Pillow 13 makes the vertical pass first, and older versions, like this function, the horizontal one, which
+    differs by at most one level. Raises ValueError for other types or shapes.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"resize takes uint8 images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+
+    def both_passes(chunk: torch.Tensor) -> torch.Tensor:
+        return resize_axis(resize_axis(chunk.to(torch.int32), size, 3), size, 2)
+
+    return map_chunks(both_passes, images, images.new_empty((*images.shape[:2], size, size)))
+
+
+@lru_cache
+def imagenet_statistics(device: torch.device) -> list[torch.Tensor]:
+    """Mean and standard deviation (1, 3, 1, 1), made once: copying them to a GPU in every step would make it wait."""
+    return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), by default in the same size.
+
+    The bits of torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation.
+    """
+    mean, std = imagenet_statistics(images.device)
+
+    def normalise(chunk: torch.Tensor) -> torch.Tensor:
+        chunk = chunk if size is None else resize(chunk, size)
+        return chunk.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    shape = images.shape if size is None else (*images.shape[:2], size, size)
+    out = torch.empty(shape, device=images.device, memory_format=memory_format(images.device))
+    return map_chunks(normalise, images, out)
+
+
+def flip(images: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
+    """Mirror, left to right, the images (N, 3, H, W) for which `flipped` (N,) is true."""
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Move each image of (N, 3, H, W) by its own number of pixels (N,), as a crop of an image padded with black."""
+    n, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device) - down.view(-1, 1)  # (N, H), where each pixel comes from
+    columns = torch.arange(width, device=images.device) - right.view(-1, 1)  # (N, W)
+    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
+    image = torch.arange(n, device=images.device).view(-1, 1, 1)
+    rows, columns = rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
+    moved = images.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+    return moved * inside.unsqueeze(1)

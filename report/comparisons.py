@@ -1,0 +1,197 @@
+"""Metrics of several models together: verdicts against a baseline, agreement with the teacher, disagreements."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
+from report.statistics import (
+    detectable_difference,
+    detectable_over_seeds,
+    holm,
+    image_variance,
+    mcnemar_p,
+    paired_interval,
+    paired_t_p,
+    seeds_needed,
+    seeds_needed_after_one,
+)
+
+Models = Mapping[str, Evaluated]
+
+
+def common_seeds(*models: Evaluated) -> list[int]:
+    return sorted(set.intersection(*(set(model.logits) for model in models)))
+
+
+def baseline_of(name: str, models: Models) -> str | None:
+    """What a model is compared with: its `baseline`, else the first model of its architecture without a teacher.
+
+    In self-distillation that is its own teacher only if there is no other.
+    """
+    recipe = models[name].recipe
+    if recipe.baseline:
+        return recipe.baseline
+    alone = [other for other, m in models.items() if not m.recipe.teacher and m.recipe.arch == recipe.arch]
+    alone.sort(key=lambda other: other == recipe.teacher)
+    return alone[0] if recipe.teacher and alone else None
+
+
+def compare(
+    name: str, baseline: str, models: Models, labels: np.ndarray, classes: Sequence[str] = (), level: float = 0.05
+) -> dict[str, Any]:
+    """The entry of one comparison in results.json, over the seeds that both models have.
+
+    `p_value` is that of McNemar's exact test for one seed, and of the paired t-test over seeds for several. The power
+    is that of a test at this level.
+    """
+    seeds = common_seeds(models[name], models[baseline])
+    first, second = (models[m].correct(labels, seeds) for m in (name, baseline))  # (S, n)
+    differences = first.mean(1) - second.mean(1)  # (S,)
+    difference = float(differences.mean())
+    mcnemar = {
+        str(seed): mcnemar_p(int((a & ~b).sum()), int((b & ~a).sum()))
+        for seed, a, b in zip(seeds, first, second, strict=True)
+    }
+    if len(seeds) > 1:
+        std, variance = float(differences.std(ddof=1)), image_variance(first, second)[1]
+        p_value, test = paired_t_p(differences), "paired t-test over seeds"
+        detectable = detectable_over_seeds(std, variance, len(seeds), level)
+        needed = seeds_needed(difference, std, variance, level)
+    else:
+        std, discordant = None, float((first != second).mean())
+        p_value, test = mcnemar[str(seeds[0])], "exact McNemar test"
+        detectable = detectable_difference(discordant, len(labels), level)
+        needed = seeds_needed_after_one(difference, discordant, len(labels), level)
+    return {
+        "model": name,
+        "baseline": baseline,
+        "seeds": seeds,
+        "difference": difference,
+        "std": std,
+        "ci95": paired_interval(first, second),
+        "p_value": p_value,
+        "test": test,
+        "mcnemar_p": mcnemar,
+        "only_model_right": int((first & ~second).sum()),
+        "only_baseline_right": int((second & ~first).sum()),
+        "detectable_difference": detectable,
+        "seeds_needed": needed,
+        "per_class": {
+            c: {
+                "difference": float(first[:, labels == label].mean() - second[:, labels == label].mean()),
+                "ci95": paired_interval(first[:, labels == label], second[:, labels == label]),
+            }
+            for label, c in enumerate(classes)
+        },
+    }
+
+
+def compare_all(models: Models, labels: np.ndarray, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every model against its baseline, with p-values adjusted for their number, and a verdict for each.
+
+    The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05 and ci95 excludes 0, otherwise
+    "indistinguishable". A test that is undefined (p_value None) counts as p = 1. With one seed the verdict is on two
+    trained models, not on two recipes, as nothing is known about other seeds.
+    """
+    pairs = [(name, baseline_of(name, models)) for name in models]
+    pairs = [(name, b) for name, b in pairs if b in models and common_seeds(models[name], models[b])]
+    level = 0.05 / max(1, len(pairs))  # Holm's for the smallest p
+    comparisons = [compare(*pair, models, labels, classes, level) for pair in pairs]
+    adjusted = holm([1.0 if c["p_value"] is None else c["p_value"] for c in comparisons])
+    for comparison, p_holm in zip(comparisons, adjusted, strict=True):
+        low, high = comparison["ci95"]
+        significant = p_holm < 0.05 and not low <= 0 <= high
+        verdict = ("better" if comparison["difference"] > 0 else "worse") if significant else "indistinguishable"
+        comparison.update(p_holm=p_holm, verdict=verdict)
+    return comparisons
+
+
+def not_compared(models: Models) -> dict[str, str]:
+    """The reason for each model that should be compared with a baseline and cannot be."""
+    reasons = {}
+    for name, model in models.items():
+        baseline = baseline_of(name, models)
+        if baseline is None and model.recipe.teacher:
+            reasons[name] = f"no {model.recipe.arch} without a teacher has been evaluated"
+        elif baseline and baseline not in models:
+            reasons[name] = f"its baseline {baseline} has not been evaluated"
+        elif baseline and not common_seeds(model, models[baseline]):
+            reasons[name] = f"it has no seed in common with its baseline {baseline}"
+    return reasons
+
+
+def distilled(models: Models) -> list[str]:
+    """The models whose teacher has been evaluated too, with a seed in common."""
+    teachers = {name: model.recipe.teacher for name, model in models.items()}
+    return [name for name, t in teachers.items() if t in models and common_seeds(models[name], models[t])]
+
+
+def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
+    """How closely each distilled model, and its baseline, matches the teacher on the test images: a row each.
+
+    After Stanton et al. 2021 (arXiv 2106.05945). Means over the seeds that both have; teacher_wrong, and the agreement
+    there, are pooled over seeds.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for name in distilled(models):
+        teacher, temperature = models[name].recipe.teacher, models[name].recipe.temperature
+        for student in (name, baseline_of(name, models)):
+            seeds = common_seeds(models[student], models[teacher]) if student in models and student != teacher else []
+            if not seeds:
+                continue
+            logits = [(models[teacher].logits[seed], models[student].logits[seed]) for seed in seeds]
+            agree = np.stack([v.argmax(1) == z.argmax(1) for v, z in logits])  # (S, n)
+            wrong = ~models[teacher].correct(labels, seeds)
+            kl = {"kl": 1.0, "kl_at_temperature": temperature}
+            rows[student, teacher, temperature] = {
+                "model": student,
+                "teacher": teacher,
+                "seeds": seeds,
+                "temperature": temperature,
+                "agreement": float(agree.mean()),
+                "agreement_where_teacher_wrong": float(agree[wrong].mean()) if wrong.any() else None,
+                "teacher_wrong": int(wrong.sum()),
+                **means({key: kl_divergence(v, z, t) for key, t in kl.items()} for v, z in logits),
+            }
+    return list(rows.values())
+
+
+TrainingLogits = Mapping[
+    str, Mapping[int, tuple[np.ndarray, np.ndarray]]
+]  # model -> seed -> logits (M, C), labels (M,)
+
+
+def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]:
+    """What each distilled model learns from: its teacher's accuracy, entropy and confidence on the training images."""
+    rows = []
+    for name, by_seed in logits.items():
+        recipe, entries = models[name].recipe, []
+        for z, labels in by_seed.values():
+            softened = soft_target_metrics(z, recipe.temperature)
+            entries.append(
+                {
+                    "accuracy": float((z.argmax(1) == labels).mean()),
+                    **soft_target_metrics(z, 1.0),
+                    **{f"{key}_at_temperature": value for key, value in softened.items()},
+                }
+            )
+        about = {"model": name, "teacher": recipe.teacher, "seeds": list(by_seed), "images": len(labels)}
+        rows.append({**about, "temperature": recipe.temperature, **means(entries)})
+    return rows
+
+
+def disagreements(name: str, models: Models, most: int = 12) -> dict[str, Any] | None:
+    """Test images on which teacher, baseline and model do not all agree, for their first common seed; None if none.
+
+    `shown` are at most `most` of them, drawn at random with a fixed seed.
+    """
+    trio = list(dict.fromkeys([models[name].recipe.teacher, baseline_of(name, models), name]))
+    if not set(trio) <= models.keys() or not (seeds := common_seeds(*(models[m] for m in trio))):
+        return None
+    predictions = np.stack([models[m].predictions[seeds[0]] for m in trio])  # (3, n)
+    images = np.flatnonzero((predictions != predictions[0]).any(0))
+    shown = np.sort(np.random.default_rng(0).choice(images, min(most, len(images)), replace=False))
+    about = {"models": trio, "seed": seeds[0], "count": len(images), "shown": shown.tolist()}
+    return about if len(images) else None

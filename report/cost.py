@@ -1,0 +1,112 @@
+"""What a model costs to store and to run."""
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.checkpoints import checkpoint_path
+from engine.datasets import Dataset
+from engine.device import autocast, memory_format, synchronize
+from engine.estimate import BuildModel
+from engine.images import prepare
+from engine.inference import fold_batchnorm
+from engine.settings import Config
+from report.comparisons import Models, common_seeds, distilled
+
+
+def count_cost(build: BuildModel, arch: str, classes: int, image_size: int) -> dict[str, int]:
+    """Parameters, and multiply-accumulates (two FLOPs each) of one image in convolutions and linear layers.
+
+    Counted by PyTorch on the meta device, where nothing is computed.
+    """
+    with torch.device("meta"):
+        model, image = build(arch, classes).eval(), torch.empty(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(image)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": parameters, "multiply_accumulates": counter.get_total_flops() // 2}
+
+
+def quartiles(values: Sequence[float]) -> dict[str, Any]:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "quartiles": [low, high], "n": len(values)}
+
+
+def time_inference(
+    build: BuildModel,
+    archs: Iterable[str],
+    config: Config,
+    dataset: Dataset,
+    batch_size: int = 100,
+    seconds: float = 5.0,
+) -> dict[str, dict[str, Any]]:
+    """Latency of one image and throughput of a large batch for each architecture, from uint8 images to logits.
+
+    The architectures take turns, so that a machine that slows down slows all of them, for 3 to 20 rounds within about
+    these seconds. The weights do not matter: they are random, with BatchNorm folded.
+    """
+    count, device = len(dataset.test.images), config.device
+    images = dataset.test.images[torch.arange(batch_size, device=dataset.test.images.device) % count].to(device)
+    models = {
+        arch: fold_batchnorm(build(arch, len(dataset.classes)).to(device, memory_format=memory_format(device)))
+        for arch in archs
+    }
+
+    def timed(arch: str, batch: torch.Tensor) -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        with torch.inference_mode(), autocast(device, config.precision):
+            models[arch](prepare(batch, config.image_size)).float()
+        synchronize(device)
+        return time.perf_counter() - started
+
+    for arch, batch in itertools.product(models, (images[:1], images)):
+        timed(arch, batch)  # warm up
+    latency, throughput = {arch: [] for arch in models}, {arch: [] for arch in models}
+    end, rounds = time.monotonic() + seconds, 0
+    while rounds < 3 or (rounds < 20 and time.monotonic() < end):
+        for arch in models:
+            latency[arch] += [1000 * timed(arch, images[:1]) for _ in range(5)]
+            throughput[arch].append(batch_size / timed(arch, images))
+        rounds += 1
+    return {
+        arch: {
+            "latency_ms": quartiles(latency[arch]),
+            "images_per_second": {"batch_size": batch_size, **quartiles(throughput[arch])},
+        }
+        for arch in models
+    }
+
+
+def costs(build: BuildModel, config: Config, dataset: Dataset, models: Models) -> dict[str, dict[str, Any]]:
+    """The cost of each model, measured once for each architecture."""
+    archs = dict.fromkeys(model.recipe.arch for model in models.values())
+    counted = {arch: count_cost(build, arch, len(dataset.classes), config.image_size) for arch in archs}
+    timed = time_inference(build, archs, config, dataset)
+
+    def size(name: str) -> int:
+        return checkpoint_path(config, name, next(iter(models[name].logits))).stat().st_size
+
+    return {
+        name: {**counted[m.recipe.arch], "bytes_on_disk": size(name), **timed[m.recipe.arch]}
+        for name, m in models.items()
+    }
+
+
+def versus_teacher(models: Models, cost: dict[str, dict[str, Any]], labels: np.ndarray) -> list[dict[str, Any]]:
+    """Accuracy, over the seeds that both have, and relative cost of each distilled model and its teacher."""
+    rows = []
+    for name in distilled(models):
+        teacher = models[name].recipe.teacher
+        seeds = common_seeds(models[name], models[teacher])
+        accuracy, of_teacher = (float(models[m].correct(labels, seeds).mean()) for m in (name, teacher))
+        speed, speed_of_teacher = (cost[m]["images_per_second"]["median"] for m in (name, teacher))
+        relative = {key: cost[name][key] / cost[teacher][key] for key in ("parameters", "multiply_accumulates")}
+        about = {"model": name, "teacher": teacher, "accuracy": accuracy, "accuracy_of_teacher": of_teacher}
+        rows.append({**about, "time": speed_of_teacher / speed, **relative})
+    return rows

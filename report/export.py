@@ -1,0 +1,67 @@
+"""A model as a torch.export program, from uint8 images to probabilities, that needs nothing but PyTorch to run."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from engine.images import PRECISION_BITS, imagenet_statistics, resize_weights
+from engine.inference import fold_batchnorm
+
+ONE = 1 << PRECISION_BITS
+
+
+def resize_by_matrices(images: torch.Tensor, size: int) -> torch.Tensor:
+    """engine.images.resize to the bit, uint8 (N, 3, H, W) -> float64 (N, 3, size, size), of a symbolic H and W.
+
+    Its sums stay below 2^53, so they are exact.
+    """
+    height, width = images.shape[2:]
+    rows = images.to(torch.float64) @ resize_weights(width, size).T
+    rows = ((rows + ONE // 2) / ONE).floor()
+    return ((resize_weights(height, size) @ rows + ONE // 2) / ONE).floor()
+
+
+class Exportable(nn.Module):
+    """uint8 images (N, 3, H, W) of any size -> probabilities (N, C): what `predict` does, in one module."""
+
+    def __init__(self, model: nn.Module, image_size: int):
+        super().__init__()
+        self.model = fold_batchnorm(model).requires_grad_(False).to(memory_format=torch.contiguous_format)
+        self.image_size = image_size
+        mean, std = imagenet_statistics(torch.device("cpu"))
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        resized = resize_by_matrices(images, self.image_size).to(torch.float32)
+        normalised = resized.div(255).sub(self.mean).div(self.std).contiguous(memory_format=torch.channels_last)
+        return torch.softmax(self.model(normalised), dim=1)
+
+
+def export_program(model: nn.Module, image_size: int, about: dict[str, Any]) -> bytes:
+    """A .pt2 file: torch.export.load(path).module()(images). `about` is stored in it as about.json."""
+    dynamic = {axis: torch.export.Dim(name) for axis, name in {0: "N", 2: "H", 3: "W"}.items()}
+    example = torch.zeros(2, 3, image_size + 1, image_size + 2, dtype=torch.uint8)
+    program = torch.export.export(Exportable(model, image_size).eval(), (example,), dynamic_shapes=(dynamic,))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
+    return buffer.getvalue()
+
+
+def check_export(content: bytes, path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference from the expected probabilities (n, C). Raises UserError if it is another model."""
+    program = torch.export.load(io.BytesIO(content)).module()
+    with torch.inference_mode():
+        found = torch.cat([program(chunk) for chunk in images.split(100)])
+    differing, largest = int((found.argmax(1) != expected.argmax(1)).sum()), (found - expected).abs().max().item()
+    if differing or not largest <= 1e-4:
+        raise UserError(
+            f"{path}: the exported model differs from the checkpoint: in the class of {differing} of {len(images):,} "
+            f"test images, in probabilities by up to {largest:.2g}. It was not written; please report this as a bug"
+        )
+    return largest

@@ -1,0 +1,239 @@
+"""Figures, functions of arrays; they are drawn without a display and returned as matplotlib figures."""
+
+import io
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seaborn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from report.metrics import expected_calibration_error, reliability, row_shares
+
+ANNOTATED = 20  # up to this many classes, the cells of a matrix hold numbers
+
+
+def model_colours(names: Iterable[str]) -> dict[str, Any]:
+    """The colour of each model in every figure, by the order of all recipes, evaluated or not."""
+    return dict(zip(names, itertools.cycle(seaborn.color_palette("colorblind")), strict=False))
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # without one, every tick label that seaborn asks about would make its own
+    return figure
+
+
+def escape_mathtext(text: str, most: int = 40) -> str:
+    """A name on one line, not too long, whose dollar signs do not start a formula."""
+    text = " ".join(text.split())
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+
+
+def label_size(classes: Sequence[str]) -> float:
+    """Points, such that the names of many classes fit next to each other in a figure of bounded size."""
+    return min(10.0, max(1.0, 600 / len(classes)))
+
+
+def matrix_figure(
+    percent: np.ndarray, written: np.ndarray, classes: tuple[str, ...], title: str, bar: str, **look: Any
+) -> Figure:
+    """A heat map over true class (rows) and predicted class (C, C); with few classes the cells hold `written`."""
+    names = [escape_mathtext(name, 20) for name in classes]
+    size = min(max(4.5, 0.55 * len(classes) + 1.2 + 0.07 * max(map(len, names))), 14)
+    figure = blank_figure(size + 0.8, size)
+    axes = figure.subplots()
+    few = len(classes) <= ANNOTATED
+    seaborn.heatmap(
+        percent,
+        annot=written if few else False,
+        fmt="",
+        square=True,
+        linewidths=0.5 if few else 0,
+        xticklabels=names,
+        yticklabels=names,
+        cbar_kws={"label": bar, "shrink": 0.8},
+        ax=axes,
+        **look,
+    )
+    axes.set(xlabel="predicted class", ylabel="true class", title=escape_mathtext(title, 80))
+    axes.tick_params(labelsize=label_size(classes))
+    long = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 2 else {"rotation": 0}
+    axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), **long)
+    axes.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def confusion_figure(counts: np.ndarray, classes: tuple[str, ...], title: str) -> Figure:
+    """Counts (C, C), rows true classes, coloured by their share of the row."""
+    look = {"vmin": 0, "vmax": 100, "cmap": "Blues"}
+    return matrix_figure(100 * row_shares(counts), counts, classes, title, "share of the true class (%)", **look)
+
+
+def confusion_difference_figure(
+    counts: np.ndarray, counts_baseline: np.ndarray, classes: tuple[str, ...], title: str
+) -> Figure:
+    """The difference between two confusion matrices, in percentage points of the true class."""
+    points = 100 * (row_shares(counts) - row_shares(counts_baseline))
+    written = np.vectorize(lambda value: f"{value:+.1f}" if abs(value) > 1e-9 else "")(points)
+    most = max(1.0, np.abs(points).max())
+    look = {"vmin": -most, "vmax": most, "cmap": "PuOr"}
+    return matrix_figure(points, written, classes, title, "percentage points of the true class", **look)
+
+
+def class_differences_figure(per_class: Mapping[str, dict[str, Any]], title: str, colour: Any) -> Figure:
+    """The difference in accuracy in each class, with its 95% interval."""
+    points = 100 * np.array([(entry["difference"], *entry["ci95"]) for entry in per_class.values()])  # (C, 3)
+    rows, few = np.arange(len(points)), len(points) <= 2 * ANNOTATED
+    figure = blank_figure(6.5, min(0.32 * len(rows) + 1.3, 14))
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=1)
+    axes.hlines(rows, points[:, 1], points[:, 2], color=colour, linewidth=2 if few else 1)
+    axes.plot(points[:, 0], rows, "o", color=colour, markersize=6 if few else 2)
+    axes.set_yticks(rows, [escape_mathtext(name) for name in per_class], fontsize=label_size(list(per_class)))
+    xlabel = "difference in accuracy (percentage points), with 95% interval"
+    axes.set(xlabel=xlabel, ylabel="class", title=escape_mathtext(title, 80))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def reliability_figure(
+    as_trained: Mapping[str, list[np.ndarray]],
+    labels: np.ndarray,
+    colours: Mapping[str, Any],
+    scaled: Mapping[str, list[np.ndarray]],
+) -> Figure:
+    """Accuracy against confidence of each model, from the logits of its seeds, as trained and temperature-scaled."""
+    columns = min(len(as_trained), 3)
+    rows = math.ceil(len(as_trained) / columns)
+    figure = blank_figure(max(5.0, 3.1 * columns), 3.2 * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(as_trained) :]:
+        axes.remove()
+    grid, lowest = grid[: len(as_trained)], 100.0
+    for axes, (name, by_seed) in zip(grid, as_trained.items(), strict=True):
+        axes.plot([0, 100], [0, 100], ":", color="grey")
+        errors = []
+        lines = (by_seed, colours[name], "o-", 0.25), (scaled.get(name), "black", "s--", 0.12)
+        for logits, colour, style, alpha in (line for line in lines if line[0]):
+            confidence, accuracy, low, high = 100 * reliability(logits, labels).T
+            axes.fill_between(confidence, low, high, color=colour, alpha=alpha, linewidth=0)
+            axes.plot(confidence, accuracy, style, color=colour, markersize=4, linewidth=1.2)
+            errors.append(f"{100 * np.mean([expected_calibration_error(z, labels) for z in logits]):.1f}")
+            lowest = np.nanmin([lowest, *confidence, *low])
+        axes.set_title(f"{escape_mathtext(name, 30)}\ncalibration error {' → '.join(errors)}", fontsize="medium")
+        axes.set(xlabel="confidence (%)", ylabel="accuracy (%)")
+        axes.grid(alpha=0.3)
+    limits = 10 * math.floor(lowest / 10) - 2, 102
+    for axes in grid:
+        axes.set(xlim=limits, ylim=limits, aspect="equal")
+        axes.locator_params(nbins=5)
+    legend = [
+        Line2D([], [], color="dimgrey", marker="o", label="a 15th of the images" + ", as trained" * bool(scaled)),
+        *[Line2D([], [], color="black", marker="s", linestyle="--", label="temperature-scaled")] * bool(scaled),
+        Patch(color="dimgrey", alpha=0.3, linewidth=0, label="95% interval"),
+        Line2D([], [], color="grey", linestyle=":", label="perfectly calibrated"),
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
+    return figure
+
+
+def gallery_figure(
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: Mapping[str, np.ndarray],
+    classes: tuple[str, ...],
+    colours: Mapping[str, Any],
+) -> Figure:
+    """Images (k, H, W, 3) with their labels (k,) and each model's prediction, from its probabilities (k, C)."""
+    columns = 3
+    rows = math.ceil(len(images) / columns)
+    figure = blank_figure(10, 1.35 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, label, *predicted in zip(grid, images, labels, *probabilities.values(), strict=False):
+        axes.imshow(image, interpolation="nearest")
+        (height, width), side = image.shape[:2], max(image.shape[:2])  # a square for the image, and text next to it
+        left, top = (width - side) / 2 - 0.5, (height - side) / 2 - 0.5
+        axes.set(xlim=(left, left + 2.45 * side), ylim=(top + side, top), anchor="W")
+        style = {"fontsize": 8.5, "va": "top", "transform": axes.transAxes}
+        axes.text(0.43, 0.96, f"true: {escape_mathtext(classes[label], 13)}", weight="bold", **style)
+        for line, (name, p) in enumerate(zip(probabilities, predicted, strict=True)):
+            at, best = 0.70 - 0.24 * line, p.argmax()
+            mark = "✓" if best == label else "✗"
+            axes.text(0.43, at, "■", color=colours[name], **style)
+            axes.text(0.49, at, f"{mark} {escape_mathtext(classes[best], 11)}, {100 * p[best]:.0f}%", **style)
+    legend = [
+        Line2D([], [], linestyle="", marker="s", color=colours[name], label=escape_mathtext(name))
+        for name in probabilities
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def report_figure(scores: np.ndarray, support: np.ndarray, classes: tuple[str, ...], title: str) -> Figure:
+    """Precision, recall and F1 (C, 3) of each class, with its images (C,), and their means over the classes."""
+    averages = [scores.mean(0), np.average(scores, axis=0, weights=support)]
+    values = 100 * np.vstack([scores, *averages])  # (C + 2, 3)
+    names = [*map(escape_mathtext, classes), "macro average", "weighted average"]
+    counts, few = [*support, support.sum(), support.sum()], len(classes) <= 2 * ANNOTATED
+    figure = blank_figure(5.5, min(0.4 * len(values) + 1.2, 14))
+    axes = figure.subplots()
+    seaborn.heatmap(
+        values,
+        annot=few,
+        fmt=".1f",
+        vmin=min(90.0, 10 * math.floor(values.min() / 10)),
+        vmax=100,
+        cmap="Blues",
+        linewidths=0.5 if few else 0,
+        xticklabels=["precision", "recall", "F1"],
+        yticklabels=[f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)],
+        cbar_kws={"label": "%"},
+        ax=axes,
+    )
+    axes.axhline(len(classes), color="black", linewidth=1.5)
+    axes.set(ylabel="class (images)", title=escape_mathtext(title, 80))
+    axes.tick_params(axis="y", rotation=0, labelsize=label_size(classes))
+    return figure
+
+
+def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]], colours: Mapping[str, Any]) -> Figure:
+    """Loss and accuracy by epoch: model -> seed -> records. Lines are means over seeds, bands their range."""
+    figure = blank_figure(9, 3.8)
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for name, by_seed in histories.items():
+        records = list(by_seed.values())
+        held_out = next(key for key in ("validation_accuracy", "test_accuracy") if key in records[0][0])
+        epochs = [record["epoch"] for record in records[0]]
+        for axes, key, scale, style in (
+            (loss_axes, "loss", 1, "-"),
+            (accuracy_axes, "train_accuracy", 100, ":"),
+            (accuracy_axes, held_out, 100, "-"),
+        ):
+            values = scale * np.array([[record[key] for record in history] for history in records])  # (S, epochs)
+            axes.plot(epochs, values.mean(0), style, color=colours[name], marker=".", label=escape_mathtext(name))
+            axes.fill_between(epochs, values.min(0), values.max(0), color=colours[name], alpha=0.2, linewidth=0)
+    loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    loss_axes.set_title("training loss, each recipe's own", fontsize="medium")
+    accuracy_axes.set(xlabel="epoch", ylabel="accuracy (%)")
+    accuracy_axes.set_title(f"solid: {held_out.split('_')[0]} images, dotted: training images", fontsize="medium")
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    lines, names = loss_axes.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    return figure
