@@ -1,5 +1,5 @@
-# Each target does its own set-up: a virtual environment in .venv, redone only when requirements change.
-# Flags go through ARGS, for instance: make train ARGS="--preset scratch --seeds 0 1 2"
+# Every target sets itself up: a virtual environment in .venv, updated only when the requirements change.
+# Flags go through ARGS, for example: make train ARGS="--preset scratch --seeds 0 1 2"
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -34,7 +34,7 @@ lint: .venv/installed-for-tests
 	$(PYTHON3) -m venv .venv
 
 .venv/installed: requirements.txt | .venv/bin/python
-	@echo "Installing PyTorch and what goes with it: a few minutes, up to 6 GB where it comes with CUDA"
+	@echo "Installing PyTorch and its dependencies: a few minutes, and up to 6 GB where it comes with CUDA"
 	$(PYTHON) -m pip install --quiet --requirement requirements.txt
 	touch $@
 

@@ -25,11 +25,11 @@ from engine.checkpoints import (
     load_checkpoint,
     load_finished,
     load_logits,
-    load_training,
     recorded_precision,
     refuse_other_settings,
     tensors_digest,
     training_settings,
+    weights_digest,
 )
 from engine.console import log, print_result
 from engine.datasets import Dataset, load_dataset
@@ -61,21 +61,20 @@ def finished_checkpoints(
     Raises UserError if a checkpoint is damaged, was trained with other settings than the config's, or was taught by
     another teacher than the one that is there now.
     """
-    digests: dict[Path, str] = {}
-
-    def digest(path: Path) -> str | None:
-        if path not in digests and (state := load_training(path)):
-            digests[path] = tensors_digest(state["model"])
-        return digests.get(path)
-
+    digests: dict[Path, str | None] = {}
     for name, seed in itertools.product(config.selected(), config.seeds):
         path, teacher = checkpoint_path(config, name, seed), config.recipes[name].teacher
         state = broadcast_from_rank0(lambda path=path: load_finished(path))
         if not state:
+            log.info(f"not trained yet, left out: {path}")
             missing.append(path)
             continue
-        digests[path] = tensors_digest(state["model"])
-        of_teacher = digest(checkpoint_path(config, teacher, seed)) if teacher else None
+        digests[path], of_teacher = tensors_digest(state["model"]), None
+        if teacher:
+            file = checkpoint_path(config, teacher, seed)
+            if file not in digests:  # not selected
+                digests[file] = broadcast_from_rank0(lambda file=file: weights_digest(file))
+            of_teacher = digests[file]
         settings = training_settings(name, seed, config, dataset, of_teacher)
         del settings["precision"]  # the test images may be evaluated in another one
         refuse_other_settings(path, state, settings)
@@ -144,8 +143,6 @@ def evaluate(config: Config, dataset: Dataset) -> None:
     """Write the report and print its table and its verdicts."""
     with lock(Path(config.imgs_path, config.run)):
         models, missing = evaluate_checkpoints(config, dataset)
-        for path in missing:
-            log.info(f"not trained yet, left out: {path}")
         if not models:
             raise UserError(f"nothing to evaluate; {TRAIN_FIRST}")
         logits = training_logits(config, dataset, models)
@@ -190,9 +187,9 @@ def export(config: Config, dataset: Dataset) -> None:
     """Write MODEL.pt2 for each distilled model (or each that `only` names), checked on the test images."""
     everyone = config.selected()
     names = everyone if config.only else [n for n in everyone if config.recipes[n].teacher] or everyone
-    images, missing, exported = dataset.test.images.cpu(), [], 0
+    images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
-        for name, seed, state, _ in finished_checkpoints(config, dataset, missing):
+        for name, seed, state, _ in finished_checkpoints(config, dataset, missing=[]):
             if name not in names:
                 continue
             model, path = load_model(state, "cpu"), checkpoint_path(config, name, seed).with_suffix(".pt2")
@@ -206,8 +203,6 @@ def export(config: Config, dataset: Dataset) -> None:
                 f"checkpoint's class on all {len(images):,} test images, with probabilities at most {largest:.1g} apart"
             )
             exported += 1
-    for path in missing:
-        log.info(f"not trained yet, left out: {path}")
     if not exported:
         raise UserError(f"nothing to export; {TRAIN_FIRST}")
 

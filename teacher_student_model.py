@@ -22,11 +22,11 @@ from engine.checkpoints import (
     checkpoint_path,
     load_finished,
     load_logits,
-    load_training,
     refuse_other_settings,
     save_checkpoint,
     tensors_digest,
     training_settings,
+    weights_digest,
 )
 from engine.console import log
 from engine.datasets import Batch, Dataset
@@ -180,11 +180,8 @@ def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, esti
         logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
         return distilled_loss(stored_logits(logits), recipe)
 
-    def teacher_digest() -> str | None:
-        state = load_training(path)
-        return tensors_digest(state["model"]) if state else None
-
-    train(name, seed, config, dataset, make_loss, broadcast_from_rank0(teacher_digest), estimate)
+    digest = broadcast_from_rank0(lambda: weights_digest(path))
+    train(name, seed, config, dataset, make_loss, digest, estimate)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,13 +47,13 @@ def start_training(config: Config, names: list[str], build: BuildModel) -> Itera
     dataset = load_dataset(config)
     with lock(Path(config.checkpoints_path, config.run)):
 
-        def prepare() -> tuple[Config, Estimates]:
+        def check_and_plan() -> tuple[Config, Estimates]:
             jobs = unfinished(names, config)
             check_space(jobs, build, config, dataset)
             recorded = recorded_precision(config) if config.precision == "auto" else None
             return plan(jobs, recorded, build, config, dataset)
 
-        resolved, estimates = broadcast_from_rank0(prepare)
+        resolved, estimates = broadcast_from_rank0(check_and_plan)
         config = replace(config, precision=resolved.precision)  # each rank keeps its own device
         announce(config, dataset)
         yield config, dataset, estimates
@@ -83,8 +83,3 @@ def announce(config: Config, dataset: Dataset) -> None:
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
         f"{device_name(config)}{several}, {describe_precision(config)}{pinned}"
     )
-
-
-def not_trained(paths: list[Path]) -> None:
-    for path in paths:
-        log.info(f"not trained yet, left out: {path}")

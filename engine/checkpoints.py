@@ -107,6 +107,12 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def weights_digest(path: Path) -> str | None:
+    """The digest of the weights in a checkpoint; None if there is no file."""
+    state = load_training(path)
+    return tensors_digest(state["model"]) if state else None
+
+
 def training_settings(
     name: str, seed: int, config: Config, dataset: Dataset, teacher_digest: str | None
 ) -> dict[str, Any]:

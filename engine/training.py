@@ -40,9 +40,7 @@ class Meter:
     def __init__(self, device: str, sums: torch.Tensor | None = None):
         self.sums = torch.zeros(2, device=device) if sums is None else sums.to(device)  # of batch losses, and of hits
         self.names: list[str] = []
-        self.nonfinite = torch.zeros(
-            1, device=device
-        )  # (1 + terms,): steps in which the logits, a term, were not finite
+        self.nonfinite = torch.zeros(1, device=device)  # steps in which the logits, and each term, were not finite
 
     @torch.no_grad()
     def update(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:

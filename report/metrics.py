@@ -65,7 +65,6 @@ def brier_score(logits: np.ndarray, labels: np.ndarray) -> float:
     p = log_probabilities(logits).exp().numpy()
     if not np.isfinite(p).all():
         return math.nan
-    p = np.column_stack([1 - p[:, 1:].sum(1), p[:, 1:]]).clip(0, 1)  # sums to 1 as exactly as scikit-learn asks
     return float(brier_score_loss(labels, p, labels=range(p.shape[1]), scale_by_half=False))
 
 
