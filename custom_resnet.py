@@ -1,4 +1,4 @@
-"""Train torchvision ResNets without a teacher: the model, and the one training loop of every recipe.
+"""Train torchvision ResNets without a teacher: the model, and the training loop of all recipes.
 
     python custom_resnet.py                     # teacher and student, as in the README's table
     python custom_resnet.py --preset demo       # two minutes on a CPU, nothing to download
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from engine.checkpoints import checkpoint_path, load_training, refuse_other_settings, save_checkpoint, training_settings
+from engine.checkpoints import checkpoint_path, load_matching, save_checkpoint, training_settings
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
 from engine.device import autocast, compiled, environment, explain_device_errors, memory_format
@@ -50,11 +50,9 @@ def build_resnet(arch: str, num_classes: int, pretrained: bool = False) -> nn.Mo
         weights = torchvision.models.get_model_weights(arch).DEFAULT
         file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         try:
-            # weights_only: a file in the cache is read as tensors, whatever else it holds
+            # weights_only: no code in a file of the cache is executed
             model.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
-        except (
-            Exception
-        ) as error:  # urllib, pickle, zipfile and torch raise a dozen types for a missing or foreign file
+        except Exception as error:  # of many types, for a missing, damaged or foreign file
             problem = "cannot be used" if file.exists() else "is missing and could not be downloaded"
             raise UserError(
                 f"{file}: {problem} ({first_line(error)}). Put the file from {weights.url} there, or start from "
@@ -71,7 +69,7 @@ def load_model(state: dict[str, Any], device: str) -> nn.Module:
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError) as error:
         raise UserError(
-            f"{state['name']}: its checkpoint does not hold the weights of a {state['arch']} ({error})"
+            f"{state['name']}: the weights in its checkpoint do not fit a {state['arch']} ({error})"
         ) from None
     return model.to(device, memory_format=memory_format(device)).eval()
 
@@ -96,14 +94,12 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train the model in place and return its history, a record for each epoch.
 
-    After each epoch, every few minutes, and before stopping because `stop` returns a signal, `write` receives the state
-    with which a later call resumes exactly. Raises Diverged if the loss becomes NaN or infinite.
+    After each epoch, every few minutes, and when `stop` returns a signal, `write` receives the state from which a later
+    call resumes exactly. Raises Diverged if the loss becomes NaN or infinite.
     """
     subset, own = dataset.subset(recipe.train_size), shard(config.batch_size)
-    share = (own.stop - own.start) / config.batch_size  # of each batch; 1 in a single process
-    training = Training(model, recipe, config, len(subset), title)
-    if state:
-        training.load_state_dict(state)
+    share = (own.stop - own.start) / config.batch_size  # of each batch that is on this rank
+    training = Training(model, recipe, config, len(subset), title, state)
     forward = compiled(data_parallel(model, config.device), config, estimate.model)
 
     for epoch in range(len(training.history), recipe.epochs):
@@ -114,7 +110,7 @@ def fit(
                 with autocast(config.device, config.precision):
                     logits = forward(batch.images)
                 terms = loss_fn(logits.float(), batch)
-                loss = sum(terms.values()) * (share * world_size())  # as the ranks' gradients are averaged
+                loss = sum(terms.values()) * (share * world_size())  # DDP averages the gradients
                 training.optimizer.zero_grad()
                 loss.backward()
                 training.optimizer.step()
@@ -123,11 +119,11 @@ def fit(
                 training.meter.update(logits, batch.labels, terms, share)
                 training.step += 1
 
-                described = progress.update(len(batch.labels))
-                described, saving, stopping = all_reduce_max(described, training.save_due, stop())
-                if described or training.step % 50 == 0:
+                due = progress.update(len(batch.labels))
+                due, saving, stopping = all_reduce_max(due, training.save_due, stop())
+                if due or training.step % 50 == 0:
                     training.check()
-                if described:
+                if due:
                     progress.describe(training.describe(progress.rate, estimate.later))
                 if saving or stopping:
                     training.save(write)
@@ -136,7 +132,7 @@ def fit(
 
         try:
             finish_epoch(training, dataset, stop)
-        except Stopped:  # while evaluating: the epoch is kept, and evaluated when training resumes
+        except Stopped:  # while evaluating, which is repeated when training resumes
             training.save(write)
             return training.history
         training.save(write)
@@ -146,7 +142,7 @@ def fit(
 
 
 def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) -> None:
-    """Evaluate the model on the held-out images and add the epoch's record to the history; nothing is chosen by it."""
+    """Evaluate the model on the held-out images and add a record to the history. No model is selected by it."""
     training.check()
     (loss, accuracy), seconds = training.averages, time.perf_counter() - training.started
     config, epochs = training.config, training.recipe.epochs
@@ -157,31 +153,15 @@ def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) 
     )
     if not logits.isfinite().all():
         diverged(f"logits of the {held_out} images", title)
-    measured = (logits.argmax(1) == split.labels).float().mean().item()
+    held_out_accuracy = (logits.argmax(1) == split.labels).float().mean().item()
     record = {"epoch": len(training.history) + 1, "loss": loss, "train_accuracy": accuracy}
-    training.history.append({**record, f"{held_out}_accuracy": measured, "seconds": seconds})
+    training.history.append({**record, f"{held_out}_accuracy": held_out_accuracy, "seconds": seconds})
     rate = training.steps * config.batch_size / seconds
     log.info(
-        f"{title}  loss {loss:.4f}  training {accuracy:7.2%}  {held_out} {measured:7.2%}  {rate:,.0f} images/s  "
-        f"{duration(seconds)}"
+        f"{title}  loss {loss:.4f}  training {accuracy:7.2%}  {held_out} {held_out_accuracy:7.2%}  "
+        f"{rate:,.0f} images/s  {duration(seconds)}"
     )
     training.step = 0
-
-
-def load_state(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """What has been trained with these settings so far; None for nothing, or for what `overwrite` discards.
-
-    Raises UserError if the file is damaged or was trained with other settings, unless `overwrite` is on.
-    """
-    try:
-        state = load_training(path)
-        if state:
-            refuse_other_settings(path, state, settings)
-    except UserError:
-        if not overwrite:
-            raise
-        return None
-    return state
 
 
 def train(
@@ -193,14 +173,14 @@ def train(
     teacher_digest: str | None = None,
     estimate: Estimate = UNKNOWN,
 ) -> None:
-    """Train one recipe with one seed into its checkpoint, or resume it; a finished one is left as it is.
+    """Train one recipe with one seed, or resume it; a finished checkpoint is kept.
 
     `make_loss` is called only if there is something to train. Raises UserError if the checkpoint is damaged or was
-    trained with other settings, unless config.overwrite is on, and SystemExit after a signal has stopped the training.
+    trained with different settings, unless config.overwrite is on, and SystemExit after a signal.
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
     settings = training_settings(name, seed, config, dataset, teacher_digest)
-    state = broadcast_from_rank0(lambda: load_state(path, settings, config.overwrite))
+    state = broadcast_from_rank0(lambda: load_matching(path, settings, config.overwrite))
     if state and state["finished"]:
         log.info(f"{title}  is finished: {path}")
         return
@@ -229,7 +209,7 @@ def train(
 def start_model(
     recipe: Recipe, seed: int, config: Config, dataset: Dataset, title: str, state: dict[str, Any] | None
 ) -> nn.Module:
-    """The model to train, on the device, with its initial weights, unless `state` has others to load. Logs a line."""
+    """The model with its initial weights, on the device; `state`, if any, is loaded later. Logs a line."""
 
     def build() -> nn.Module:
         torch.manual_seed(seed)  # every recipe of this architecture starts from the same weights
@@ -249,7 +229,7 @@ def start_model(
             f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from "
             f"{'ImageNet' if recipe.pretrained else 'random'} weights, "
             f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {len(dataset.subset(recipe.train_size)):,} images"
-            + (f", taught by {recipe.teacher}" if recipe.teacher else "")
+            + (f", distilled from {recipe.teacher}" if recipe.teacher else "")
         )
     return model.to(config.device, memory_format=memory_format(config.device))
 
@@ -259,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(argv)
         distilled = [name for name in config.only if config.recipes[name].teacher]
         if distilled:
-            raise UserError(f"only = {' '.join(distilled)}: has a teacher; python teacher_student_model.py trains it")
+            raise UserError(
+                f"only = {' '.join(distilled)}: is distilled from a teacher; use python teacher_student_model.py"
+            )
         names = [name for name in config.selected() if config.recipes[name].teacher is None]
         with start_training(config, names, build_resnet) as (config, dataset, estimates):
             for seed in config.seeds:

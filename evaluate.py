@@ -1,9 +1,9 @@
-"""Evaluate what was trained: is the distilled student better, could it be chance, how sure is it, what does it cost?
+"""Evaluate the trained models: accuracy, significance of the differences, calibration, fidelity and cost.
 
-    python evaluate.py                          # with the flags that the training had
+    python evaluate.py                          # with the same flags as the training
     python evaluate.py --preset demo
-    python evaluate.py --predict IMAGE ...      # no report: each trained model's prediction for your own image files
-    python evaluate.py --export                 # no report: checkpoints/RUN/seedS/MODEL.pt2, which needs only PyTorch
+    python evaluate.py --predict IMAGE ...      # instead: each model's prediction for your own image files
+    python evaluate.py --export                 # instead: checkpoints/RUN/seedS/MODEL.pt2, which needs only PyTorch
 
 Writes imgs/RUN/results.md and its figures, results.json (every number) and predictions.npz (the logits behind them),
 and prints the table. Three layers: logits from checkpoints; metrics, functions of arrays; figures and text from them.
@@ -25,6 +25,8 @@ from engine.checkpoints import (
     load_checkpoint,
     load_finished,
     load_logits,
+    logits_fingerprint,
+    logits_path,
     recorded_precision,
     refuse_other_settings,
     tensors_digest,
@@ -38,6 +40,7 @@ from engine.errors import UserError
 from engine.files import lock, write_durably
 from engine.flags import Parser
 from engine.folder import open_image, to_array
+from engine.images import resize
 from engine.inference import predict
 from engine.settings import Config, Recipe
 from report.comparisons import Models, TrainingLogits, common_seeds, distilled
@@ -58,25 +61,25 @@ def finished_checkpoints(
 ) -> Iterator[tuple[str, int, dict[str, Any], str]]:
     """Name, seed, state and digest of each trained model, teachers first; the paths of the others go into `missing`.
 
-    Raises UserError if a checkpoint is damaged, was trained with other settings than the config's, or was taught by
-    another teacher than the one that is there now.
+    Raises UserError if a checkpoint is damaged, was trained with different settings, or was distilled from a teacher
+    that has been retrained since.
     """
     digests: dict[Path, str | None] = {}
     for name, seed in itertools.product(config.selected(), config.seeds):
         path, teacher = checkpoint_path(config, name, seed), config.recipes[name].teacher
         state = broadcast_from_rank0(lambda path=path: load_finished(path))
         if not state:
-            log.info(f"not trained yet, left out: {path}")
+            log.info(f"not trained yet, skipped: {path}")
             missing.append(path)
             continue
         digests[path], of_teacher = tensors_digest(state["model"]), None
         if teacher:
             file = checkpoint_path(config, teacher, seed)
-            if file not in digests:  # not selected
+            if file not in digests:  # the teacher is not among the selected recipes
                 digests[file] = broadcast_from_rank0(lambda file=file: weights_digest(file))
             of_teacher = digests[file]
         settings = training_settings(name, seed, config, dataset, of_teacher)
-        del settings["precision"]  # the test images may be evaluated in another one
+        del settings["precision"]  # the evaluation may use a different one
         refuse_other_settings(path, state, settings)
         yield name, seed, state, digests[path]
 
@@ -101,23 +104,19 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
 def logits_for_student(
     config: Config, dataset: Dataset, recipe: Recipe, seed: int, digest: str, most: int = 2_000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The logits (M, C) of its teacher, whose weights have this digest, on a student's training images, and the labels.
+    """The teacher's logits (M, C) on a student's training images, not mirrored, and the labels (M,).
 
-    Those of all images, not mirrored, if training has stored them; otherwise they are computed for at most `most`.
+    Those of all images if training has stored them for weights with this digest; otherwise at most `most` are computed.
     """
     subset, labels = dataset.subset(recipe.train_size), dataset.train.labels.cpu()
     path = checkpoint_path(config, recipe.teacher, seed)
-    fingerprint = {
-        "teacher": digest,
-        "images": dataset.digest,
-        "validation_size": config.validation_size,
-        "image_size": config.image_size,
-    }
+    fingerprint = logits_fingerprint(digest, config, dataset)
+    del fingerprint["precision"]  # the evaluation may use a different one
     shape = (2, len(labels), len(dataset.classes))
-    stored = broadcast_from_rank0(lambda: load_logits(path.with_suffix(".logits"), fingerprint, shape))
+    stored = broadcast_from_rank0(lambda: load_logits(logits_path(config, recipe.teacher, seed), fingerprint, shape))
     if not stored[0, subset].isnan().any():
         return stored[0, subset].numpy(), labels[subset].numpy()
-    by_class = subset[labels[subset].argsort(stable=True)]  # taking every k-th keeps the classes in proportion
+    by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
     model = load_model(broadcast_from_rank0(lambda: load_checkpoint(path)), config.device)
@@ -155,7 +154,7 @@ def evaluate(config: Config, dataset: Dataset) -> None:
 def predict_files(paths: list[str], config: Config) -> list[str]:
     """A table for each image file: the class and the probabilities (%) by every trained model.
 
-    Classes and image size are those of the checkpoints. Of many classes, the 20 that any model finds most likely.
+    Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
     """
     images = [torch.from_numpy(to_array(open_image(path), None)).permute(2, 0, 1).unsqueeze(0) for path in paths]
     columns = []  # for each model its title, its classes and its probabilities (files, C)
@@ -163,10 +162,10 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
         path = checkpoint_path(config, name, seed)
         state = load_finished(path)
         if not state:
-            log.info(f"not trained yet, left out: {path}")
+            log.info(f"not trained yet, skipped: {path}")
             continue
         model, size = load_model(state, config.device), state["settings"]["image_size"]
-        logits = torch.cat([predict(model, image, size) for image in images])
+        logits = predict(model, torch.cat([resize(image, size) for image in images]), size)
         columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         raise UserError(f"nothing to predict with; {TRAIN_FIRST}")
@@ -189,9 +188,7 @@ def export(config: Config, dataset: Dataset) -> None:
     names = everyone if config.only else [n for n in everyone if config.recipes[n].teacher] or everyone
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
-        for name, seed, state, _ in finished_checkpoints(config, dataset, missing=[]):
-            if name not in names:
-                continue
+        for name, seed, state, _ in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
             model, path = load_model(state, "cpu"), checkpoint_path(config, name, seed).with_suffix(".pt2")
             logits = predict(model, images, config.image_size, "fp32", title=f"{name} seed {seed}")
             about = {"name": name, "seed": seed, "classes": state["classes"], "image_size": config.image_size}
@@ -221,12 +218,12 @@ def main(argv: list[str] | None = None) -> None:
         own, rest = broadcast_from_rank0(lambda: script_flags(argv))
         config = load_config(rest, FLAGS)
         if world_size() > 1 and (own.predict or own.export):
-            raise UserError("--predict and --export take one process: python evaluate.py, without torchrun")
+            raise UserError("--predict and --export run in a single process: python evaluate.py, without torchrun")
         if config.precision == "auto":
             precision = broadcast_from_rank0(lambda: recorded_precision(config) or "fp32")
             config = replace(config, precision=precision)
         if own.predict:
-            print_result("\n".join(predict_files(own.predict, config)))
+            print_result("\n".join(predict_files(own.predict, config)).rstrip())
             return
         dataset = load_dataset(config)
         (export if own.export else evaluate)(config, dataset)

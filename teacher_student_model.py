@@ -1,6 +1,6 @@
-"""Train the whole experiment: teachers, students without a teacher, and students that a teacher distils into.
+"""Train the whole experiment: teachers, students without a teacher, and distilled students.
 
-    python teacher_student_model.py                             # the README's table: needs CIFAR-10 and, better, a GPU
+    python teacher_student_model.py                             # downloads CIFAR-10; a GPU is recommended
     python teacher_student_model.py --preset demo               # under three minutes on a CPU, nothing to download
     python teacher_student_model.py --student_kd.temperature 4 --run warmer
 
@@ -22,6 +22,8 @@ from engine.checkpoints import (
     checkpoint_path,
     load_finished,
     load_logits,
+    logits_fingerprint,
+    logits_path,
     refuse_other_settings,
     save_checkpoint,
     tensors_digest,
@@ -51,9 +53,10 @@ def distillation_loss(
 
     z are the student's logits and v the teacher's, both (B, C); y are the labels (B,). alpha weighs the hard loss. The
     gradients of the soft loss shrink by 1/T^2, which the factor T^2 compensates for (Hinton, Vinyals, Dean 2015, arXiv
-    1503.02531, section 2); scale_soft_loss=False leaves it out. No gradient flows to the teacher.
+    1503.02531, section 2); scale_soft_loss=False omits it. No gradient flows to the teacher.
     """
-    return sum(distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss))
+    terms = distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss)
+    return sum(terms.values())
 
 
 def distillation_terms(
@@ -63,8 +66,8 @@ def distillation_terms(
     alpha: float,
     temperature: float,
     scale_soft_loss: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted hard loss and the weighted soft loss; `distillation_loss` is their sum."""
+) -> dict[str, torch.Tensor]:
+    """The weighted hard loss and the weighted soft loss, by name; `distillation_loss` is their sum."""
     hard_loss = F.cross_entropy(student_logits, labels)
     soft_loss = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
@@ -74,7 +77,7 @@ def distillation_terms(
     )
     if scale_soft_loss:
         soft_loss = soft_loss * temperature**2
-    return alpha * hard_loss, (1 - alpha) * soft_loss
+    return {"hard loss": alpha * hard_loss, "soft loss": (1 - alpha) * soft_loss}
 
 
 class Teacher(NamedTuple):
@@ -84,7 +87,7 @@ class Teacher(NamedTuple):
 
 
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
-    """The finished teacher of this seed. Raises UserError if it is not trained yet, or with other settings."""
+    """The finished teacher of this seed. Raises UserError if it is not trained yet, or with different settings."""
     path = checkpoint_path(config, name, seed)
     state = broadcast_from_rank0(lambda: load_finished(path))
     if not state:
@@ -96,18 +99,12 @@ def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teac
 def teacher_logits(
     teacher: Teacher, config: Config, dataset: Dataset, subset: torch.Tensor, path: Path | None = None
 ) -> torch.Tensor:
-    """A frozen teacher's logits never change, so they are computed once per view, for all epochs: (2, N, C) float32.
+    """A frozen teacher's logits never change, so they are computed once for all epochs: (2, N, C) float32.
 
-    [0, i] are the logits of training image i, [1, i] those of its mirror image; views that no batch of `subset` shows
-    are NaN. They are stored in the file `path`, and read from it if their fingerprint is that of this call's inputs.
+    [0, i] are the logits of training image i, [1, i] those of its mirror image; those that no batch of `subset` needs
+    are NaN. They are stored in the file `path`, and read from it if the fingerprint of their inputs matches.
     """
-    fingerprint = {
-        "teacher": teacher.digest,
-        "images": dataset.digest,
-        "validation_size": config.validation_size,
-        "image_size": config.image_size,
-        "precision": config.precision,
-    }
+    fingerprint = logits_fingerprint(teacher.digest, config, dataset)
     shape = (2, len(dataset.train.labels), len(dataset.classes))
     logits = broadcast_from_rank0(
         lambda: load_logits(path, fingerprint, shape) if path else torch.full(shape, torch.nan)
@@ -118,9 +115,9 @@ def teacher_logits(
             broadcast_from_rank0(lambda: save_checkpoint(path, {"fingerprint": fingerprint, "logits": logits}))
 
     computed, saved = 0, time.monotonic()
-    for view, shown in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
+    for view, needed in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
         missing = subset[logits[view, subset].isnan().any(1)]
-        for index in missing.split(10_000) if shown else ():
+        for index in missing.split(10_000) if needed else ():
             images = dataset.train.images[index.to(dataset.train.images.device)]
             images = images.flip(3) if view else images
             title = f"logits of {teacher.name}"
@@ -140,12 +137,12 @@ Lookup = Callable[[Batch], torch.Tensor]  # batch -> the teacher's logits (B, C)
 
 
 def stored_logits(logits: torch.Tensor) -> Lookup:
-    """Look the teacher's logits (2, N, C) up by view and image."""
+    """Look up the teacher's stored logits (2, N, C) by view and image."""
     return lambda batch: logits[batch.flipped.long(), batch.index]
 
 
 def online_logits(teacher: nn.Module, config: Config) -> Lookup:
-    """Run the teacher on the student's very batch, for augmentations that never show the same view twice."""
+    """Run the teacher on each batch, for augmentations with too many views to store the logits of."""
     folded = fold_batchnorm(teacher)
 
     def run(batch: Batch) -> torch.Tensor:
@@ -159,10 +156,9 @@ def distilled_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
     """The distillation loss of a recipe against the teacher's logits that `lookup` returns for a batch."""
 
     def loss_fn(student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        hard, soft = distillation_terms(
+        return distillation_terms(
             student_logits, lookup(batch), batch.labels, recipe.alpha, recipe.temperature, recipe.scale_soft_loss
         )
-        return {"hard loss": hard, "soft loss": soft}
 
     return loss_fn
 
@@ -174,10 +170,10 @@ def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, esti
 
     def make_loss() -> LossFunction:
         teacher = load_teacher(recipe.teacher, seed, config, dataset)
-        if config.crop_padding:  # endless views
+        if config.crop_padding:  # too many views to store
             return distilled_loss(online_logits(teacher.model, config), recipe)
         subset = dataset.subset(recipe.train_size)
-        logits = teacher_logits(teacher, config, dataset, subset, path.with_suffix(".logits"))
+        logits = teacher_logits(teacher, config, dataset, subset, logits_path(config, recipe.teacher, seed))
         return distilled_loss(stored_logits(logits), recipe)
 
     digest = broadcast_from_rank0(lambda: weights_digest(path))

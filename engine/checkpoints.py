@@ -1,4 +1,4 @@
-"""Checkpoints: PyTorch files with a digest, and whether they hold the model that the settings ask for."""
+"""Checkpoint files with a digest, and their compatibility with the current settings."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def checkpoint_path(config: Config, name: str, seed: int) -> Path:
 
 
 def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) durably: at any moment `path` holds the old state or the new one.
+    """Write `state` (tensors and plain values) atomically: after a crash `path` holds the old state or the new one.
 
     The file is in PyTorch's own format, with the sha256 of its content in the zip comment, which PyTorch ignores.
     Raises UserError, and keeps the old file, if the folder cannot be written or the disk is full.
@@ -56,7 +56,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged (its content does not match its sha256); {RETRAIN}")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file from elsewhere can make the reader raise anything; none of its code is run
+    except Exception as error:  # a foreign file can raise any exception; no code in it is executed
         raise UserError(
             f"{path}: is intact but cannot be loaded ({first_line(error)}); free some memory, or {RETRAIN}"
         ) from None
@@ -70,7 +70,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_training(path: Path) -> dict[str, Any] | None:
-    """The state of a training, finished or not; None if there is no file. Raises UserError for any other content."""
+    """The state of a training run, finished or not; None if there is no file. Raises UserError if it is not ours."""
     if not path.exists():
         return None
     state = load_checkpoint(path)
@@ -83,7 +83,7 @@ def load_training(path: Path) -> dict[str, Any] | None:
 
 
 def load_finished(path: Path) -> dict[str, Any] | None:
-    """The state of a finished training; None if there is no file, or if it is still being trained."""
+    """The state of a finished training run; None if there is no file, or if it is still being trained."""
     state = load_training(path)
     return state if state and state["finished"] else None
 
@@ -94,7 +94,7 @@ def recorded_precision(config: Config) -> str | None:
         try:
             return load_training(path)["settings"].get("precision")
         except UserError:
-            continue  # whoever needs this file reports it
+            continue  # it is reported when it is needed
     return None
 
 
@@ -116,9 +116,9 @@ def weights_digest(path: Path) -> str | None:
 def training_settings(
     name: str, seed: int, config: Config, dataset: Dataset, teacher_digest: str | None
 ) -> dict[str, Any]:
-    """The fingerprint of a model: everything that its weights depend on.
+    """The fingerprint of a model: every setting that its weights depend on.
 
-    Without a digest the teacher is left out: there is none, or its checkpoint is gone.
+    Without a digest the teacher's weights are left out: there is no teacher, or its checkpoint is gone.
     """
     recipe = asdict(config.recipes[name])
     for unused in ("baseline", *(() if recipe["teacher"] else DISTILLATION_FIELDS)):
@@ -134,7 +134,7 @@ def training_settings(
 
 
 def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise UserError, naming what differs, if a checkpoint was trained with other settings."""
+    """Raise UserError, naming what differs, if a checkpoint was trained with different settings."""
 
     def abbreviate(value: Any) -> Any:
         return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
@@ -150,9 +150,36 @@ def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str,
     ]
     if differing:
         raise UserError(
-            f"{path}: was trained with other settings: {'; '.join(differing)}. Restore them, give this experiment a "
-            "name of its own (--run NAME), or train again, in place, what differs (--overwrite)"
+            f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
+            "name for this experiment (--run NAME), or retrain in place (--overwrite)"
         )
+
+
+def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The state to resume from; None if there is none, or one that `overwrite` discards.
+
+    Raises UserError if the file is damaged or was trained with different settings, unless `overwrite` is on.
+    """
+    try:
+        state = load_training(path)
+        if state:
+            refuse_other_settings(path, state, settings)
+    except UserError:
+        if not overwrite:
+            raise
+        return None
+    return state
+
+
+def logits_path(config: Config, teacher: str, seed: int) -> Path:
+    return checkpoint_path(config, teacher, seed).with_suffix(".logits")
+
+
+def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Every input that a teacher's stored logits depend on."""
+    fields = ("validation_size", "image_size", "precision")
+    settings = {field: getattr(config, field) for field in fields}
+    return {"teacher": teacher_digest, "images": dataset.digest, **settings}
 
 
 def load_logits(path: Path, fingerprint: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
@@ -169,6 +196,6 @@ def load_logits(path: Path, fingerprint: dict[str, Any], shape: tuple[int, ...])
     stale = [key for key, value in fingerprint.items() if not isinstance(found, dict) or found.get(key) != value]
     stale += ["shape"] * (not isinstance(logits, torch.Tensor) or logits.shape != shape)
     if stale:
-        log.info(f"{path}: are the logits of another {' and '.join(stale)}; computing them again")
+        log.info(f"{path}: do not match (different {' and '.join(stale)}); computing them again")
         return missing
     return logits

@@ -1,4 +1,4 @@
-"""What a person sees while a script runs: log lines, progress, and what Ctrl-C and SIGTERM do."""
+"""Log lines, progress, and signals: what is shown while a script runs, and what Ctrl-C and SIGTERM do."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger("distillation")
 
 
 class StderrHandler(logging.Handler):
-    """Write to stderr, above a progress bar, on rank 0. That nobody reads it any more does not end a run."""
+    """Write to stderr, above a progress bar, on rank 0. A closed stderr does not end a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if rank() == 0:
@@ -32,13 +32,13 @@ def configure_logging() -> None:
 
 
 def print_result(text: str) -> None:
-    """Print to stdout, in whatever encoding it has; it may be closed already, as by `| head`."""
+    """Print to stdout, escaping what its encoding lacks; a closed pipe (`| head`) is no error."""
     with contextlib.suppress(AttributeError):  # a stdout that is not a file
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a BrokenPipeError at exit
 
 
 def duration(seconds: float) -> str:
@@ -76,7 +76,7 @@ class Progress:
     def update(self, images: int) -> bool:
         """Count images; True if it is time to `describe` the work again: twice a second, or once a minute in a log."""
         self.done += images
-        return bool(self.bar.update(images)) or (self.bar.disable and time.monotonic() - self.logged > 60)
+        return bool(self.bar.update(images) or (self.bar.disable and time.monotonic() - self.logged > 60))
 
     def describe(self, text: str = "") -> None:
         """Show, next to the progress, a text such as the current loss."""
@@ -93,7 +93,7 @@ Handler = Callable[[int, Any], None]
 
 @contextlib.contextmanager
 def handle_signals(handler: Handler, *names: str) -> Iterator[dict[int, Any]]:
-    """Handle these signals, where the system has them, with `handler`. Yields the handlers that they had.
+    """Handle these signals, where the system has them, with `handler`. Yields the previous handlers.
 
     A SIGHUP that is ignored stays ignored: this is how nohup lets a run outlive its terminal.
     """
@@ -109,23 +109,25 @@ def handle_signals(handler: Handler, *names: str) -> Iterator[dict[int, Any]]:
 
 
 def exit_on_signal(number: int, frame: Any) -> None:
-    """The handler outside of training: exit at once, with the usual status."""
-    log.info("terminated; run the same command again to resume")
+    """The handler outside of training: exit at once, with status 128 + signal."""
+    log.info("terminated")
     raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
+    """Record SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
 
-    A single process acts on a second signal at once. Several get each Ctrl-C twice, as torchrun passes it on.
+    A single process acts on a second signal at once. Several ignore it: torchrun forwards Ctrl-C, so that each of them
+    receives it twice.
     """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
         if len(received) == 1:
-            log.info("stopping after this step; a second signal stops at once and loses what is not saved yet")
+            again = "; a second signal stops at once and loses what is not saved yet" * (world_size() == 1)
+            log.info(f"stopping after this step{again}")
         elif world_size() == 1 and callable(before[number]):
             before[number](number, frame)
 

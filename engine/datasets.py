@@ -1,4 +1,4 @@
-"""From disk to tensors on the device, once, and from there to batches."""
+"""Data sets: read once into tensors on the device, then served as batches."""
 
 import hashlib
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 def batches(
     split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[Batch]:
-    """The batches of an epoch from `first_step` on; batch k is a function of (seed, epoch, k) and of nothing else.
+    """The batches of an epoch from `first_step` on; batch k depends on (seed, epoch, k) and on nothing else.
 
     Each image of `subset` (M,) occurs at most once an epoch; the last M % batch_size of the shuffled images are
     dropped. With several processes each gets its own part of every batch.
@@ -70,7 +70,7 @@ def batches(
         here = slice(step * config.batch_size + own.start, step * config.batch_size + own.stop)
         images = split.images[source[here]]
         if split.images.is_pinned():
-            images = images.pin_memory()  # only from pinned memory does a copy to the GPU not make the host wait
+            images = images.pin_memory()  # copies to the GPU are asynchronous only from pinned memory
         images = images.to(device, non_blocking=True)
         if padding:
             images = shift(images, *shifts[:, here])
@@ -79,13 +79,15 @@ def batches(
 
 
 def load_dataset(config: Config) -> Dataset:
-    """The images of `config.dataset` as uint8 tensors on `config.device`, in every process.
+    """The images of `config.dataset` as uint8 tensors on `config.device`, or in pinned host memory if too large.
 
-    Raises UserError, saying what to put where, if they cannot be read, or if machines hold different images.
+    Raises UserError, with instructions, if they cannot be read, or if machines hold different images.
     """
     dataset = main_process_first(lambda: read_dataset(config))
     if broadcast_from_rank0(lambda: dataset.digest) != dataset.digest:
-        raise RankError(f"rank {rank()}: {config.dataset} is not what the first machine has; copy it from there")
+        raise RankError(
+            f"rank {rank()}: {config.dataset} differs from the copy on rank 0's machine; copy that one here"
+        )
     return dataset
 
 
@@ -117,14 +119,16 @@ def refuse_sizes(config: Config, train: Split) -> None:
     """Raise UserError for settings that the number or the size of the training images does not allow."""
     available, side = len(train.labels) - config.validation_size, min(train.images.shape[2:])
     problems = []
-    if config.batch_size > available:
+    if available <= 0:
+        problems.append(f"validation_size = {config.validation_size}: leaves no training images")
+    elif config.batch_size > available:
         held_out = f", of which validation_size = {config.validation_size} are held out" * bool(config.validation_size)
         problems.append(
-            f"batch_size = {config.batch_size}: takes at most the number of training images; {config.dataset} has "
+            f"batch_size = {config.batch_size}: must be at most the number of training images; {config.dataset} has "
             f"{len(train.labels)}{held_out}"
         )
     if config.crop_padding >= side:
-        problems.append(f"crop_padding = {config.crop_padding}: takes less than the {side} pixels of the images")
+        problems.append(f"crop_padding = {config.crop_padding}: must be less than the {side} pixels of the images")
     if problems:
         raise UserError(*problems)
 
@@ -145,7 +149,7 @@ def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Ten
     except ValueError:  # a class would have no image on one of the sides
         classes = len(np.unique(labels))
         raise UserError(
-            f"{setting} = {size}: has to take and to leave an image of each class; with {classes} classes and "
+            f"{setting} = {size}: must select and leave an image of each class; with {classes} classes and "
             f"{len(labels)} images that is {classes} to {len(labels) - classes}, and two images of each class or more"
         ) from None
     return tuple(torch.from_numpy(np.sort(part)) for part in parts)
@@ -163,8 +167,8 @@ def read_cifar10(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
     except (OSError, RuntimeError) as error:  # OSError: no network, space or permission; RuntimeError: damaged
         raise UserError(
             f"CIFAR-10 is not in {config.data_path}/ and could not be downloaded ({error}). Put {CIFAR10.filename} "
-            f"(md5 {CIFAR10.tgz_md5}, from {CIFAR10.url}) into {config.data_path}/ and run this again, or try the "
-            "experiment that needs no download: python teacher_student_model.py --preset demo"
+            f"(md5 {CIFAR10.tgz_md5}, from {CIFAR10.url}) into {config.data_path}/ and run this again, or run the "
+            "demo, which needs no download: python teacher_student_model.py --preset demo"
         ) from None
     return CIFAR10_CLASSES, *((split.data, split.targets) for split in splits)
 

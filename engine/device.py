@@ -1,4 +1,4 @@
-"""The device, its precision and the switches of PyTorch that make it fast or deterministic."""
+"""The device, its precision, and PyTorch's options for speed and determinism."""
 
 import contextlib
 import ctypes
@@ -19,24 +19,22 @@ from engine.settings import Config
 
 
 def resolve_device(config: Config) -> Config:
-    """The config with this process's own device in place of "auto". Raises UserError for a device that is not there."""
+    """The config with this process's own device in place of "auto". Raises UserError for one that is not available."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = device.partition(":")
     if world_size() > 1:
         if number or kind == "mps":
-            raise UserError(f"device = {device!r}: with several processes takes cuda, one for each of them, or cpu")
+            raise UserError(f"device = {device!r}: with several processes must be cuda (one GPU each) or cpu")
         if config.batch_size < 2 * world_size():
-            raise UserError(
-                f"batch_size = {config.batch_size}: takes 2 images or more for each of {world_size()} processes"
-            )
+            raise UserError(f"batch_size = {config.batch_size}: must be 2 or more for each of {world_size()} processes")
         number = str(local_rank()) if kind == "cuda" else ""
         device = f"cuda:{number}" if number else device
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         fewer = "start no more processes than that, or " if world_size() > 1 else ""
         raise UserError(
-            f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; {fewer}try cpu"
+            f"device = {device!r}: the number of CUDA devices here is {torch.cuda.device_count()}; {fewer}try cpu"
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
@@ -77,7 +75,7 @@ def configure_backends(config: Config) -> None:
     """Set PyTorch's process-wide switches for this device.
 
     On a CPU, glibc is told to keep the memory of freed tensors: otherwise each large one is returned to the system and
-    mapped anew, page by page, in the next step, which at 224 px takes 40% of a ResNet50 step.
+    mapped anew, page by page, in the next step, which costs 40% of a ResNet50 step at 224 px.
     """
     torch.backends.cudnn.benchmark = not config.deterministic  # every batch of a run has the same shape
     torch.use_deterministic_algorithms(config.deterministic)
@@ -91,10 +89,10 @@ def configure_backends(config: Config) -> None:
 
 
 def compiled(model: nn.Module, config: Config, seconds: float) -> nn.Module:
-    """torch.compile, if `compile` is on, or if it is auto and pays on a training that is expected to take `seconds`.
+    """torch.compile, if `compile` is on, or if it is auto and the `seconds` of training that are expected repay it.
 
-    On CUDA it saves about a fifth of a step, by the memory traffic that fused BatchNorm avoids (counted, not measured),
-    and takes about a minute. With auto a model that cannot be compiled runs as it is.
+    On CUDA, fused BatchNorm is estimated to save about a fifth of a step, by its memory traffic (not measured), and
+    compiling takes about a minute. With auto, a model that cannot be compiled runs as it is.
     """
     pays = torch.device(config.device).type == "cuda" and not config.deterministic and seconds / 5 > 60
     if config.compile == "off" or (config.compile == "auto" and not pays):
@@ -106,12 +104,12 @@ def compiled(model: nn.Module, config: Config, seconds: float) -> nn.Module:
 
 @contextlib.contextmanager
 def explain_device_errors(config: Config) -> Iterator[None]:
-    """Turn a lack of memory, and a failure of torch.compile, into a UserError that says what to change."""
+    """Turn out-of-memory and torch.compile errors into a UserError that says what to change."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise RankError(
-            f"{config.device} has too little memory for batch_size = {config.batch_size} at {config.image_size} px; "
+            f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
             "use more processes, or a smaller --batch_size (with --overwrite)"
         ) from None
     except RuntimeError as error:
@@ -127,7 +125,7 @@ def device_name(config: Config) -> str:
 
 
 def describe_precision(config: Config) -> str:
-    """The precision, and whether it is really that: by default cuDNN computes float32 convolutions in TF32."""
+    """The precision, noting that cuDNN computes float32 convolutions in TF32 by default."""
     tf32 = torch.device(config.device).type == "cuda" and torch.backends.cudnn.allow_tf32
     return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
 

@@ -1,4 +1,4 @@
-"""One process, or several that torchrun starts. With one process every function here is the identity."""
+"""One process, or several that torchrun starts. A single process never communicates."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class RankError(UserError):
-    """An error that only this rank has met, and reports itself; any other is met by all and reported by rank 0."""
+    """An error on this rank only, which reports it; any other UserError occurs on all ranks, and rank 0 reports it."""
 
 
 class PeerLost(RankError):
-    """Another process has ended."""
+    """Contact with another process was lost."""
 
     status = 1
 
@@ -36,7 +36,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, which is also that of its GPU."""
+    """This process's index on its machine, which is also its GPU's."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -65,7 +65,7 @@ def process_group() -> Iterator[None]:
             f"rank {rank()} of {world_size()} lost contact with another process ({reason}), whose own message, or "
             "torchrun's below, gives the cause. Run the same command again to resume from the last checkpoint"
         ) from None
-    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that do not know of it
+    dist.destroy_process_group()  # not after an error: NCCL would wait for the other ranks
 
 
 def broadcast_from_rank0(function: Callable[[], T]) -> T:
@@ -86,7 +86,7 @@ def broadcast_from_rank0(function: Callable[[], T]) -> T:
 
 
 def main_process_first(function: Callable[[], T]) -> T:
-    """Call `function` on every rank, first on one of each machine, so that it alone downloads.
+    """Call `function` on every rank, on local rank 0 of each machine first, so that only one process downloads.
 
     An error that one rank raises is raised on all.
     """
@@ -107,7 +107,7 @@ def main_process_first(function: Callable[[], T]) -> T:
 
 
 def all_reduce_max(*values: int) -> list[int]:
-    """The maximum of each value over the ranks, exchanged between the hosts, so that no GPU has to wait."""
+    """The maximum of each value over the ranks, exchanged on the CPU, so that no GPU has to be synchronised."""
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values)
@@ -124,7 +124,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard(n: int) -> slice:
-    """This rank's part of n items. The parts hold each item once, in order; their sizes differ by at most 1."""
+    """This rank's part of range(n). The parts partition it in order; their sizes differ by at most 1."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 

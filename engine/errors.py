@@ -1,4 +1,4 @@
-"""Errors that the user can fix: one message on stderr, no traceback, exit status 2. A traceback means a bug."""
+"""Errors that the user can fix: one message on stderr, no traceback, exit status 2 (1 if training failed)."""
 
 import contextlib
 import difflib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def escape_control(text: str) -> str:
-    """Replace the characters that a terminal would not print by their escape sequences (text may be a file's name)."""
+    """Escape unprintable characters, which may come from the names of files."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -19,8 +19,14 @@ class UserError(Exception):
     status = 2  # of the process, when the error ends it
 
     def __init__(self, *messages: str):
-        self.messages = tuple(map(escape_control, messages))
-        super().__init__("\n       ".join(self.messages))
+        super().__init__(*map(escape_control, messages))
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n       ".join(self.args)
 
 
 class Diverged(UserError):
@@ -42,16 +48,18 @@ def exit_on_error() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 @contextlib.contextmanager
 def locate_errors() -> Iterator[None]:
-    """Turn errors in a module that is imported here, such as an edited config.py, into a UserError with their line."""
+    """Turn errors in a module imported here, such as an edited config.py, into a UserError with file and line."""
     try:
         yield
-    except (UserError, TypeError, ValueError, LookupError, NameError) as error:
+    except SyntaxError as error:
+        raise UserError(f"{Path(error.filename or '').name}, line {error.lineno}: {error.msg}") from None
+    except (UserError, TypeError, ValueError, LookupError, NameError, AttributeError, ImportError) as error:
         frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"][-1]
         messages = error.messages if isinstance(error, UserError) else [first_line(error)]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"

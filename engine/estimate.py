@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: its time and faster precision, from timed steps, and its disk space."""
+"""Before a run starts: which precision is faster, how long it will take, and whether the disk has room."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ BuildModel = Callable[[str, int], nn.Module]  # (arch, number of classes) -> mod
 
 
 class Job(NamedTuple):
-    """A model that is still to be trained, or to be finished."""
+    """A model that is still to be trained or resumed."""
 
     name: str
     seed: int
@@ -46,7 +46,7 @@ def time_training(
 ) -> dict[tuple[str, str], float]:
     """Seconds per training image for each (arch, precision): the fastest of a few steps, after one to warm up.
 
-    The precisions take turns, so that a machine that slows down slows them all. On a CPU a step has 32 images at most.
+    The precisions alternate, so that drift in the machine's speed affects all. On a CPU a step has at most 32 images.
     """
     count = min(config.batch_size, 32) if config.device == "cpu" else config.batch_size
     images = dataset.train.images[:count].to(config.device)
@@ -76,7 +76,7 @@ def plan(
 ) -> tuple[Config, dict[tuple[str, int], Estimate]]:
     """Resolve `precision` = auto, and estimate the time of each job (name, seed).
 
-    auto is the precision that the run's other checkpoints have `recorded`, else the one that trains the jobs faster.
+    auto means `recorded`, the precision of the run's checkpoints, else the one that trains the jobs faster.
     """
     precisions = [recorded or "fp32"] if config.precision == "auto" else [config.precision]
     if config.precision == "auto" and recorded is None and supports_bf16(config.device):
@@ -88,7 +88,7 @@ def plan(
     def seconds(job: Job, precision: str) -> float:
         recipe = config.recipes[job.name]
         trained, evaluated = len(dataset.subset(recipe.train_size)), len(dataset.held_out[1].labels)
-        images = job.epochs * (trained + evaluated / 3)  # a forward pass is a third of a step
+        images = job.epochs * (trained + evaluated / 3)  # a forward pass costs about a third of a step
         return images * per_image[recipe.arch, precision] / world_size()
 
     chosen = min(precisions, key=lambda precision: sum(seconds(job, precision) for job in jobs))
@@ -99,19 +99,19 @@ def plan(
             f"{1 / per_image[arch, other]:,.1f}"
             for arch in archs
         )
-        log.info(f"precision = auto: {chosen} is faster here; {'; '.join(rates)}")
+        log.info(f"precision = auto: {chosen} is faster for this run; {'; '.join(rates)}")
     each = [seconds(job, chosen) for job in jobs]
     estimates = {(job.name, job.seed): Estimate(each[i], sum(each[i + 1 :])) for i, job in enumerate(jobs)}
     if sum(each) > 3600:
         log.info(
-            f"This will take about {duration(sum(each))} on this machine. For a result within minutes: "
+            f"This will take about {duration(sum(each))} on this machine. For a quick demo: "
             "python teacher_student_model.py --preset demo"
         )
     return replace(config, precision=chosen), estimates
 
 
 def space_needed(jobs: list[Job], build: BuildModel, config: Config, dataset: Dataset) -> int:
-    """Bytes on disk that the jobs take at most, including what is there already."""
+    """Upper bound on the bytes on disk that the jobs take, including what is there already."""
 
     def weights(name: str) -> int:
         with torch.device("meta"):
@@ -122,7 +122,7 @@ def space_needed(jobs: list[Job], build: BuildModel, config: Config, dataset: Da
     sizes = {job.name: weights(job.name) for job in jobs}
     logits = 2 * len(dataset.train.labels) * len(dataset.classes) * 4
     distilled = sum(config.recipes[job.name].teacher is not None for job in jobs)
-    # While a model trains its momentum is kept too, and a new state is written before the old one is deleted.
+    # A checkpoint of an unfinished model includes the momentum, and the old and the new file coexist.
     return sum(sizes[job.name] for job in jobs) + 4 * max(sizes.values()) + (distilled + (distilled > 0)) * logits
 
 

@@ -1,4 +1,4 @@
-"""Files that survive crashes and other processes: durable writes, and a lock on a run's folder."""
+"""Crash-safe file writes, and a lock on a run's folder."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ def write_durably(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary.unlink(missing_ok=True)  # left by a killed process
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
@@ -26,14 +26,14 @@ def write_durably(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); it takes {math.ceil(len(content) / 1e6) or 1} MB, and what "
-            "was there is unchanged. Free some space or choose another folder, and run this again"
+            f"{path}: cannot be written ({error.strerror}); it takes {math.ceil(len(content) / 1e6) or 1} MB, and an "
+            "existing file is unchanged. Free some space or choose another folder, and run this again"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # after a success it is gone
             temporary.unlink(missing_ok=True)
     if os.name == "posix":
-        with contextlib.suppress(OSError):  # where the file system can, make the new name durable too
+        with contextlib.suppress(OSError):  # make the new name durable too, where the file system can
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -55,11 +55,11 @@ def lock(folder: Path) -> Iterator[None]:
             held.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
-                f"{folder}: another process is writing there. Wait for it, stop it, or give this experiment a name of "
-                "its own (--run NAME)"
+                f"{folder}: another process is writing there. Wait for it, stop it, or choose another "
+                "name for this experiment (--run NAME)"
             ) from None
         except NotImplementedError:
-            log.info(f"{folder}: this file system has no locks; make sure that no other process writes there")
+            log.info(f"{folder}: this file system does not support locks; make sure that no other process writes there")
         except OSError as error:
             raise UserError(
                 f"{folder}: cannot be written ({error.strerror}); choose another folder (--checkpoints_path, "

@@ -11,22 +11,22 @@ from engine.console import Progress
 from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.settings import TRAINING_IMAGES, Config
 
-# Formats that Pillow decodes itself; for some others it starts a program (EPS: Ghostscript).
+# Formats that Pillow decodes itself; for some others it starts a program, such as Ghostscript for EPS.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 Arrays = tuple[np.ndarray, list[int]]  # images (N, H, W, 3) uint8, labels (N)
 
 
 def read_folder(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
-    """train/CLASS/* and test/CLASS/* (or val/CLASS/*): every image file in one of IMAGE_FORMATS, as RGB."""
+    """train/CLASS/* and test/CLASS/* (or val/CLASS/*), in one of IMAGE_FORMATS; hidden files are skipped."""
     root = Path(config.dataset)
     if not root.is_dir():
         hint = f"no such folder ({suggest(config.dataset, TRAINING_IMAGES)})"
-        raise UserError(f"dataset = {config.dataset!r}: {hint}; takes cifar10, digits or a folder with train/CLASS/*")
+        raise UserError(f"dataset = {config.dataset!r}: {hint}; must be cifar10, digits or a folder with train/CLASS/*")
     test = root / "test" if (root / "test").is_dir() else root / "val"
     folders = [root / "train", test]
     if missing := [f"{folder}" for folder in folders if not folder.is_dir()]:
-        raise UserError(f"{root}: takes the folders train/ and test/ (or val/); there is no {' and no '.join(missing)}")
+        raise UserError(f"{root}: needs the folders train/ and test/ (or val/); there is no {' and no '.join(missing)}")
     try:
         files = [{d.name: visible(d) for d in visible(folder) if d.is_dir()} for folder in folders]  # [train, test]
     except OSError as error:
@@ -40,7 +40,7 @@ def read_folder(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
         if not found.get(name)
     ]
     if len(classes) < 2:
-        problems.append(f"{folders[0]}: takes a folder of images for each of two or more classes; has {len(classes)}")
+        problems.append(f"{folders[0]}: needs a folder of images for each of two or more classes; has {len(classes)}")
     if problems:
         raise UserError(*at_most_ten(problems))
     return classes, *(
@@ -78,7 +78,7 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image file in RGB: upright, as its EXIF orientation says, and on white where it is transparent.
+    """An image file in RGB, its EXIF orientation applied and its transparent pixels composited onto white.
 
     Raises UserError if it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""From uint8 images to what a model takes: flip, shift, resize to the bits of PIL, normalise; on any device."""
+"""Image transforms on uint8 tensors, on any device: flip, shift, resize as PIL does to the bit, normalise."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -49,14 +49,14 @@ def resize_axis(images: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     for index, weight in resize_taps(images.shape[axis], size, images.device):
         weight = weight.view([-1 if a == axis else 1 for a in range(images.ndim)])
         product = images.index_select(axis, index).mul_(weight)
-        total = product.add_(1 << PRECISION_BITS - 1) if total is None else total.add_(product)  # a half, to round
+        total = product.add_(1 << PRECISION_BITS - 1) if total is None else total.add_(product)  # one half, to round
     return total.bitwise_right_shift_(PRECISION_BITS)
 
 
 def map_chunks(
     function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """out = function(images); on a CPU a few images at a time, so that intermediate results stay in its cache."""
+    """out = function(images); on a CPU in chunks whose intermediate results fit into its cache."""
     chunk = max(1, 2**19 // out.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(images))
     for start in range(0, len(images), chunk):
         out[start : start + chunk] = function(images[start : start + chunk])
@@ -64,7 +64,7 @@ def map_chunks(
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize to the bits of PIL's bilinear resize, on any device: uint8 (N, 3, H, W) -> uint8 (N, 3, size, size).
+    """Resize bit-identically to PIL's bilinear resize: uint8 (N, 3, H, W) -> uint8 (N, 3, size, size).
 
     Exact for square images of any size and for images that are enlarged. Where the height shrinks by more than the
     width, Pillow 13 makes the vertical pass first, and older versions, like this function, the horizontal one, which
@@ -81,14 +81,14 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 @lru_cache
 def imagenet_statistics(device: torch.device) -> list[torch.Tensor]:
-    """Mean and standard deviation (1, 3, 1, 1), made once: copying them to a GPU in every step would make it wait."""
+    """Mean and standard deviation (1, 3, 1, 1), cached to avoid a copy to the GPU in every step."""
     return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD)]
 
 
 def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), by default in the same size.
 
-    The bits of torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation.
+    Bit-identical to torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation.
     """
     mean, std = imagenet_statistics(images.device)
 

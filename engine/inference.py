@@ -14,7 +14,7 @@ from engine.images import prepare
 
 
 class Stopped(Exception):
-    """A signal has asked to stop in the middle of something that is repeated as a whole."""
+    """Interrupted by a signal; the whole prediction has to be repeated."""
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -38,8 +38,8 @@ def predict(
     """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left unchanged.
 
     uint8 images (N, 3, H, W) are resized to `image_size` (None: not resized) and normalised; float images are passed on
-    as they are. With several processes, all of which must call this, each predicts its part and gets the whole. Raises
-    Stopped, in all of them, if `stop` returns a signal in one.
+    as they are. With several processes, all of which must call this, each computes its part and receives all logits.
+    Raises Stopped, in all of them, if `stop` returns a signal in one.
     """
     device = next(model.parameters()).device
     folded = fold_batchnorm(model)

@@ -1,4 +1,4 @@
-"""The state of a training: optimizer, schedule, running loss and history, saved and restored bit for bit."""
+"""The state of a training run: optimizer, schedule, running loss and history, saved and restored exactly."""
 
 import time
 from collections.abc import Callable
@@ -35,10 +35,12 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
 
 
 class Meter:
-    """Loss, accuracy and finiteness over an epoch, summed on the device; only reading them makes the host wait."""
+    """Loss, accuracy and finiteness over an epoch, accumulated on the device; only reading them synchronises."""
 
     def __init__(self, device: str, sums: torch.Tensor | None = None):
-        self.sums = torch.zeros(2, device=device) if sums is None else sums.to(device)  # of batch losses, and of hits
+        self.sums = (
+            torch.zeros(2, device=device) if sums is None else sums.to(device)
+        )  # of batch losses, and of correct predictions
         self.names: list[str] = []
         self.nonfinite = torch.zeros(1, device=device)  # steps in which the logits, and each term, were not finite
 
@@ -50,7 +52,7 @@ class Meter:
         self.nonfinite = self.nonfinite + ~torch.stack([logits.float().sum(), *terms.values()]).isfinite()
 
     def check(self, where: str) -> None:
-        """Raise Diverged, naming what became NaN or infinite first: the one that has been so in the most steps."""
+        """Raise Diverged, naming what became NaN or infinite first: what has been so for the most steps."""
         counts = all_reduce_max(*self.nonfinite.int().tolist())
         if any(counts):
             diverged(self.names[counts.index(max(counts))], where)
@@ -64,9 +66,17 @@ def diverged(what: str, where: str) -> None:
 
 
 class Training:
-    """The state of a training, everything that resuming it bit for bit takes, and where it stands."""
+    """The state of a training run: everything needed to resume it exactly, and its progress."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, config: Config, images: int, title: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        config: Config,
+        images: int,
+        title: str,
+        state: dict[str, Any] | None,
+    ):
         self.model, self.recipe, self.config, self.title = model, recipe, config, title
         self.steps = images // config.batch_size  # per epoch
         self.optimizer = make_optimizer(model, recipe, config.device)
@@ -75,6 +85,8 @@ class Training:
         self.history: list[dict[str, float]] = []  # a record for each epoch
         self.step = 0  # done of the current epoch
         self.started = self.saved = time.perf_counter()
+        if state:
+            self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
@@ -110,14 +122,17 @@ class Training:
 
     def check(self) -> None:
         """Raise Diverged if the logits or a term of the loss has not been finite."""
-        lr = self.scheduler.get_last_lr()[0]
-        self.meter.check(f"{self.title}: epoch {len(self.history) + 1}, step {self.step}, learning rate {lr:g}")
+        self.meter.check(self.position)
+
+    @property
+    def position(self) -> str:
+        return f"{self.title}: epoch {len(self.history) + 1}, step {self.step}, lr = {self.recipe.lr:g}"
 
     def save(self, write: Callable[[dict[str, Any]], None]) -> None:
-        """Pass the state to `write`, unless it has diverged; weights may have that no logits have shown yet."""
+        """Pass the state to `write`, unless it has diverged; the weights can diverge a step before the logits do."""
         self.check()
         if not torch.stack([parameter.detach().sum() for parameter in self.model.parameters()]).isfinite().all():
-            diverged("weights", f"{self.title}: epoch {len(self.history) + 1}, step {self.step}")
+            diverged("weights", self.position)
         write(self.state_dict())
         self.saved = time.perf_counter()
 

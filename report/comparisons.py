@@ -26,7 +26,7 @@ def common_seeds(*models: Evaluated) -> list[int]:
 
 
 def baseline_of(name: str, models: Models) -> str | None:
-    """What a model is compared with: its `baseline`, else the first model of its architecture without a teacher.
+    """A model's `baseline`, else the first model of its architecture without a teacher, if it has a teacher itself.
 
     In self-distillation that is its own teacher only if there is no other.
     """
@@ -93,11 +93,11 @@ def compare_all(models: Models, labels: np.ndarray, classes: Sequence[str] = ())
 
     The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05 and ci95 excludes 0, otherwise
     "indistinguishable". A test that is undefined (p_value None) counts as p = 1. With one seed the verdict is on two
-    trained models, not on two recipes, as nothing is known about other seeds.
+    trained models, not on two recipes, and other seeds may differ.
     """
     pairs = [(name, baseline_of(name, models)) for name in models]
     pairs = [(name, b) for name, b in pairs if b in models and common_seeds(models[name], models[b])]
-    level = 0.05 / max(1, len(pairs))  # Holm's for the smallest p
+    level = 0.05 / max(1, len(pairs))  # Holm's threshold for the smallest p-value
     comparisons = [compare(*pair, models, labels, classes, level) for pair in pairs]
     adjusted = holm([1.0 if c["p_value"] is None else c["p_value"] for c in comparisons])
     for comparison, p_holm in zip(comparisons, adjusted, strict=True):

@@ -16,7 +16,7 @@ ONE = 1 << PRECISION_BITS
 
 
 def resize_by_matrices(images: torch.Tensor, size: int) -> torch.Tensor:
-    """engine.images.resize to the bit, uint8 (N, 3, H, W) -> float64 (N, 3, size, size), of a symbolic H and W.
+    """engine.images.resize, bit-identical, uint8 (N, 3, H, W) -> float64 (N, 3, size, size), for symbolic H and W.
 
     Its sums stay below 2^53, so they are exact.
     """

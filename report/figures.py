@@ -1,4 +1,4 @@
-"""Figures, functions of arrays; they are drawn without a display and returned as matplotlib figures."""
+"""Figures from arrays, as matplotlib figures; no display is needed."""
 
 import io
 import itertools
@@ -31,12 +31,12 @@ def png(figure: Figure) -> bytes:
 
 def blank_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # without one, every tick label that seaborn asks about would make its own
+    FigureCanvasAgg(figure)  # otherwise seaborn makes a canvas for each tick label
     return figure
 
 
 def escape_mathtext(text: str, most: int = 40) -> str:
-    """A name on one line, not too long, whose dollar signs do not start a formula."""
+    """A name shortened to one line, its dollar signs escaped."""
     text = " ".join(text.split())
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
@@ -141,7 +141,7 @@ def reliability_figure(
         axes.set(xlim=limits, ylim=limits, aspect="equal")
         axes.locator_params(nbins=5)
     legend = [
-        Line2D([], [], color="dimgrey", marker="o", label="a 15th of the images" + ", as trained" * bool(scaled)),
+        Line2D([], [], color="dimgrey", marker="o", label="1/15 of the images" + ", as trained" * bool(scaled)),
         *[Line2D([], [], color="black", marker="s", linestyle="--", label="temperature-scaled")] * bool(scaled),
         Patch(color="dimgrey", alpha=0.3, linewidth=0, label="95% interval"),
         Line2D([], [], color="grey", linestyle=":", label="perfectly calibrated"),
@@ -228,7 +228,7 @@ def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]],
             axes.plot(epochs, values.mean(0), style, color=colours[name], marker=".", label=escape_mathtext(name))
             axes.fill_between(epochs, values.min(0), values.max(0), color=colours[name], alpha=0.2, linewidth=0)
     loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
-    loss_axes.set_title("training loss, each recipe's own", fontsize="medium")
+    loss_axes.set_title("training loss (not comparable between recipes)", fontsize="medium")
     accuracy_axes.set(xlabel="epoch", ylabel="accuracy (%)")
     accuracy_axes.set_title(f"solid: {held_out.split('_')[0]} images, dotted: training images", fontsize="medium")
     for axes in (loss_axes, accuracy_axes):

@@ -32,8 +32,8 @@ class Evaluated(NamedTuple):
         return {seed: logits.argmax(1) for seed, logits in self.logits.items()}  # (n,)
 
     def correct(self, labels: np.ndarray, seeds: Iterable[int] | None = None) -> np.ndarray:
-        """(S, n) bool: which images each of these seeds, or of all, classifies right."""
-        return np.stack([self.predictions[s] == labels for s in (self.logits if seeds is None else seeds)])
+        """(S, n) bool: which images are classified correctly, by each of these seeds, or of all."""
+        return np.stack([self.logits[s].argmax(1) == labels for s in (self.logits if seeds is None else seeds)])
 
 
 def finite_or_none(value: float) -> float | None:
@@ -75,7 +75,7 @@ def confidences(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def equal_mass_bins(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
-    """Indices of the images, by increasing confidence, in bins of equally many, up to one."""
+    """Indices of the images, by increasing confidence, in bins whose sizes differ by at most one."""
     return np.array_split(np.argsort(confidence, kind="stable"), bins)
 
 
@@ -120,7 +120,7 @@ def reliability(by_seed: Sequence[np.ndarray], labels: np.ndarray, bins: int = 1
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T, from 0.01 to 100, that minimises the negative log-likelihood of softmax(logits / T); NaN for such logits.
+    """The T, from 0.01 to 100, that minimises the negative log-likelihood of softmax(logits / T); NaN for NaN.
 
     Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2). In b = 1/T the likelihood is convex; its
     derivative is the mean of sum_c p_c z_c - z_label. If every image is right there is no minimum, and T is 0.01.
@@ -162,7 +162,7 @@ def confusion_counts(
 ) -> np.ndarray:
     """(C, C), rows true classes, summed over these seeds, or over all."""
     seeds = model.logits if seeds is None else seeds
-    return sum(confusion_matrix(labels, model.predictions[seed], labels=range(classes)) for seed in seeds)
+    return sum(confusion_matrix(labels, model.logits[seed].argmax(1), labels=range(classes)) for seed in seeds)
 
 
 def row_shares(counts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""How sure one can be: intervals, tests, corrections for several tests, and power. Functions of numbers and arrays."""
+"""Confidence intervals, tests, correction for multiple tests, and power. Functions of numbers and arrays."""
 
-import itertools
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ Z = float(stats.norm.ppf(0.975))
 
 
 def wilson_interval(correct: float, n: float) -> tuple[float, float]:
-    """95% interval for a proportion of `correct` in `n`, which may be fractions (Wilson 1927, JASA 22, 209-212).
+    """95% interval for a proportion of `correct` in `n`, not necessarily integers (Wilson 1927, JASA 22, 209-212).
 
     Raises ValueError unless 0 <= correct <= n and n >= 1.
     """
@@ -27,8 +27,8 @@ def wilson_interval(correct: float, n: float) -> tuple[float, float]:
 def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
     """95% interval for an accuracy, from `correct` (S, n) bool, S seeds by n images.
 
-    It covers the choice of test images (Wilson) and, with several seeds, that of the seeds (Student's t); the distances
-    to its ends are the root sums of squares of both.
+    It covers the sampling of test images (Wilson) and, with several seeds, that of seeds (Student's t), combined in
+    quadrature.
     """
     mean, n = float(correct.mean()), correct.shape[1]
     low, high = wilson_interval(mean * n, n)
@@ -37,14 +37,15 @@ def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
 
 
 def seeds_half_width(values: np.ndarray) -> float:
-    """Half the 95% interval for the mean of one value per seed (Student 1908); 0 for one seed, which tells nothing."""
+    """Half the 95% interval for the mean of one value per seed (Student 1908); 0 for one seed."""
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else 0.0
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Two-sided exact p-value of McNemar's test, from how many images only the one or the other model classifies right.
+    """Two-sided exact p-value of McNemar's test, from the counts of discordant images.
 
-    If both models are equally good, each such image is a fair coin (McNemar 1947, Psychometrika 12, 153-157, in its
+    `only_first` images are classified correctly by the first model only, and vice versa. If both are equally good, each
+    is a fair coin flip (McNemar 1947, Psychometrika 12, 153-157, in its
     exact binomial form).
     """
     discordant = only_first + only_second
@@ -68,12 +69,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def image_variance(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[float, float]:
-    """Mean, and its variance by the choice of test images, of the paired difference in accuracy.
+    """Mean paired difference in accuracy, and its sampling variance over test images.
 
-    From `correct` and `correct_baseline`, both (S, n) bool, averaged over the S seeds first. Half an image that only
-    the model classifies right, half an image that only the baseline does, and one that both do are added: with them
-    the intervals hold from few images on, and among many they are negligible (Agresti and Min 2005, Statistics in
-    Medicine 24, 729-740).
+    From `correct` and `correct_baseline`, both (S, n) bool, averaged over the S seeds first. Pseudo-counts, half an
+    image that only the model classifies correctly, half an image that only the baseline does, and one concordant image,
+    make intervals hold from few images on (Agresti and Min 2005, Statistics in Medicine 24, 729-740).
     """
     difference = correct.mean(0) - correct_baseline.mean(0)  # (n,)
     n = len(difference) + 2
@@ -84,7 +84,7 @@ def image_variance(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[f
 def paired_interval(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[float, float]:
     """95% interval, within -1..1, for the difference in accuracy of two models on the same images; shapes as above.
 
-    It covers the choice of test images (normal) and, with several seeds, that of the seeds (Student's t).
+    It covers the sampling of test images (normal) and, with several seeds, that of seeds (Student's t).
     """
     mean, variance = image_variance(correct, correct_baseline)
     differences = correct.mean(1) - correct_baseline.mean(1)  # (S,)
@@ -95,7 +95,7 @@ def paired_interval(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[
 def detectable_difference(discordant: float, n: int, level: float = 0.05) -> float | None:
     """The smallest true difference in accuracy that one seed detects with 80% power; None if there is none.
 
-    `discordant` is the share of the n test images that only one of the two models classifies right. By the normal
+    `discordant` is the share of the n test images that only one of the two models classifies correctly. By the normal
     approximation to McNemar's test (simplified from Connor 1987, Biometrics 43, 207-211), in which the variance of the
     difference d is (discordant - d^2) / n.
     """
@@ -105,10 +105,10 @@ def detectable_difference(discordant: float, n: int, level: float = 0.05) -> flo
 
 
 def seeds_needed_after_one(difference: float, discordant: float, n: int, level: float = 0.05) -> int | None:
-    """At least how many seeds detect a true difference of this size with 80% power, judging from one seed.
+    """Lower bound on the seeds that detect a true difference of this size with 80% power, judging from one.
 
-    This assumes that each further seed disagrees on other images, the best case. None if there is no difference, or if
-    more than 100,000 seeds would be needed.
+    It assumes the best case, in which each further seed disagrees on other images. None if there is no difference, or
+    if more than 100,000 seeds would be needed.
     """
     detectable = detectable_difference(discordant, n, level)
     if difference == 0 or detectable is None:
@@ -127,7 +127,7 @@ def t_power(effect: float, seeds: int, level: float = 0.05) -> float:
 def detects(difference: float, std: float, variance: float, seeds: int, level: float = 0.05) -> bool:
     """Whether two or more seeds detect a true difference of this size with 80% power.
 
-    `std` is the standard deviation of the difference over the seeds; `variance` is that from the choice of test images,
+    `std` is the standard deviation of the difference over the seeds; `variance` is that of the sampling of test images,
     which no number of seeds makes smaller. To be detected, a difference needs both the t-test over seeds and the
     interval to exclude 0.
     """
@@ -138,7 +138,7 @@ def detects(difference: float, std: float, variance: float, seeds: int, level: f
 
 
 def detectable_over_seeds(std: float, variance: float, seeds: int, level: float = 0.05) -> float | None:
-    """The smallest true difference that `detects` accepts; None if there is none, or if all seeds differed alike."""
+    """The smallest true difference that `detects` accepts; None if there is none, or if it does not vary over seeds."""
     if not std or not detects(1.0, std, variance, seeds, level):
         return None
 
@@ -149,8 +149,9 @@ def detectable_over_seeds(std: float, variance: float, seeds: int, level: float 
 
 
 def seeds_needed(difference: float, std: float, variance: float, level: float = 0.05) -> int | None:
-    """About how many seeds detect a true difference of this size with 80% power; None if 100,000 would not."""
+    """About how many seeds detect a true difference of this size with 80% power; None if 100,000 are not enough."""
     if not std:
         return None
-    candidates = itertools.chain(range(2, 200), np.geomspace(200, 100_000, 100).astype(int).tolist())
-    return next((seeds for seeds in candidates if detects(difference, std, variance, seeds, level)), None)
+    candidates = [*range(2, 200), *np.geomspace(200, 100_000, 100).astype(int).tolist()]
+    place = bisect.bisect_left(candidates, True, key=lambda seeds: detects(difference, std, variance, seeds, level))
+    return candidates[place] if place < len(candidates) else None

@@ -128,16 +128,17 @@ def model_figures(
     """Path and figure of everything that shows one model, or all of them."""
     colours, classes = figures.model_colours(config.recipes), dataset.classes
     for name, model in models.items():
-        title = f"{name}, {model.recipe.arch}" + (f", {len(model.logits)} seeds" if len(model.logits) > 1 else "")
+        seeds, title = len(model.logits), f"{name}, {model.recipe.arch}"
         counts = confusion_counts(model, labels, len(classes))
-        yield f"{name}/confusion_matrix.png", figures.confusion_figure(counts, classes, title)
+        over = f", sum of {seeds} seeds" * (seeds > 1)
+        yield f"{name}/confusion_matrix.png", figures.confusion_figure(counts, classes, title + over)
         scores = [
             precision_recall_fscore_support(labels, p, labels=range(len(classes)), zero_division=0)[:3]
             for p in model.predictions.values()
         ]
         mean, support = np.mean(scores, axis=0).T, np.bincount(labels, minlength=len(classes))  # (C, 3), (C,)
-        title += ", mean over seeds" * (len(scores) > 1)
-        yield f"{name}/classification_report.png", figures.report_figure(mean, support, classes, title)
+        over = f", mean of {seeds} seeds" * (seeds > 1)
+        yield f"{name}/classification_report.png", figures.report_figure(mean, support, classes, title + over)
     histories = {name: model.history for name, model in models.items()}
     yield "training_curves.png", figures.curves_figure(histories, colours)
     scaled = {name: [models[name].logits[s] / t for s, t in by.items()] for name, by in temperatures.items() if by}
@@ -171,7 +172,7 @@ def comparison_figures(
 
 
 def escape_markdown(text: Any) -> str:
-    """A name on one line, as the cell of a table."""
+    """A name as a cell of a Markdown table."""
     return escape_control(" ".join(str(text).split())).replace("\\", r"\\").replace("|", r"\|")
 
 
@@ -199,7 +200,7 @@ def setting(recipe: dict[str, Any], field: str) -> str:
     return {"train_size": "all"}.get(field, "none") if value is None else str(value).lower()
 
 
-def beyond_chance(per_class: dict[str, dict[str, Any]]) -> str:
+def significant_classes(per_class: dict[str, dict[str, Any]]) -> str:
     """The classes, ten at most, whose interval excludes 0, each with its difference in points."""
     clear = [
         f"{escape_markdown(name)} ({100 * entry['difference']:+.1f})"
@@ -232,7 +233,7 @@ def align_tables(markdown: str) -> str:
 
 
 def render(results: dict[str, Any]) -> ModuleType:
-    """The template filled in: its text is str() of what this returns, its macros are attributes."""
+    """The rendered template: str() gives its text, and its macros are attributes."""
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -246,7 +247,7 @@ def render(results: dict[str, Any]) -> ModuleType:
         "interval": interval,
         "spread": spread,
         "setting": setting,
-        "beyond_chance": beyond_chance,
+        "significant_classes": significant_classes,
         "one_line": lambda text: " ".join(text.split()),
         "pairs": lambda entries: ", ".join(f"{key} {value}" for key, value in entries.items()),
     }

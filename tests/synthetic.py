@@ -1,0 +1,58 @@
+"""Synthetic models whose true accuracies and differences are known."""
+
+import numpy as np
+
+from config import PRESETS
+from report.metrics import Evaluated
+
+
+def simulated_seeds(random, seeds: int, n: int, difference: float, seed_std: float, shared: float) -> dict:
+    """Two models over several seeds: a true difference, how much seeds differ, and images that are harder for one."""
+    easier = random.normal(0, shared, n)  # in points of probability, the same in every seed
+    recipes, logits = PRESETS["cifar10"].recipes, {"student": {}, "student_kd": {}}
+    for seed in range(seeds):
+        gain = difference + random.normal(0, seed_std) + easier
+        luck = random.random(n)
+        right = {"student": luck < 0.5, "student_kd": luck < 0.5 + gain}
+        for name, r in right.items():
+            logits[name][seed] = np.stack([r, ~r], 1).astype(np.float32)
+    return {name: Evaluated(recipes[name], by_seed, {}) for name, by_seed in logits.items()}
+
+
+def simulated(random, n: int, discordant: float, difference: float) -> Evaluated:
+    """Two models of n images that just one of them gets right on a share `discordant`."""
+    kinds = random.choice(
+        [1, -1, 0], n, p=[(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
+    )
+    recipes = PRESETS["cifar10"].recipes
+    right = {"student": kinds != 1, "student_kd": kinds != -1}  # logits of two classes, the label always 0
+    return {
+        name: Evaluated(recipes[name], {0: np.stack([right[name], ~right[name]], 1).astype(np.float32)}, {})
+        for name in right
+    }
+
+
+def probabilities_of(logits) -> np.ndarray:
+    e = np.exp(np.asarray(logits, dtype=np.float64) - np.max(logits, axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def some_logits(n: int = 300, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, n)
+    return (2 * random.normal(size=(n, classes)) + 2 * np.eye(classes)[labels]).astype(np.float32), labels
+
+
+def three_models(n: int = 200) -> tuple[dict[str, Evaluated], np.ndarray]:
+    """Teacher with seeds 0 and 1, student with 1 and 2, student_kd with 0, 1 and 2."""
+    seeds = {"teacher": (0, 1), "student": (1, 2), "student_kd": (0, 1, 2)}
+    labels = some_logits(n)[1]
+    models = {
+        name: Evaluated(
+            PRESETS["cifar10"].recipes[name],
+            {seed: some_logits(n, seed=10 * number + seed)[0] + 2 * np.eye(4)[labels] for seed in of_model},
+            {},
+        )
+        for number, (name, of_model) in enumerate(seeds.items(), 1)
+    }
+    return models, labels

@@ -1,0 +1,134 @@
+import io
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoints
+from engine.errors import UserError
+from engine.settings import Config, Recipe, settings_of
+
+STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
+
+
+def test_a_checkpoint_comes_back_and_is_torchs_own_format(tmp_path):
+    path = tmp_path / "a" / "b" / "model.pt"
+    checkpoints.save_checkpoint(path, STATE)
+    for state in (checkpoints.load_checkpoint(path), torch.load(path, weights_only=True)):
+        assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+        assert (state["history"], state["classes"]) == (STATE["history"], STATE["classes"])
+    assert os.listdir(path.parent) == ["model.pt"]
+
+
+def refused(path, content) -> str:
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        checkpoints.load_checkpoint(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_every_truncated_or_flipped_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoints.save_checkpoint(path, STATE)
+    content = path.read_bytes()
+    random = np.random.default_rng(0)
+    for length in random.choice(len(content), 50, replace=False):
+        refused(path, content[:length])
+    for bit in random.choice(8 * len(content), 200, replace=False):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        refused(path, bytes(flipped))
+
+
+def test_a_checkpoint_from_elsewhere_does_nothing(tmp_path, monkeypatch):
+    path, bait = tmp_path / "model.pt", tmp_path / "bait"
+
+    class Malicious:
+        def __reduce__(self):
+            return (os.mkdir, (str(bait),))
+
+    refused(path, pickle.dumps(Malicious()))
+    buffer = io.BytesIO()
+    torch.save({"format": 1, "model": Malicious()}, buffer)
+    assert "no sha256" in refused(path, buffer.getvalue())
+    checkpoints.save_checkpoint(path, {"model": Malicious()})  # even with our digest
+    assert "cannot be loaded" in refused(path, path.read_bytes())
+    assert not bait.exists()
+    with pytest.raises(UserError, match=r"nowhere.pt: cannot be read \(No such file"):
+        checkpoints.load_checkpoint(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["name", "settings", "environment", "model", "history", "classes", "arch", "finished"]
+)
+def test_a_whole_file_that_holds_no_model_is_refused_by_what_is_wrong(tmp_path, wrong):
+    path = tmp_path / "model.pt"
+    about = {"name": "student", "settings": {}, "environment": {}, "history": [], "classes": [], "finished": True}
+    checkpoints.save_checkpoint(path, {**about, "model": {}, "arch": "resnet18"})
+    assert checkpoints.load_finished(path)
+    checkpoints.save_checkpoint(path, {**about, "model": {}, "arch": "resnet18", wrong: 7})
+    with pytest.raises(UserError, match=rf"is not the checkpoint of a model \(wrong: {wrong}\)"):
+        checkpoints.load_finished(path)
+
+
+def test_another_format_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    monkeypatch.setattr(checkpoints, "FORMAT", 2)
+    checkpoints.save_checkpoint(path, STATE)
+    monkeypatch.undo()
+    assert "has format 2, and this program reads format 1" in refused(path, path.read_bytes())
+
+
+def test_other_settings_are_refused_by_name(config, digits):
+    path = Path("model.pt")
+    settings = checkpoints.training_settings("student_kd", 0, config, digits, "a" * 64)
+    checkpoints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, settings)
+    recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], temperature=4.0)}
+    changed = replace(config, recipes=recipes, batch_size=20)
+    other = checkpoints.training_settings("student_kd", 0, changed, digits, "b" * 64)
+    with pytest.raises(UserError) as error:
+        checkpoints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, other)
+    told = str(error.value)
+    assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in told
+    assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in told
+    assert "--overwrite" in told
+    with pytest.raises(UserError, match="seed was 0, is now 1"):
+        checkpoints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
+
+
+def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(config, digits):
+    settings = checkpoints.training_settings("student", 0, config, digits, None)
+    older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
+    checkpoints.refuse_other_settings(Path("model.pt"), {"name": "student", "settings": older}, settings)
+    with pytest.raises(UserError, match="sync_batchnorm was False, is now True"):
+        checkpoints.refuse_other_settings(
+            Path("model.pt"), {"name": "student", "settings": older}, {**settings, "sync_batchnorm": True}
+        )
+
+
+def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, digits):
+    """A new field fails here until somebody decides."""
+    known = checkpoints.training_settings("student_kd", 0, config, digits, "digest")
+    recipe = {field.name for field in settings_of(Recipe)} - {"baseline"}
+    assert {f"student_kd.{field}" for field in recipe} < set(known)
+    harmless = {"run", "only", "overwrite", "checkpoint_minutes", "device", "compile", "deterministic"}
+    harmless |= {"data_path", "checkpoints_path", "imgs_path"}
+    elsewhere = {"dataset": "images of the data set", "seeds": "seed"}
+    for field in {field.name for field in settings_of(Config)} - harmless:
+        assert elsewhere.get(field, field) in known
+
+
+def test_the_recorded_precision_is_that_of_the_first_readable_checkpoint(trained, tmp_path, config):
+    assert checkpoints.recorded_precision(config) is None
+    folder = tmp_path / "checkpoints" / config.run / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "a.pt").write_bytes(b"damaged")
+    assert checkpoints.recorded_precision(config) is None
+    state = checkpoints.load_checkpoint(trained / "checkpoints/demo/seed0/student.pt")
+    checkpoints.save_checkpoint(folder / "b.pt", {**state, "settings": {"precision": "bf16"}})
+    assert checkpoints.recorded_precision(config) == "bf16"

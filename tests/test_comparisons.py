@@ -1,0 +1,191 @@
+import dataclasses
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.stats
+from synthetic import probabilities_of, simulated, simulated_seeds, three_models
+
+from config import PRESETS
+from report.comparisons import baseline_of, compare, compare_all, disagreements, fidelity, not_compared
+from report.metrics import Evaluated
+from report.statistics import detectable_over_seeds, image_variance, paired_interval
+
+
+@pytest.mark.parametrize(("seeds", "seed_std"), [(2, 0.01), (3, 0.01), (5, 0.01), (3, 0.0)])
+def test_over_seeds_the_interval_covers_and_equal_models_are_rarely_called_different(seeds, seed_std):
+    random, labels, said, covered = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter(), 0
+    for _ in range(300):
+        (comparison,) = compare_all(simulated_seeds(random, seeds, 2000, 0.0, seed_std, 0.05), labels)
+        said[comparison["verdict"]] += 1
+        covered += comparison["ci95"][0] <= 0 <= comparison["ci95"][1]
+    assert said["better"] + said["worse"] <= 0.05 * 300 + 7  # two standard deviations
+    assert covered >= 0.95 * 300 - 8
+
+
+@pytest.mark.parametrize(("seeds", "shared"), [(3, 0.02), (5, 0.15)])
+def test_over_seeds_the_detectable_difference_is_found_about_four_times_in_five(seeds, shared):
+    """Once where the seeds decide, once where the test images do, which are drawn anew each time."""
+    random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
+    pilot = [simulated_seeds(random, 100, 2000, 0.0, 0.005, shared) for _ in range(3)]
+    entries = [compare_all(models, labels)[0] for models in pilot]
+    std = np.mean([entry["std"] for entry in entries])
+    right = [{m: np.stack([p == 0 for p in models[m].predictions.values()]) for m in models} for models in pilot]
+    images = np.mean([image_variance(r["student_kd"], r["student"])[1] for r in right])
+    difference = detectable_over_seeds(std, images, seeds)
+    verdicts = [
+        compare_all(simulated_seeds(random, seeds, 2000, difference, 0.005, shared), labels)[0]["verdict"]
+        for _ in range(200)
+    ]
+    assert 0.68 <= verdicts.count("better") / 200 <= 0.92
+    assert verdicts.count("worse") == 0
+
+
+def test_equally_good_models_are_called_different_in_at_most_a_twentieth_of_the_tests():
+    random, labels, said = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter()
+    for _ in range(1000):
+        (comparison,) = compare_all(simulated(random, 2000, 0.04, 0.0), labels)
+        said[comparison["verdict"]] += 1
+    assert said["better"] + said["worse"] <= 50
+    assert said["better"] > 0
+    assert said["worse"] > 0
+
+
+def test_a_point_among_ten_thousand_images_is_found_as_often_as_the_power_says():
+    random, n, discordant, difference = np.random.default_rng(0), 10_000, 0.06, 0.01
+    k = difference / math.sqrt((discordant - difference**2) / n)
+    power = scipy.stats.norm.cdf(k - scipy.stats.norm.ppf(0.975))
+    verdicts = [
+        compare_all(simulated(random, n, discordant, difference), np.zeros(n, dtype=int))[0]["verdict"]
+        for _ in range(300)
+    ]
+    assert verdicts.count("worse") == 0
+    assert verdicts.count("better") / 300 == pytest.approx(power, abs=0.03)
+
+
+def test_fidelity_is_that_of_a_plain_loop_over_the_common_seeds():
+    models, labels = three_models()
+    taught, alone = fidelity(models, labels)
+    assert (taught["model"], taught["teacher"], taught["seeds"]) == ("student_kd", "teacher", [0, 1])
+    assert (alone["model"], alone["teacher"], alone["seeds"], alone["temperature"]) == ("student", "teacher", [1], 5.0)
+    for row in (taught, alone):
+        same, same_where_wrong, divergences = [], [], []
+        for seed in row["seeds"]:
+            v, z = models["teacher"].logits[seed], models[row["model"]].logits[seed]
+            for image, label in enumerate(labels):
+                agrees = v[image].argmax() == z[image].argmax()
+                same.append(agrees)
+                if v[image].argmax() != label:
+                    same_where_wrong.append(agrees)
+            p, q = probabilities_of(v / 5), probabilities_of(z / 5)
+            divergences.append((p * np.log(p / q)).sum(1).mean())
+        assert row["agreement"] == pytest.approx(np.mean(same))
+        assert row["agreement_where_teacher_wrong"] == pytest.approx(np.mean(same_where_wrong))
+        assert row["teacher_wrong"] == len(same_where_wrong) > 0
+        assert row["kl_at_temperature"] == pytest.approx(np.mean(divergences))
+    del models["teacher"]
+    assert fidelity(models, labels) == []
+
+
+def test_a_teacher_that_is_never_wrong_has_no_mistakes_to_share():
+    models, _ = three_models()
+    (row, *_) = fidelity(
+        {
+            "teacher": models["teacher"]._replace(logits={0: models["teacher"].logits[0]}),
+            "student_kd": models["student_kd"],
+        },
+        models["teacher"].predictions[0],
+    )
+    assert (row["teacher_wrong"], row["agreement_where_teacher_wrong"]) == (0, None)
+
+
+def test_differences_by_class_are_paired_intervals_within_the_class():
+    models, labels = three_models()
+    comparison = compare("student_kd", "student", models, labels, ("a", "b", "c", "d"))
+    first, second = (np.stack([models[m].predictions[s] == labels for s in (1, 2)]) for m in ("student_kd", "student"))
+    for label, name in enumerate("abcd"):
+        of_class = labels == label
+        entry = comparison["per_class"][name]
+        assert entry["difference"] == pytest.approx(first[:, of_class].mean() - second[:, of_class].mean())
+        expected = paired_interval(first[:, of_class], second[:, of_class])
+        assert entry["ci95"] == pytest.approx(expected)
+
+
+def test_the_gallery_shows_images_on_which_the_models_disagree():
+    models, _ = three_models()
+    gallery = disagreements("student_kd", models)
+    assert gallery["seed"] == 1  # the only one that all three have
+    said = np.stack([models[m].predictions[1] for m in gallery["models"]])
+    disagree = {image for image in range(200) if len(set(said[:, image])) > 1}
+    assert set(gallery["shown"]) < disagree
+    assert (gallery["count"], len(set(gallery["shown"]))) == (len(disagree), 12)
+    assert gallery == disagreements("student_kd", models)
+    assert disagreements("student", models) is None  # has no teacher
+    alike = {name: model._replace(logits={1: models["teacher"].logits[1]}) for name, model in models.items()}
+    assert disagreements("student_kd", alike) is None
+    apart = {**models, "student": models["student"]._replace(logits={2: models["student"].logits[2]})}
+    assert disagreements("student_kd", apart) is None  # no seed that all three have
+
+
+@pytest.mark.parametrize(
+    ("changes", "baseline"),
+    [
+        ({}, "student"),
+        ({"teacher": {"arch": "resnet18"}}, "student"),
+        ({"student": {"arch": "resnet34"}}, None),
+        ({"student": {"arch": "resnet34"}, "teacher": {"arch": "resnet18"}}, "teacher"),  # self-distillation
+        ({"student_kd": {"baseline": "teacher"}}, "teacher"),
+    ],
+)
+def test_a_distilled_model_is_compared_with_its_architecture_without_a_teacher(changes, baseline):
+    recipes = PRESETS["cifar10"].recipes
+    models = {
+        name: Evaluated(dataclasses.replace(recipe, **changes.get(name, {})), {}, {})
+        for name, recipe in recipes.items()
+    }
+    assert baseline_of("student_kd", models) == baseline
+    assert baseline_of("student", models) is None
+
+
+def test_two_seeds_with_the_same_difference_are_indistinguishable():
+    right = np.ones((2, 500), dtype=bool)
+    worse = right.copy()
+    worse[:, :2] = False
+    recipes = PRESETS["cifar10"].recipes
+    models = {
+        name: Evaluated(recipes[name], {s: np.stack([r[s], ~r[s]], 1).astype(float) for s in (0, 1)}, {})
+        for name, r in (("student", worse), ("student_kd", right))
+    }
+    (comparison,) = compare_all(models, np.zeros(500, dtype=int))
+    assert comparison["p_value"] is None
+    assert comparison["verdict"] == "indistinguishable"
+    assert comparison["detectable_difference"] is comparison["seeds_needed"] is None
+
+
+def test_the_reason_why_a_model_is_not_compared_is_the_right_one():
+    recipes = PRESETS["cifar10"].recipes
+
+    def evaluated(seeds, **changes):
+        models = {name: Evaluated(recipes[name], dict.fromkeys(of, np.eye(2)), {}) for name, of in seeds.items()}
+        return {n: m._replace(recipe=dataclasses.replace(m.recipe, **changes.get(n, {}))) for n, m in models.items()}
+
+    both = {"student": [0], "student_kd": [0]}
+    assert not_compared(evaluated(both)) == {}
+    reasons = not_compared(evaluated(both, student_kd={"baseline": "teacher"}))
+    assert reasons == {"student_kd": "its baseline teacher has not been evaluated"}
+    reasons = not_compared(evaluated(both, student={"baseline": "teacher"}))
+    assert reasons == {"student": "its baseline teacher has not been evaluated"}
+    reasons = not_compared(evaluated({"student": [0], "student_kd": [1]}))
+    assert reasons == {"student_kd": "it has no seed in common with its baseline student"}
+    reasons = not_compared(evaluated({"teacher": [0], "student_kd": [0]}))
+    assert reasons == {"student_kd": "no resnet18 without a teacher has been evaluated"}
+
+
+def test_a_pair_without_common_seeds_does_not_lower_the_level_of_the_others():
+    random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
+    models = simulated_seeds(random, 3, 2000, 0.01, 0.005, 0.05)
+    (alone,) = compare_all(models, labels)
+    elsewhere = models["student_kd"]._replace(logits={9: models["student_kd"].logits[0]})
+    (beside,) = compare_all({**models, "other": elsewhere}, labels)
+    assert beside["detectable_difference"] == alone["detectable_difference"]

@@ -1,0 +1,440 @@
+import copy
+import itertools
+import math
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT
+from conftest import flags as small_flags
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+import custom_resnet
+import teacher_student_model
+from custom_resnet import build_resnet, fit, load_model, train
+from engine import checkpoints, console, datasets, estimate
+from engine.errors import UserError
+from engine.inference import predict
+from engine.settings import Recipe
+from engine.training import make_scheduler
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = build_resnet("resnet18", 10, pretrained=False)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 16, 16))
+    return model
+
+
+# The model
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
+def test_parameters_are_named_as_torchvision_names_them(arch):
+    ours = build_resnet(arch, 7, pretrained=False).state_dict()
+    theirs = torchvision.models.get_model(arch, num_classes=7).state_dict()
+    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+def test_imagenet_weights_come_from_torchs_own_place(hub):
+    torch.manual_seed(1)
+    state = torchvision.models.resnet18().state_dict()
+    hub.mkdir(parents=True)
+    torch.save(state, hub / "resnet18-f37072fd.pth")
+    model = build_resnet("resnet18", 10, pretrained=True)
+    assert model.fc.out_features == 10
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(tensor, state[name]), name
+
+
+def test_missing_or_damaged_imagenet_weights_are_named(hub):
+    with pytest.raises(UserError) as error:
+        build_resnet("resnet50", 10, pretrained=True)
+    for part in (str(hub / "resnet50-11ad3fa6.pth"), "is missing", "--preset scratch", "download.pytorch.org"):
+        assert part in str(error.value)
+    hub.mkdir(parents=True, exist_ok=True)
+    (hub / "resnet50-11ad3fa6.pth").write_bytes(b"PK no weights")
+    with pytest.raises(UserError, match="cannot be used"):
+        build_resnet("resnet50", 10, pretrained=True)
+
+
+def test_a_checkpoint_is_a_plain_torchvision_model(trained):
+    state = torch.load(trained / "checkpoints/demo/seed0/student.pt", weights_only=True)
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.load_state_dict(state["model"], strict=True)
+    images = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(theirs.eval()(images), predict(load_model(state, "cpu"), images), atol=1e-5, rtol=0)
+    assert state["classes"] == list("0123456789")
+    assert state["settings"]["student.lr"] == 0.01
+    assert len(state["history"]) == 2
+    assert state["environment"]["torch"] == torch.__version__
+    assert "optimizer" not in state
+
+
+# Prediction
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", lambda step: 0.1),
+        ("cosine", lambda step: 0.1 * (1 + math.cos(math.pi * step / 100)) / 2),
+    ],
+)
+def test_schedules_follow_their_formula(schedule, expected):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = make_scheduler(optimizer, Recipe(lr=0.1, schedule=schedule), 100)
+    for step in range(100):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected(step), abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_onecycle_rises_for_three_tenths_of_the_steps_then_falls_to_nothing():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    scheduler = make_scheduler(optimizer, Recipe(lr=0.1, schedule="onecycle"), 101)
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step() if len(rates) < 101 else None
+    assert np.argmax(rates) == pytest.approx(30, abs=1)
+    assert max(rates) == pytest.approx(0.1, rel=1e-3)
+    assert rates[-1] < 1e-5
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_fit_is_the_plain_loop(config, digits, model):
+    """Against the loop as a tutorial writes it: PIL images, torchvision's transforms, one image at a time."""
+    config = replace(config, image_size=32)
+    recipe = Recipe(epochs=1, lr=0.01, weight_decay=1e-3, nesterov=True, pretrained=False, train_size=75)
+    transform = transforms.Compose(
+        [
+            transforms.Resize((32, 32)),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+        ]
+    )
+    plain = build_resnet("resnet18", 10, pretrained=False)
+    plain.load_state_dict(model.state_dict())
+    for either in (model, plain):  # in one layout, as few pixels make BatchNorm blow rounding up
+        either.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3, nesterov=True)
+    plain.train()
+    losses, correct = [], 0
+    for batch in datasets.batches(digits.train, digits.subset(75), config, seed=5, epoch=0):
+        images = []
+        for index, flipped in zip(batch.index, batch.flipped, strict=True):
+            image = Image.fromarray(digits.train.images[index].permute(1, 2, 0).contiguous().numpy())
+            images.append(transform(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image))
+        logits = plain(torch.stack(images).contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        correct += (logits.argmax(1) == batch.labels).sum().item()
+
+    history = fit(model, recipe, config, 5, digits, custom_resnet.cross_entropy, "test")
+    assert len(losses) == 3
+    assert history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert history[0]["train_accuracy"] == pytest.approx(correct / 75)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_every_step_is_taken_in_training_mode_and_the_history_is_measured_in_evaluation_mode(config, digits, model):
+    modes = []
+
+    def loss_fn(logits, batch):
+        modes.append(model.training)
+        return custom_resnet.cross_entropy(logits, batch)
+
+    history = fit(model, Recipe(epochs=2, lr=0.01, train_size=50), config, 0, digits, loss_fn, "test")
+    assert modes == [True] * 4
+    measured = (predict(model, digits.test.images, 16).argmax(1) == digits.test.labels).float().mean().item()
+    assert history[-1]["test_accuracy"] == pytest.approx(measured)
+    assert [record["epoch"] for record in history] == [1, 2]
+
+
+def test_validation_images_are_measured_where_there_are_any(config, model):
+    config = replace(config, validation_size=100)
+    dataset = datasets.load_dataset(config)
+    history = fit(model, Recipe(epochs=1, train_size=50), config, 0, dataset, custom_resnet.cross_entropy, "test")
+    assert "validation_accuracy" in history[0]
+    assert "test_accuracy" not in history[0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
+def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(config, digits, schedule):
+    recipe = Recipe(epochs=2, lr=0.01, schedule=schedule, train_size=75)
+
+    def train_with_stops(every: int | None) -> tuple[dict, list]:
+        torch.manual_seed(0)
+        calls, kept, history = 0, [], []
+
+        def stop() -> int:
+            nonlocal calls
+            calls += 1
+            return signal.SIGINT if every is not None and calls % every == 0 else 0
+
+        while len(history) < recipe.epochs:
+            assert calls < 100
+            model = build_resnet("resnet18", 10, pretrained=False)
+            state = copy.deepcopy(kept[-1]) if kept else None
+            history = fit(
+                model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, kept.append, stop
+            )
+            kept[-1] = copy.deepcopy(kept[-1])
+        return kept[-1]["model"], [{**record, "seconds": 0} for record in history]
+
+    weights, history = train_with_stops(None)
+    for every in (3, 4, 5, 7):  # of three steps, two chances while measuring and the end of each of two epochs
+        stopped_weights, stopped_history = train_with_stops(every)
+        assert stopped_history == history
+        assert all(torch.equal(weights[name], stopped_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(tmp_path, signal_number, status):
+    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=300"]
+    command = [sys.executable, "custom_resnet.py", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    lines = []
+    while process.poll() is None and not any("epoch  " in line for line in lines):
+        lines.append(process.stderr.readline())
+    process.send_signal(signal_number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "Traceback" not in told
+    assert "the same command resumes it" in told
+    state = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
+    assert not state["finished"]
+    assert len(state["history"]) >= 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(config, digits, monkeypatch):
+    recipes = {"student": replace(config.recipes["student"], epochs=30)}
+    config, steps = replace(config, recipes=recipes), 0
+
+    def loss_fn(logits, batch):
+        nonlocal steps
+        steps += 1
+        return {"hard loss": F.cross_entropy(logits, batch.labels) * (math.nan if steps > 9 else 1)}
+
+    with pytest.raises(
+        UserError, match=r"student seed 0: epoch 3, step 4, lr = 0.01: the hard loss became NaN or infinite.*lower lr"
+    ) as error:
+        train("student", 0, config, digits, lambda: loss_fn)
+    assert error.value.status == 1
+    assert steps < 60
+    state = checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, "student", 0))
+    assert len(state["history"]) == 2
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_a_signal_while_measuring_keeps_the_epoch_and_measures_again(config, digits):
+    recipe, kept = Recipe(epochs=1, lr=0.01, train_size=50), []
+
+    def run(state, stop):
+        torch.manual_seed(0)
+        model = build_resnet("resnet18", 10, pretrained=False)
+        return fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, kept.append, stop)
+
+    calls = itertools.count(1)
+    assert run(None, lambda: signal.SIGTERM if next(calls) > 2 else 0) == []  # two steps, then it is measured
+    assert kept[-1]["step"] == 2
+    (record,) = run(copy.deepcopy(kept[-1]), lambda: 0)
+    (uninterrupted,) = run(None, lambda: 0)
+    assert {**record, "seconds": 0} == {**uninterrupted, "seconds": 0}
+
+
+def test_the_state_is_kept_every_few_minutes(config, digits, model):
+    kept = []
+    recipe, often = Recipe(epochs=1, lr=0.01, train_size=75), replace(config, checkpoint_minutes=1e-9)
+    fit(model, recipe, often, 0, digits, custom_resnet.cross_entropy, "test", None, kept.append)
+    assert [(state["step"], len(state["history"])) for state in kept] == [(1, 0), (2, 0), (3, 0), (0, 1)]
+
+
+def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, digits, monkeypatch):
+    first = []
+
+    def look(model, *_):
+        first.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return [{}, {}]
+
+    monkeypatch.setattr(custom_resnet, "fit", look)
+    for name, seed in (("student", 0), ("student_kd", 0), ("student", 1)):
+        train(name, seed, config, digits)
+    assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
+    assert not torch.equal(first[0]["conv1.weight"], first[2]["conv1.weight"])
+
+
+# Several processes
+
+
+# The script
+
+
+def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_again(tmp_path, capsys):
+    small = [*small_flags(tmp_path), "--only", "student"]
+    custom_resnet.main(small)
+    told = capsys.readouterr().err
+    assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in told
+    assert "resnet18, 11.2 million parameters, from random weights, 2 epochs of 100 images" in told
+    assert told.count("epoch  ") == 2
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    before = path.read_bytes()
+
+    custom_resnet.main(small)
+    assert f"student seed 0  is finished: {path}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        custom_resnet.main([*small, "--batch_size", "20", "--student.lr", "0.02"])
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert "student.lr was 0.01, is now 0.02; batch_size was 25, is now 20" in told
+    assert "--overwrite" in told
+    assert path.read_bytes() == before
+
+    path.write_bytes(before[:1000])
+    with pytest.raises(SystemExit):
+        custom_resnet.main(small)
+    assert "is damaged" in capsys.readouterr().err
+    custom_resnet.main([*small, "--student.lr", "0.02", "--overwrite"])
+    assert checkpoints.load_checkpoint(path)["settings"]["student.lr"] == 0.02
+
+
+def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
+    custom_resnet.main([*small_flags(tmp_path), "--student.epochs=1", "--teacher.epochs=1"])
+    assert sorted(path.name for path in tmp_path.rglob("*.pt")) == ["student.pt", "teacher.pt"]
+    with pytest.raises(SystemExit):
+        custom_resnet.main([*small_flags(tmp_path), "--only", "student_kd"])
+    assert "use python teacher_student_model.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_sise", "64"], "did you mean --batch_size?"),
+        (["--student.epochs", "0", "--seeds", "1", "1"], "student.epochs = 0"),
+        (["--device", "cuda:99"], "CUDA devices here is 0; try cpu"),
+        (["--dataset", "nowhere"], "dataset = 'nowhere': no such folder"),
+        (["--student.pretrained", "true"], "resnet18-f37072fd.pth: is missing"),
+        (["--student.train_size", "1290", "--validation_size", "100"], "student.train_size = 1290"),
+        (["--student.train_size", "1290"], "train_size = 1290: must select and leave an image of each class"),
+        (["--validation_size", "3"], "validation_size = 3: must select and leave an image of each class"),
+        (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo: cannot be written"),
+    ],
+)
+def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        custom_resnet.main([*small_flags(tmp_path), "--only", "student", *flags])
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("error: ") == 1
+    assert message in told.split("error: ")[1]
+
+
+def test_bad_input_ends_the_script_without_a_traceback(script):
+    done = script("evaluate.py", "--preset", "demo", "--checkpoints_path", "nowhere")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 4  # three files that are missing, and the error
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("culprit", "step"), [("hard loss", 1), ("soft loss", 1), ("soft loss", 3), ("logits", 2)])
+def test_what_diverged_first_is_named_with_its_epoch_and_learning_rate(config, digits, model, culprit, step):
+    steps = 0
+
+    def loss_fn(logits, batch):
+        nonlocal steps
+        steps += 1
+        terms = {"hard loss": F.cross_entropy(logits, batch.labels), "soft loss": logits.mean() * 0}
+        if steps == step and culprit in terms:
+            terms[culprit] = terms[culprit] * math.inf
+        elif culprit == "logits" and steps == step - 1:  # the weights, and with them the logits of the next step
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return terms
+
+    recipe = Recipe(epochs=1, lr=0.02, train_size=100)
+    with pytest.raises(UserError, match=f"test: epoch 1, step 4, lr = 0.02: the {culprit} became NaN or infinite"):
+        fit(model, recipe, config, 0, digits, loss_fn, "test")
+    assert steps == 4
+
+
+def test_weights_that_diverged_are_never_saved(config, digits, model):
+    """A state is due right after the step whose gradients are NaN, before any logits show it."""
+    saved, steps = [], itertools.count(1)
+
+    def loss_fn(logits, batch):
+        if next(steps) == 3:
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return custom_resnet.cross_entropy(logits, batch)
+
+    recipe, often = Recipe(epochs=1, lr=0.01, train_size=100), replace(config, checkpoint_minutes=1e-9)
+    with pytest.raises(UserError, match=r"test: epoch 1, step 3, lr = 0.01: the weights became NaN or infinite"):
+        fit(model, recipe, often, 0, digits, loss_fn, "test", None, saved.append)
+    assert [state["step"] for state in saved] == [1, 2]
+
+
+def test_a_log_has_a_line_a_minute_with_the_loss_and_the_time_left(config, digits, model, monkeypatch, capsys):
+    clock = itertools.count(0, 40)  # each look at the clock is 40 seconds later
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    recipe = Recipe(epochs=1, lr=0.01, train_size=100)
+    later = estimate.Estimate(later=7200)
+    fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", estimate=later)
+    line = next(line for line in capsys.readouterr().err.splitlines() if "left of this model" in line)
+    assert re.search(
+        r"test epoch 1/1  +\d+%  [\d.]+ images/s  loss \d\.\d+, accuracy [\d.]+%, .* left of this model", line
+    )
+    assert "of the run" in line
+
+
+def test_the_precision_of_a_run_is_timed_once_and_kept(tmp_path, monkeypatch, capsys):
+    faster = {"fp32": 2.0, "bf16": 1.0}
+    monkeypatch.setattr(estimate, "supports_bf16", lambda device: True)
+    monkeypatch.setattr(
+        estimate,
+        "time_training",
+        lambda build, archs, config, dataset, precisions: {(a, p): faster[p] for a in archs for p in precisions},
+    )
+    words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1"]
+    custom_resnet.main([*words, "--only=teacher"])
+    assert "precision = auto: bf16 is faster for this run" in capsys.readouterr().err
+    faster.update(fp32=0.5)  # as if the machine were another one now
+    custom_resnet.main([*words, "--only=student"])
+    assert "precision = auto" not in capsys.readouterr().err
+    for name in ("teacher", "student"):
+        state = checkpoints.load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")
+        assert state["settings"]["precision"] == "bf16"
+
+
+def test_what_would_fail_later_fails_before_anything_is_trained(tmp_path, capsys):
+    words = small_flags(tmp_path)
+    custom_resnet.main([*words, "--only=student", "--student.epochs=1"])
+    for more, told in (
+        (["--student.epochs=1", "--student.lr=0.5"], "student.lr was 0.01, is now 0.5"),
+        (["--student.epochs=1", "--only", "student", "student_kd"], "the teacher 'teacher' is not trained yet"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            teacher_student_model.main([*words, *more])
+        assert exit.value.code == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert "million parameters" not in err

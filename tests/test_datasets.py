@@ -1,0 +1,151 @@
+import hashlib
+import pickle
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+
+from config import PRESETS
+from engine import datasets, distributed
+from engine.errors import UserError
+from engine.images import prepare
+
+
+def epoch_of(config, dataset, seed=0, epoch=0, first_step=0, subset=None):
+    subset = dataset.subset(None) if subset is None else subset
+    return list(datasets.batches(dataset.train, subset, config, seed, epoch, first_step))
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_step(config, digits):
+    whole = epoch_of(config, digits, seed=3, epoch=2)
+    torch.rand(7)  # nothing else that draws random numbers matters
+    again = epoch_of(config, digits, seed=3, epoch=2, first_step=40)
+    assert len(whole) == 1297 // 25
+    for one, other in zip(whole[40:], again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    orders = {tuple(epoch_of(config, digits, seed, epoch)[0].index.tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+def test_an_epoch_shows_each_image_once_and_leaves_out_a_different_rest(config, digits):
+    shown = [torch.cat([b.index for b in epoch_of(config, digits, epoch=epoch)]).tolist() for epoch in (0, 1)]
+    for indices in shown:
+        assert len(indices) == len(set(indices)) == 1297 // 25 * 25
+    assert set(shown[0]) != set(shown[1])
+
+
+def test_a_batch_holds_the_images_it_says(config, digits):
+    for batch in epoch_of(config, digits)[:3]:
+        assert torch.equal(batch.labels, digits.train.labels[batch.index])
+        for image, index, flipped in zip(batch.images, batch.index, batch.flipped, strict=True):
+            source = digits.train.images[index]
+            source = torch.flip(source, dims=[-1]) if flipped else source
+            torch.testing.assert_close(image, prepare(source[None], 16)[0], atol=0, rtol=0)
+
+
+def test_crop_padding_shifts_images_and_leaves_the_rest_of_the_batch_as_it_was(config, digits):
+    plain, shifted = (epoch_of(replace(config, crop_padding=p), digits)[0] for p in (0, 2))
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], shifted[1:], strict=True))
+    different = (plain.images != shifted.images).flatten(1).any(1).float().mean()
+    assert different > 0.7  # one in 25 is not shifted, and some have nothing at the edge to lose
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_flipped_images(config, digits, share):
+    config = replace(config, horizontal_flip=share)
+    flipped = torch.cat([b.flipped for epoch in range(3) for b in epoch_of(config, digits, epoch=epoch)])
+    assert flipped.float().mean().item() == pytest.approx(share, abs=4 * (share * (1 - share) / len(flipped)) ** 0.5)
+
+
+def test_a_subset_is_stratified_and_the_same_for_everyone(config, digits):
+    subset = digits.subset(200)
+    assert torch.equal(subset, digits.subset(200))
+    counts = torch.bincount(digits.train.labels[subset])
+    share = torch.bincount(digits.train.labels) * 200 / 1297
+    assert (counts - share).abs().max() < 1
+    shown = torch.cat([batch.index for batch in epoch_of(config, digits, subset=subset)])
+    assert set(shown.tolist()) == set(subset.tolist())
+
+
+def test_digits_are_those_of_scikit_learn(digits):
+    assert digits.classes == tuple("0123456789")
+    assert digits.train.images.shape == (1297, 3, 8, 8)
+    assert digits.test.images.shape == (500, 3, 8, 8)
+    assert digits.test.images.max() == 255
+    assert torch.bincount(digits.test.labels).min() >= 48
+    together = torch.cat([digits.train.images, digits.test.images]).flatten(1)
+    assert len(torch.unique(together, dim=0)) == len(together)  # no image is in both
+
+
+def test_validation_images_are_held_out_of_training(config, digits):
+    with_validation = datasets.load_dataset(replace(config, validation_size=100))
+    assert with_validation.held_out == ("validation", with_validation.validation)
+    assert digits.held_out == ("test", digits.test)
+    train, validation = (set(map(bytes, s.images.flatten(1).numpy())) for s in with_validation[1:3])
+    assert (len(train), len(validation), len(train & validation)) == (1197, 100, 0)
+    assert Counter(with_validation.validation.labels.tolist()).most_common()[-1][1] >= 9
+    assert torch.equal(with_validation.test.images, digits.test.images)
+
+
+def cifar10(folder: Path):
+    return replace(PRESETS["cifar10"], data_path=str(folder.parent), batch_size=10, device="cpu")
+
+
+def test_cifar10_is_read_through_torchvision(miniature_cifar10):
+    dataset = datasets.load_dataset(cifar10(miniature_cifar10))
+    assert dataset.classes == ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert (dataset.train.images.shape, dataset.test.images.shape) == ((100, 3, 32, 32), (20, 3, 32, 32))
+    raw = pickle.loads((miniature_cifar10 / "data_batch_1").read_bytes())["data"]
+    assert torch.equal(dataset.train.images[:20].flatten(1), torch.from_numpy(raw))  # red, green, blue planes
+    assert dataset.train.labels.tolist() == [*range(10)] * 10
+
+
+def test_cifar10_is_unpacked_from_an_archive_that_lies_in_the_folder(miniature_cifar10, monkeypatch):
+    archive = miniature_cifar10.parent / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(miniature_cifar10, arcname=miniature_cifar10.name)
+    for file in miniature_cifar10.iterdir():
+        file.unlink()
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(datasets.load_dataset(cifar10(miniature_cifar10)).train.labels) == 100
+
+
+def test_without_cifar10_and_network_the_error_says_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nothing listens there
+    with pytest.raises(UserError) as error:
+        datasets.load_dataset(cifar10(tmp_path / "data" / "x"))
+    for part in ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", f"{tmp_path}/data", "--preset demo"):
+        assert part in str(error.value)
+
+
+def test_a_batch_larger_than_the_images_is_refused(miniature_cifar10):
+    config = replace(cifar10(miniature_cifar10), batch_size=101)
+    with pytest.raises(UserError, match=r"batch_size = 101.*has 100"):
+        datasets.load_dataset(config)
+    with pytest.raises(UserError, match=r"batch_size = 60.*has 100, of which validation_size = 50"):
+        datasets.load_dataset(replace(config, batch_size=60, validation_size=50))
+
+
+def test_all_processes_together_see_the_batches_of_one(config, digits, monkeypatch):
+    alone = list(datasets.batches(digits.train, digits.subset(75), config, seed=1, epoch=2))
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(list(datasets.batches(digits.train, digits.subset(75), config, seed=1, epoch=2)))
+    for batch, *parts in zip(alone, *shares, strict=True):
+        for whole, *pieces in zip(batch, *parts, strict=True):
+            assert torch.equal(whole, torch.cat(pieces))
+
+
+def test_what_the_images_do_not_allow_is_refused_with_its_recipe(config):
+    recipes = {**config.recipes, "student": replace(config.recipes["student"], train_size=1290)}
+    with pytest.raises(UserError, match=r"student.train_size = 1290: must select and leave an image of each class"):
+        datasets.load_dataset(replace(config, recipes=recipes))
+    for padding in (8, 100):  # digits are 8 pixels wide
+        with pytest.raises(UserError, match=f"crop_padding = {padding}: must be less than the 8 pixels"):
+            datasets.load_dataset(replace(config, crop_padding=padding))

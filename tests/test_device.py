@@ -1,0 +1,230 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+import torchvision
+from torch import nn
+
+from config import PRESETS
+from engine import device as devices
+from engine.device import (
+    autocast,
+    compiled,
+    configure_backends,
+    describe_precision,
+    device_name,
+    environment,
+    explain_device_errors,
+    memory_format,
+    resolve_device,
+    supports_bf16,
+    synchronize,
+)
+from engine.distributed import RankError
+from engine.errors import UserError
+
+DEMO = replace(PRESETS["demo"], device="cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with so many CUDA devices, with or without MPS: machine(cuda=2, mps=False)."""
+
+    def has(cuda: int = 0, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return has
+
+
+# Which device
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"), [(1, False, "cuda"), (1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")]
+)
+def test_auto_is_cuda_then_mps_then_the_cpu(machine, cuda, mps, device):
+    machine(cuda, mps)
+    assert resolve_device(replace(DEMO, device="auto")) == replace(DEMO, device=device)
+
+
+def test_a_device_of_this_machine_is_kept(config):
+    assert resolve_device(config) == config
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:2", "mps"])
+def test_a_device_that_is_not_there_is_refused(machine, device):
+    machine(cuda=2)
+    with pytest.raises(UserError, match=rf"device = '{device}': the number of CUDA devices here is .*; try cpu"):
+        resolve_device(replace(DEMO, device=device))
+
+
+def test_cuda_is_refused_on_a_machine_without_it(machine):
+    machine(cuda=0)
+    with pytest.raises(UserError, match="the number of CUDA devices here is 0; try cpu"):
+        resolve_device(replace(DEMO, device="cuda"))
+
+
+def test_each_of_several_processes_has_a_device_of_its_own(machine, monkeypatch):
+    machine(cuda=2)
+    monkeypatch.setattr(devices, "world_size", lambda: 2)
+    assert resolve_device(DEMO).device == "cpu"
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        for device in ("cuda", "auto"):
+            assert resolve_device(replace(DEMO, device=device)).device == f"cuda:{rank}"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="is 2; start no more processes than that, or try cpu"):
+        resolve_device(replace(DEMO, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda:0"}, "with several processes must be cuda"),
+        ({"device": "mps"}, "with several processes must be cuda"),
+        ({"batch_size": 3}, "batch_size = 3: must be 2 or more for each of 2 processes"),
+    ],
+)
+def test_what_several_processes_cannot_have_is_refused(machine, monkeypatch, changes, message):
+    machine(cuda=2, mps=True)
+    monkeypatch.setattr(devices, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=message):
+        resolve_device(replace(DEMO, **changes))
+
+
+def test_sync_batchnorm_is_refused_without_cuda(machine):
+    machine(cuda=1)
+    with pytest.raises(UserError, match=r"sync_batchnorm = True: .* the device is cpu"):
+        resolve_device(replace(DEMO, sync_batchnorm=True))
+    assert resolve_device(replace(DEMO, sync_batchnorm=True, device="cuda")).sync_batchnorm
+
+
+# Precision
+
+
+@pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
+def test_a_cpu_supports_bf16_if_it_has_instructions_for_it(monkeypatch, bf16, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert supports_bf16("cpu") == (bf16 or amx)
+    assert not supports_bf16("mps")
+
+
+def test_a_gpu_supports_bf16_unless_it_would_emulate_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not supports_bf16("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert supports_bf16("cuda:0")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_computes_in_the_precision_over_float32_weights(device, precision, dtype):
+    layer = nn.Conv2d(3, 4, 1).to(device)
+    with autocast(device, precision):
+        assert layer(torch.zeros(1, 3, 2, 2, device=device)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+
+
+def test_float32_on_a_gpu_says_that_its_convolutions_are_in_tf32():
+    for allowed, description in ((True, "fp32 (convolutions in TF32)"), (False, "fp32")):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            assert describe_precision(replace(DEMO, device="cuda", precision="fp32")) == description
+            assert describe_precision(replace(DEMO, device="cuda", precision="bf16")) == "bf16"
+            assert describe_precision(replace(DEMO, device="cpu", precision="fp32")) == "fp32"
+
+
+def test_the_memory_format_is_channels_last_except_on_mps():
+    formats = {device: memory_format(device) for device in ("cpu", "cuda:1", "mps")}
+    assert formats == {"cpu": torch.channels_last, "cuda:1": torch.channels_last, "mps": torch.contiguous_format}
+    assert memory_format(torch.device("cpu")) == torch.channels_last
+
+
+# Switches of PyTorch
+
+
+def test_deterministic_is_a_switch_of_torch(config, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "to be restored")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        configure_backends(replace(config, deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert devices.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        configure_backends(config)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+
+
+def test_a_timer_waits_for_the_device_it_is_told(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for device in ("cpu", "cuda:1", "mps"):
+        synchronize(device)
+    assert waited == ["cuda:1", "mps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds", "compiles"),
+    [
+        *(({"device": "cuda"}, 1000, True), ({"device": "cuda"}, 100, False), ({"device": "cpu"}, 1e6, False)),
+        *(({"device": "cuda", "deterministic": True}, 1e6, False), ({"device": "cuda", "compile": "off"}, 1e6, False)),
+        *(({"device": "cpu", "compile": "on"}, 0, True), ({"device": "cuda", "compile": "on"}, 0, True)),
+    ],
+)
+def test_a_model_is_compiled_if_told_so_or_if_it_pays(monkeypatch, capsys, changes, seconds, compiles):
+    model, faster, dynamo = nn.Linear(1, 1), nn.Linear(1, 1), SimpleNamespace(suppress_errors=None)
+    monkeypatch.setattr(torch, "compile", lambda _: faster)
+    monkeypatch.setattr(torch._dynamo, "config", dynamo)
+    config = replace(DEMO, **changes)
+    assert compiled(model, config, seconds) is (faster if compiles else model)
+    assert ("torch.compile" in capsys.readouterr().err) == compiles
+    assert dynamo.suppress_errors is ((config.compile == "auto") if compiles else None)
+
+
+# Errors of the device
+
+
+def test_too_little_memory_is_an_error_of_the_rank_that_names_the_batch_size():
+    with (
+        pytest.raises(RankError, match=r"cpu ran out of memory with batch_size = 50 at 32 px; .*--batch_size"),
+        explain_device_errors(DEMO),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_failure_of_torch_compile_is_explained_where_it_was_asked_for():
+    failure = torch._dynamo.exc.Unsupported("a graph break\nand a long story")
+    with (
+        pytest.raises(UserError, match=r"compile = on: torch.compile failed \(a graph break\); try --compile off"),
+        explain_device_errors(replace(DEMO, compile="on")),
+    ):
+        raise failure
+    with pytest.raises(torch._dynamo.exc.Unsupported), explain_device_errors(DEMO):
+        raise failure
+    with pytest.raises(RuntimeError, match="shape"), explain_device_errors(replace(DEMO, compile="on")):
+        raise RuntimeError("shape")
+
+
+# What is recorded
+
+
+def test_the_environment_names_what_a_result_depends_on(config):
+    found = environment(config)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+    assert versions.items() <= found.items()
+    assert found["device"] == device_name(config)
+    assert found["precision"].startswith("fp32")
+    assert found["processes"] == "1"
+    assert {type(value) for value in found.values()} == {str}  # plain values, which a checkpoint can hold
+
+
+def test_the_name_of_a_device_is_that_of_the_gpu_or_of_the_cpus_architecture(config, device):
+    name = device_name(config)
+    assert name == torch.cuda.get_device_name() if device == "cuda" else name.startswith("cpu (")

@@ -1,0 +1,352 @@
+import copy
+import itertools
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import flags as small_flags
+from torch import nn
+
+import custom_resnet
+import utils
+from custom_resnet import build_resnet
+from engine import estimate
+from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint, training_settings
+from engine.errors import UserError
+from engine.estimate import Estimate, Job, check_space, plan, space_needed, time_training
+from engine.settings import Recipe
+from utils import start_training, unfinished
+
+RESNET18_BYTES = 11_181_642 * 4
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Replace the timing by a table of seconds per image: timed({("resnet18", "fp32"): 0.1}); returns what it timed."""
+
+    def by(table: dict[tuple[str, str], float]) -> list[tuple[str, str]]:
+        asked = []
+
+        def fake(build, archs, config, dataset, precisions):
+            pairs = list(itertools.product(archs, precisions))
+            asked.extend(pairs)
+            return {pair: table[pair] for pair in pairs}
+
+        monkeypatch.setattr(estimate, "time_training", fake)
+        return asked
+
+    return by
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Whether the device supports bf16: bf16(True)."""
+    return lambda supported: monkeypatch.setattr(estimate, "supports_bf16", lambda device: supported)
+
+
+def images_of(job: Job, config, dataset) -> float:
+    """Training images, and a third of a step for each test image, over the epochs of a job."""
+    size = config.recipes[job.name].train_size or len(dataset.train.labels)
+    return job.epochs * (size + len(dataset.test.labels) / 3)
+
+
+# The time of a run
+
+
+def test_the_time_of_a_run_is_estimated_from_a_step(config, digits, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a step is 1 s
+    _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], None, build_resnet, config, digits)
+    each = 2 * (100 + 500 / 3) / config.batch_size  # epochs, training images, and a third of a step for each test image
+    assert estimates[("student", 0)] == pytest.approx((each, each))
+    assert estimates[("student", 1)] == pytest.approx((each, 0.0))
+
+
+def test_estimates_are_of_each_model_and_of_those_after_it(config, digits, timed):
+    recipes = {**config.recipes, "teacher": Recipe(arch="resnet50", train_size=None)}
+    config = replace(config, recipes=recipes)
+    table = {("resnet50", "fp32"): 0.5, ("resnet18", "fp32"): 0.125}
+    timed(table)
+    jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 2)]
+    _, estimates = plan(jobs, None, build_resnet, config, digits)
+    each = [images_of(job, config, digits) * table[config.recipes[job.name].arch, "fp32"] for job in jobs]
+    assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
+    for number, found in enumerate(estimates.values()):
+        assert found == pytest.approx((each[number], sum(each[number + 1 :])))
+
+
+def test_several_processes_share_the_images(config, digits, timed, monkeypatch):
+    timed({("resnet18", "fp32"): 1.0})
+    job = Job("student", 0, 2)
+    monkeypatch.setattr(estimate, "world_size", lambda: 4)
+    _, estimates = plan([job], None, build_resnet, config, digits)
+    assert estimates[("student", 0)].model == pytest.approx(images_of(job, config, digits) / 4)
+
+
+def test_validation_images_are_those_that_are_evaluated(config, timed):
+    config = replace(config, validation_size=100)
+    timed({("resnet18", "fp32"): 1.0})
+    _, estimates = plan([Job("student", 0, 1)], None, build_resnet, config, utils.load_dataset(config))
+    assert estimates[("student", 0)].model == pytest.approx(100 + 100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("hours", "announced"), [(31.4, "about 31 h 24 min on"), (1.99, "about 1 h 59 min on"), (0.99, None)]
+)
+def test_a_run_of_more_than_an_hour_is_announced_with_the_demo(config, digits, timed, capsys, hours, announced):
+    jobs = [Job("student", 0, 2), Job("student", 1, 2)]
+    timed({("resnet18", "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
+    plan(jobs, None, build_resnet, config, digits)
+    told = capsys.readouterr().err
+    if announced:
+        assert told.startswith("This will take " + announced)
+        assert "python teacher_student_model.py --preset demo" in told
+    else:
+        assert told == ""
+
+
+# The precision
+
+
+@pytest.mark.parametrize(("student_epochs", "faster"), [(1, "fp32"), (1000, "bf16")])
+def test_auto_is_the_precision_in_which_all_jobs_together_are_faster(
+    config, digits, timed, bf16, capsys, student_epochs, faster
+):
+    recipes = {**config.recipes, "teacher": replace(config.recipes["teacher"], arch="resnet50")}
+    config = replace(config, precision="auto", recipes=recipes)
+    bf16(True)
+    table = {
+        ("resnet50", "fp32"): 0.1,
+        ("resnet50", "bf16"): 0.2,
+        ("resnet18", "fp32"): 0.05,
+        ("resnet18", "bf16"): 0.04,
+    }
+    asked = timed(table)
+    jobs = [Job("teacher", 0, 2), Job("student", 0, student_epochs)]
+    resolved, estimates = plan(jobs, None, build_resnet, config, digits)
+    assert set(asked) == set(table)
+    assert resolved == replace(config, precision=faster)
+    for job in jobs:
+        expected = images_of(job, config, digits) * table[config.recipes[job.name].arch, faster]
+        assert estimates[job.name, 0].model == pytest.approx(expected)
+    rates = {"fp32": ("10.0", "20.0", "5.0", "25.0", "bf16"), "bf16": ("5.0", "25.0", "10.0", "20.0", "fp32")}
+    first, second, other_first, other_second, other = rates[faster]
+    assert (
+        f"precision = auto: {faster} is faster for this run; resnet50 trains at {first} images/s, in {other} at {other_first}; "
+        f"resnet18 trains at {second} images/s, in {other} at {other_second}\n" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("recorded", ["fp32", "bf16"])
+def test_auto_keeps_the_precision_of_the_run_without_timing_the_other(config, digits, timed, bf16, capsys, recorded):
+    bf16(True)
+    asked = timed({("resnet18", "fp32"): 0.1, ("resnet18", "bf16"): 0.1})
+    jobs = [Job("student", 0, 1)]
+    resolved, estimates = plan(jobs, recorded, build_resnet, replace(config, precision="auto"), digits)
+    assert resolved.precision == recorded
+    assert asked == [("resnet18", recorded)]
+    assert estimates[("student", 0)].model > 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fixed_precision_is_kept_however_slow(config, digits, timed, bf16, precision):
+    bf16(True)
+    asked = timed({("resnet18", "fp32"): 1.0 + (precision == "fp32"), ("resnet18", "bf16"): 1.5})
+    config = replace(config, precision=precision)
+    assert plan([Job("student", 0, 1)], None, build_resnet, config, digits)[0] == config
+    assert asked == [("resnet18", precision)]
+
+
+def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
+    bf16(False)
+    asked = timed({("resnet18", "fp32"): 1.0})
+    resolved, _ = plan([Job("student", 0, 1)], None, build_resnet, replace(config, precision="auto"), digits)
+    assert resolved.precision == "fp32"
+    assert asked == [("resnet18", "fp32")]
+
+
+def test_with_nothing_to_train_nothing_is_timed_or_announced(config, digits, timed, bf16, capsys):
+    bf16(True)
+    asked = timed({})
+    assert plan([], "bf16", build_resnet, replace(config, precision="auto"), digits) == (
+        replace(config, precision="bf16"),
+        {},
+    )
+    assert asked == []
+    assert capsys.readouterr().err == ""
+
+
+# The timing
+
+
+class Scripted(nn.Module):
+    """A model whose steps take as long as a script says, on the clock `now`."""
+
+    def __init__(self, classes: int, now: SimpleNamespace, steps):
+        super().__init__()
+        self.layer, self.now, self.steps, self.seen = nn.Linear(3, classes), now, steps, []
+
+    def forward(self, images):
+        logits = self.layer(images.mean((2, 3)))
+        self.seen.append((len(images), logits.dtype))
+        self.now.seconds += next(self.steps)
+        return logits
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A model builder whose models share a clock and a script of seconds per step."""
+    now, models = SimpleNamespace(seconds=0.0), {}
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+
+    def make(scripts: dict[str, list[float]]):
+        def build(arch: str, classes: int) -> nn.Module:
+            models[arch] = Scripted(classes, now, iter(scripts[arch]))
+            return models[arch]
+
+        return build
+
+    return make, models
+
+
+def test_the_precisions_take_turns_and_the_fastest_step_counts_except_the_first(config, digits, scripted):
+    make, models = scripted
+    # fp32, bf16, fp32, ...: each warms up in 0.1 s, quicker than any step, and has an outlier
+    build = make({"a": [0.1, 0.1, 0.4, 9.0, 7.0, 0.3]})
+    found = time_training(build, ["a"], config, digits, ["fp32", "bf16"])
+    assert found == {("a", "fp32"): pytest.approx(0.4 / 25), ("a", "bf16"): pytest.approx(0.3 / 25)}
+    assert models["a"].seen == [(25, torch.float32), (25, torch.bfloat16)] * 3  # two seconds have passed by then
+
+
+def test_at_most_ten_turns_and_at_least_three_are_taken(config, digits, scripted):
+    make, models = scripted
+    found = time_training(
+        make({"quick": [0.01] * 9 + [0.005], "slow": [60.0] * 3}), ["quick", "slow"], config, digits, ["fp32"]
+    )
+    assert found == {("quick", "fp32"): pytest.approx(0.005 / 25), ("slow", "fp32"): pytest.approx(60 / 25)}
+    assert [len(model.seen) for model in models.values()] == [10, 3]
+
+
+def test_the_two_seconds_of_an_architecture_begin_with_it(config, digits, scripted):
+    make, models = scripted
+    time_training(make({"slow": [60.0] * 3, "quick": [0.01] * 10}), ["slow", "quick"], config, digits, ["fp32"])
+    assert [len(model.seen) for model in models.values()] == [3, 10]
+
+
+def test_on_a_cpu_a_timed_step_has_32_images_at_most(config, digits, scripted):
+    make, models = scripted
+    time_training(make({"a": [1.0] * 3}), ["a"], replace(config, batch_size=100), digits, ["fp32"])
+    assert {count for count, _ in models["a"].seen} == {32 if config.device == "cpu" else 100}
+
+
+# The space on the disk
+
+
+def test_room_on_the_disk_is_checked_before_training(tmp_path, config, digits, capsys, monkeypatch):
+    jobs = [Job("student", 0, 2), Job("student_kd", 0, 2)]
+    needed = space_needed(jobs, build_resnet, config, digits)
+    # two finished models; one in training and its copy, both with momentum; the logits of a teacher, and their copy
+    assert 6 * RESNET18_BYTES < needed < 6.1 * RESNET18_BYTES
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
+    with pytest.raises(SystemExit) as exit:
+        custom_resnet.main([*small_flags(tmp_path, config.device), "--only", "student"])
+    assert exit.value.code == 2
+    assert "checkpoints: this run needs 224 MB, and 10 MB are free there" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_logits_of_teachers_are_counted_where_there_are_distilled_models(config, digits):
+    views = 2 * len(digits.train.labels) * 10 * 4
+    plain, distilled = (
+        space_needed([Job(name, 0, 1)], build_resnet, config, digits) for name in ("student", "student_kd")
+    )
+    assert distilled - plain == 2 * views
+
+
+def test_the_space_of_files_that_are_replaced_counts_as_free(config, digits, monkeypatch):
+    jobs = [Job("student", 0, 1)]
+    needed = space_needed(jobs, build_resnet, config, digits)
+    path = checkpoint_path(config, "student", 0)
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.truncate(1000)
+    for free, fits in ((needed - 1000, True), (needed - 1001, False)):
+        monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if fits:
+            check_space(jobs, build_resnet, config, digits)
+        else:
+            with pytest.raises(UserError, match="Free some space or choose another folder"):
+                check_space(jobs, build_resnet, config, digits)
+    check_space([], build_resnet, config, digits)  # nothing to train needs nothing
+
+
+# The start of a training
+
+
+@pytest.fixture
+def partial(config, trained, digits):
+    """A run of two seeds: seed 0's student is finished, seed 1's has an epoch left, both in bf16."""
+    config = replace(config, seeds=(0, 1), precision="auto")
+    for seed in (0, 1):
+        path = checkpoint_path(config, "student", seed)
+        state = copy.deepcopy(load_checkpoint(trained / "checkpoints" / "demo" / f"seed{seed}" / "student.pt"))
+        state["settings"] = training_settings("student", seed, replace(config, precision="bf16"), digits, None)
+        if seed == 1:
+            state["history"], state["finished"] = state["history"][:1], False
+        save_checkpoint(path, state)
+    return config
+
+
+def test_only_what_is_left_of_a_run_is_estimated(partial, digits):
+    both, left = ["student", "teacher"], [Job("teacher", 0, 2), Job("student", 1, 1), Job("teacher", 1, 2)]
+    assert unfinished(both, partial, digits) == left
+    assert unfinished(both, replace(partial, overwrite=True), digits) == left  # what matches is kept
+    smaller = replace(partial, overwrite=True, batch_size=20)
+    assert unfinished(both, smaller, digits) == [Job(name, seed, 2) for seed in (0, 1) for name in both]
+    with pytest.raises(UserError, match="batch_size was 25, is now 20"):
+        unfinished(both, replace(smaller, overwrite=False), digits)
+    assert not [path for path in os.listdir(checkpoint_path(partial, "student", 0).parent) if "probe" in path]
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, digits):
+    path = checkpoint_path(partial, "student", 1)
+    path.write_bytes(path.read_bytes()[:1000])
+    with (
+        pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"),
+        start_training(partial, ["student"], build_resnet),
+    ):
+        pass
+    assert Job("student", 1, 2) in unfinished(["student"], replace(partial, overwrite=True), digits)
+
+
+def test_a_training_starts_with_the_precision_of_its_run_and_says_what_it_trains_on_what(partial, timed, bf16, capsys):
+    bf16(True)
+    asked = timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
+    with start_training(partial, ["student"], build_resnet) as (config, dataset, estimates):
+        assert config == replace(partial, precision="bf16")
+        assert asked == [("resnet18", "bf16")]
+        assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * (100 + 500 / 3)), 0.0)}
+        told = capsys.readouterr().err
+        assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px" in told
+        assert told.endswith(", bf16\n")
+        assert len(dataset.train.labels) == 1297
+
+
+def test_a_new_run_takes_the_faster_precision(partial, timed, bf16):
+    bf16(True)
+    timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
+    with start_training(replace(partial, run="new"), ["student"], build_resnet) as (config, _, estimates):
+        assert config.precision == "fp32"
+        assert list(estimates) == [("student", 0), ("student", 1)]
+
+
+@pytest.mark.parametrize("hours", [31.4, 0.9])
+def test_a_long_training_is_announced_when_it_starts(config, timed, capsys, hours):
+    timed({("resnet18", "fp32"): hours * 3600 / (2 * (100 + 500 / 3))})
+    with start_training(config, ["student"], build_resnet):
+        told = capsys.readouterr().err
+    assert ("This will take about 31 h 24 min" in told) == (hours > 1)
+    assert ("--preset demo" in told) == (hours > 1)

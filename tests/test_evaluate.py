@@ -1,0 +1,191 @@
+import json
+import os
+import shutil
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from conftest import flags
+from PIL import Image
+from synthetic import probabilities_of
+
+import evaluate
+import teacher_student_model
+
+
+@pytest.fixture(scope="module")
+def report(trained, device):
+    evaluate.main([*flags(trained, device), "--seeds", "0", "1"])
+    return trained / "imgs" / "demo"
+
+
+@pytest.fixture
+def digit_files(tmp_path, digits):
+    """The first three test images as files: PNG, enlarged, and one that a camera has laid on its side."""
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in digits.test.images[:3].cpu()]
+    images[0].save(tmp_path / "0.png")
+    images[1].resize((80, 80), Image.Resampling.BILINEAR).convert("L").save(tmp_path / "1.bmp")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to see it upright"
+    images[2].rotate(90, expand=True).save(tmp_path / "2.png", exif=exif)
+    return [str(tmp_path / name) for name in ("0.png", "1.bmp", "2.png")]
+
+
+def test_predict_says_what_each_model_thinks_of_each_file(trained, digit_files, report, capsys):
+    evaluate.main([*flags(trained), "--seeds", "0", "1", "--dataset", "no/such/folder", "--predict", *digit_files])
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert len(blocks) == 3
+    arrays = np.load(report / "predictions.npz")
+    columns = [f"{model} seed {seed}" for model in ("teacher", "student", "student_kd") for seed in (0, 1)]
+    for number, block in enumerate(blocks):
+        rows = [[word.strip() for word in line.strip("|").split("|")] for line in block.splitlines()]
+        assert rows[0] == [digit_files[number], *columns]
+        assert [row[0] for row in rows[2:]] == ["**class**", *"0123456789"]
+        if number == 1:  # has been enlarged before: other pixels
+            continue
+        for column, name in enumerate(columns, 1):
+            p = probabilities_of(arrays[name.replace(" seed ", "/seed")][number : number + 1])[0]
+            assert rows[2][column] == f"**{p.argmax()}**"
+            assert [float(row[column]) for row in rows[3:]] == pytest.approx(list(100 * p), abs=0.051)
+
+
+@pytest.mark.parametrize("name", ["junk.png", "cut.png", "gone.png", "hostile\x1b[31m\n\udcff.png"])
+def test_predict_names_a_file_that_it_cannot_read(trained, digit_files, tmp_path, name, capsys):
+    (tmp_path / "junk.png").write_bytes(b"junk")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*flags(trained), "--predict", digit_files[0], str(tmp_path / name)])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    shown = name.replace("\x1b", r"\x1b").replace("\n", r"\n").replace("\udcff", r"\udcff")
+    assert f"{tmp_path}/{shown}: cannot be read as an image (" in line
+
+
+def test_predict_without_a_checkpoint_or_a_file_says_what_to_do(trained, digit_files, tmp_path, capsys):
+    for words, told in (
+        ([*flags(tmp_path), "--predict", digit_files[0]], "train first: python teacher_student_model.py"),
+        ([*flags(trained), "--predict"], "--predict: expected at least one argument"),
+        ([*flags(trained), "--predict", digit_files[0], "--export"], "not allowed with argument --predict"),
+        ([*flags(trained), "--pedict", digit_files[0]], "did you mean --predict?"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            evaluate.main(words)
+        assert exit.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+def test_hostile_file_names_do_not_break_the_table(trained, digit_files, tmp_path, capsys):
+    path = tmp_path / "a|b\x1b[31m\n.png"
+    shutil.copy(digit_files[0], path)
+    evaluate.main([*flags(trained), "--only", "student", "--predict", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + 10
+    assert lines[0].startswith(f"| {tmp_path}/a\\|b\\\\x1b[31m .png | student seed 0")
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The small experiment with its taught student exported."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    evaluate.main([*flags(folder), "--seeds", "0", "--export"])
+    return folder
+
+
+def test_export_writes_the_taught_students_or_those_that_are_named(exported, capsys):
+    assert [path.name for path in exported.rglob("*.pt2")] == ["student_kd.pt2"]
+    evaluate.main([*flags(exported), "--seeds", "1", "--only", "student", "--export"])
+    assert {str(path.relative_to(exported / "checkpoints/demo")) for path in exported.rglob("*.pt2")} == {
+        "seed0/student_kd.pt2",
+        "seed1/student.pt2",
+    }
+    told = capsys.readouterr().err
+    assert "the checkpoint's class on all 500 test images" in told
+    assert f"{exported}/checkpoints/demo/seed1/student.pt2, 44." in told
+
+
+def test_the_exported_student_needs_only_torch_and_is_as_accurate_to_the_image(
+    exported, trained, report, digits, script, tmp_path
+):
+    arrays = np.load(report / "predictions.npz")
+    torch.save({"images": digits.test.images.cpu(), "labels": digits.test.labels.cpu()}, tmp_path / "test.pt")
+    program = """
+import sys, torch
+test = torch.load(sys.argv[2])
+model = torch.export.load(sys.argv[1]).module()
+probabilities = model(test["images"])
+one = torch.cat([model(image[None]) for image in test["images"][:3]])
+large = model(torch.zeros(2, 3, 50, 400, dtype=torch.uint8))
+assert "torchvision" not in sys.modules and "evaluate" not in sys.modules
+print((probabilities.argmax(1) == test["labels"]).sum().item(), (one - probabilities[:3]).abs().max().item() < 1e-5)
+print(tuple(large.shape), probabilities.dtype, not probabilities.requires_grad)
+torch.save(probabilities, sys.argv[3])
+"""
+    path = exported / "checkpoints/demo/seed0/student_kd.pt2"
+    done = script("-c", program, path, tmp_path / "test.pt", tmp_path / "out.pt", cwd=tmp_path)
+    right = int((arrays["student_kd/seed0"].argmax(1) == arrays["labels"]).sum())
+    assert done.stdout == f"{right} True\n(2, 10) torch.float32 True\n", done.stderr
+    found = torch.load(tmp_path / "out.pt").numpy()
+    np.testing.assert_allclose(found, probabilities_of(arrays["student_kd/seed0"]), atol=1e-4)
+
+
+def test_an_export_says_which_classes_it_knows(exported):
+    about = {"about.json": ""}
+    torch.export.load(str(exported / "checkpoints/demo/seed0/student_kd.pt2"), extra_files=about)
+    expected = {"name": "student_kd", "seed": 0, "classes": list("0123456789"), "image_size": 16}
+    assert json.loads(about["about.json"]) == expected
+
+
+@pytest.mark.parametrize("spoiled", ["program", "numbers"])
+def test_an_export_that_is_not_the_checkpoint_is_removed(exported, spoiled, monkeypatch, capsys):
+    write = evaluate.export_program
+
+    def wrong(model, image_size, about):
+        with torch.no_grad():
+            model.fc.bias[3] += torch.nan if spoiled == "numbers" else 2
+        return write(model, image_size, about)
+
+    monkeypatch.setattr(evaluate, "export_program", wrong)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*flags(exported), "--only", "teacher", "--export"])
+    assert exit.value.code == 2
+    assert "differs from the checkpoint" in capsys.readouterr().err
+    assert not os.path.exists(exported / "checkpoints/demo/seed0/teacher.pt2")
+
+
+def test_export_without_a_checkpoint_says_what_to_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*flags(tmp_path), "--export"])
+    assert exit.value.code == 2
+    assert "train first: python teacher_student_model.py" in capsys.readouterr().err
+
+
+def test_an_export_waits_for_nobody_who_is_writing_to_the_run(exported, capsys):
+    folder = exported / "checkpoints/demo"
+    with filelock.FileLock(folder / ".lock"), pytest.raises(SystemExit) as exit:
+        evaluate.main([*flags(exported), "--export"])
+    assert exit.value.code == 2
+    assert f"{folder}: another process is writing there" in capsys.readouterr().err
+
+
+def test_a_student_whose_teacher_was_retrained_is_refused_without_its_teacher_too(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    other = [*flags(tmp_path), "--teacher.lr=0.02"]
+    teacher_student_model.main([*other, "--only=teacher", "--overwrite"])
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*other, "--only", "student", "student_kd"])
+    assert exit.value.code == 2
+    assert "weights of the teacher was" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_in_any_encoding_and_to_a_closed_pipe(trained, image_folder, tmp_path, script):
+    root = image_folder({f"{split}/{name}": 4 for split in ("train", "test") for name in ("名前", "accuracy")})
+    own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--batch_size=4"]
+    own += ["--teacher.train_size=none", "--student_kd.train_size=none"]
+    teacher_student_model.main([*flags(tmp_path), *own])
+    done = script("evaluate.py", *flags(tmp_path), *own, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u540d\\u524d" in done.stdout
+    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+    assert results["classes"] == ["accuracy", "名前"]  # the first is also a row of scikit-learn's report

@@ -1,0 +1,82 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from engine import checkpoints, files
+from engine.errors import UserError
+
+STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit on file sizes is POSIX")
+def test_a_file_size_limit_ends_a_save_like_a_full_disk(tmp_path):
+    path = tmp_path / "model.pt"
+    checkpoints.save_checkpoint(path, STATE)
+    code = f"""
+import resource, torch
+from engine import checkpoints
+from engine.errors import exit_on_error
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+with exit_on_error():
+    checkpoints.save_checkpoint({str(path)!r}, {{"model": {{"weight": torch.zeros(10**6)}}}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {path}: cannot be written (File too large); it takes 5 MB" in done.stderr
+    assert torch.equal(checkpoints.load_checkpoint(path)["model"]["weight"], STATE["model"]["weight"])
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failing_save_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, monkeypatch, fails):
+    path = tmp_path / "model.pt"
+    checkpoints.save_checkpoint(path, STATE)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(UserError, match=r"model.pt: cannot be written \(No space left on device\); it takes 1 MB"):
+        checkpoints.save_checkpoint(path, {"model": {}})
+    assert torch.equal(checkpoints.load_checkpoint(path)["model"]["weight"], STATE["model"]["weight"])
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_a_second_process_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
+    folder = tmp_path / "run"
+    code = f"""
+import pathlib, time
+from engine import files
+with files.lock(pathlib.Path({str(folder)!r})):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with (
+        pytest.raises(UserError, match=f"{folder}: another process is writing there"),
+        files.lock(folder),
+    ):
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):  # an orderly end gives it back as well
+        with files.lock(folder):
+            assert (folder / ".lock").exists()
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="a POSIX flag")
+def test_a_lock_that_is_a_link_harms_nobody(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match="cannot be written"), files.lock(tmp_path / "run"):
+        pass
+    assert victim.read_text() == "precious"

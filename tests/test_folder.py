@@ -1,0 +1,136 @@
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from config import PRESETS
+from engine import datasets, folder
+from engine.errors import UserError
+
+
+def folder_config(config, root):
+    return replace(config, dataset=str(root), image_size=16, batch_size=2, recipes=PRESETS["cifar10"].recipes)
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_a_folder_is_read_class_by_class(config, image_folder, test):
+    root = image_folder({"train/ox": 3, "train/ant": 2, f"{test}/ant": 1, f"{test}/ox": 1})
+    (root / "train" / "ox" / ".DS_Store").write_text("not an image")
+    Image.new("L", (8, 8), 77).save(root / "train" / "ox" / "grey.jpg")
+    dataset = datasets.load_dataset(folder_config(config, root))
+    assert dataset.classes == ("ant", "ox")
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert dataset.train.images.shape == (6, 3, 8, 8)
+    assert dataset.train.images[-1].unique().tolist() == [77]
+    first = torch.from_numpy(np.array(Image.open(root / "train" / "ant" / "0.png"))).permute(2, 0, 1)
+    assert torch.equal(dataset.train.images[0], first)
+
+
+def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config, image_folder):
+    image_folder({"train/a": 1, "test/a": 1}, size=(40, 30))
+    root = image_folder({"train/b": 1, "test/b": 1}, size=(8, 8))
+    dataset = datasets.load_dataset(folder_config(config, root))
+    for image, path in zip(dataset.train.images, ("a/0.png", "b/0.png"), strict=True):
+        expected = transforms.Resize((16, 16))(Image.open(root / "train" / path))
+        assert torch.equal(image, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+
+
+def test_what_is_wrong_with_a_folder_is_named(config, image_folder, tmp_path):
+    def message(root):
+        with pytest.raises(UserError) as error:
+            datasets.load_dataset(folder_config(config, root))
+        return str(error.value)
+
+    assert "no such folder" in message(tmp_path / "nowhere")
+    assert "did you mean cifar10?" in message("cifra10")
+    root = image_folder({"train/a": 2, "train/b": 2})
+    assert "there is no" in message(root)
+    assert str(root / "val") in message(root)
+    image_folder({"test/a": 1, "test/c": 1})
+    told = message(root)
+    assert f"{root / 'test'}: has no folder for class 'b'" in told
+    assert f"{root / 'train'}: has no folder for class 'c'" in told
+    image_folder({"test/b": 0, "train/c": 1})
+    assert f"{root / 'test' / 'b'}: holds no images" in message(root)
+    image_folder({"test/b": 1})
+    for number in range(12):
+        (root / "train" / "a" / f"note{number:02}.txt").write_text("hello")
+    told = message(root)
+    assert str(root / "train" / "a" / "note00.txt") in told
+    assert "and 2 more" in told
+
+
+def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
+    root = image_folder({"train/a": 2, "train/b": 1, "test/a": 1, "test/b": 1}, size=(8, 8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL warns above, and refuses above twice as many
+    with pytest.raises(UserError, match="decompression bomb") as error:
+        datasets.load_dataset(replace(config, dataset=str(root)))
+    assert str(root / "train" / "a" / "0.png") in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_a_pipe_or_a_format_that_starts_programs_is_no_image(config, image_folder):
+    root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    os.mkfifo(root / "train" / "a" / "pipe.png")
+    Image.new("RGB", (8, 8)).save(root / "train" / "a" / "program.eps")
+    with pytest.raises(UserError) as error:
+        datasets.load_dataset(replace(config, dataset=str(root)))
+    assert "pipe.png: cannot be read as an image (not a file)" in str(error.value)
+    assert "program.eps: cannot be read as an image" in str(error.value)
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(config, image_folder):
+    root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    for split in ("train", "test"):
+        os.rename(os.fsencode(root / split / "a"), os.fsencode(root / split) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"is not UTF-8; rename the folder"):
+        datasets.load_dataset(replace(config, dataset=str(root)))
+
+
+def test_links_in_circles_end(config, image_folder):
+    root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
+    (root / "train" / "a" / "up").symlink_to(root, target_is_directory=True)
+    with pytest.raises(UserError, match=r"train/a/up: cannot be read as an image"):
+        datasets.load_dataset(replace(config, dataset=str(root)))
+    (root / "train" / "a" / "up").unlink()
+    (root / "train" / "a" / "self.png").symlink_to(root / "train" / "a" / "self.png")
+    with pytest.raises(UserError, match=r"self.png: cannot be read as an image"):
+        datasets.load_dataset(replace(config, dataset=str(root)))
+    (root / "train" / "a" / "self.png").unlink()
+    (root / "train" / "c").symlink_to(root / "train", target_is_directory=True)
+    with pytest.raises(UserError, match="has no folder for class 'c'"):
+        datasets.load_dataset(replace(config, dataset=str(root)))
+
+
+def test_photographs_are_turned_upright(config, image_folder, tmp_path):
+    """The same images, stored upright and as a camera that was held sideways stores them."""
+    upright = image_folder({f"{s}/{c}": 2 for s in ("train", "test") for c in "ab"}, size=(9, 9))
+    rotated = tmp_path / "rotated"
+    for path in upright.rglob("*.png"):
+        (rotated / path.relative_to(upright)).parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # "rotate by 90 degrees clockwise to see it upright"
+        Image.open(path).rotate(90, expand=True).save(rotated / path.relative_to(upright), exif=exif)
+    one, other = (datasets.load_dataset(folder_config(config, root)) for root in (upright, rotated))
+    assert torch.equal(one.train.images, other.train.images)
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0))  # its hidden colour is red
+    if mode == "P":
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([10, 20, 30, 200, 0, 0])
+        image.putpixel((1, 0), 1)
+        image.save(tmp_path / "image.png", transparency=1)
+    else:
+        image.convert(mode).save(tmp_path / "image.png")
+    read = folder.open_image(tmp_path / "image.png")
+    assert read.getpixel((1, 0)) == (255, 255, 255)
+    assert read.getpixel((0, 0)) != (255, 255, 255)

@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from conftest import random_images
+from torch import nn
+
+from custom_resnet import build_resnet
+from engine.images import prepare
+from engine.inference import fold_batchnorm, predict
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = build_resnet("resnet18", 10, pretrained=False)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 16, 16))
+    return model
+
+
+def test_predictions_are_made_in_evaluation_mode_and_leave_the_model_as_it_was(model):
+    images = random_images(30, 8, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    logits = predict(model, images, image_size=16, batch_size=7)
+    assert model.training
+    assert (logits.shape, logits.dtype) == ((30, 10), torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(prepare(image[None], 16)) for image in images])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    predict(model, images[:2])
+    assert not model.training
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_folding_batchnorm_leaves_a_copy_without_it_that_says_the_same(arch):
+    torch.manual_seed(0)
+    model = build_resnet(arch, 10, pretrained=False)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 64, 64))
+    folded, images = fold_batchnorm(model.eval()), torch.randn(4, 3, 64, 64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_float_images_are_taken_as_they_are(model):
+    images = random_images(3, 16, 16)
+    torch.testing.assert_close(predict(model, images), predict(model, prepare(images)))
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "efficientnet_b0"])
+def test_batchnorm_is_folded_in_other_convolutional_models_too(arch):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(arch).eval()
+    folded, images = fold_batchnorm(model), torch.randn(2, 3, 64, 64)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_folded_weights_are_those_of_pytorchs_own_fusion(model):
+    conv = torch.nn.utils.fusion.fuse_conv_bn_eval(copy.deepcopy(model.conv1).eval(), copy.deepcopy(model.bn1).eval())
+    assert torch.equal(fold_batchnorm(model).conv1.weight, conv.weight)
+
+
+def test_a_model_that_cannot_be_traced_is_left_unfolded_in_evaluation_mode():
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x).mean((2, 3)) if x.sum() > -1e9 else x
+
+    model, images = Untraceable(), torch.randn(2, 3, 4, 4)
+    assert not fold_batchnorm(model).training
+    assert model.training
+    torch.testing.assert_close(predict(model, images), copy.deepcopy(model).eval()(images))

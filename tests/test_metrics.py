@@ -1,0 +1,144 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+import sklearn.metrics
+import torch
+from synthetic import probabilities_of, some_logits
+
+from config import PRESETS
+from report.metrics import (
+    Evaluated,
+    brier_score,
+    expected_calibration_error,
+    fit_temperature,
+    kl_divergence,
+    model_metrics,
+    most_confused,
+    negative_log_likelihood,
+    reliability,
+    soft_target_metrics,
+)
+from report.statistics import wilson_interval
+
+
+def test_expected_calibration_error():
+    random = np.random.default_rng(0)
+    logits, labels = 2 * random.normal(size=(1000, 10)), random.integers(0, 10, 1000)
+    e = np.exp(logits)
+    probabilities = e / e.sum(axis=1, keepdims=True)
+    rows = sorted(zip(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, strict=True))
+    expected, start = 0.0, 0
+    for size in [67] * 10 + [66] * 5:  # 1000 in 15 bins
+        confidence, right = zip(*rows[start : start + size], strict=True)
+        expected += size / 1000 * abs(sum(confidence) / size - sum(right) / size)
+        start += size
+    assert expected_calibration_error(logits, labels) == pytest.approx(expected, rel=1e-9)
+    assert expected_calibration_error(torch.tensor(logits), torch.tensor(labels)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_calibrated_model_has_little_calibration_error_and_an_overconfident_one_much():
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(10), size=20_000)
+    labels = np.array([random.choice(10, p=p) for p in probabilities])
+    assert expected_calibration_error(np.log(probabilities), labels) < 0.015
+    assert expected_calibration_error(5 * np.log(probabilities), labels) > 0.3
+
+
+def test_likelihood_and_brier_score():
+    logits, labels = some_logits()
+    probabilities = probabilities_of(logits)
+    expected = sklearn.metrics.log_loss(labels, probabilities, labels=range(4))
+    assert negative_log_likelihood(logits, labels) == pytest.approx(expected, rel=1e-9)
+    one_vs_rest = [sklearn.metrics.brier_score_loss(labels == c, probabilities[:, c]) for c in range(4)]
+    assert brier_score(logits, labels) == pytest.approx(sum(one_vs_rest), rel=1e-9)
+    sure = np.array([[1e4, 0.0], [1e4, 0.0]])  # certain, once rightly and once wrongly
+    assert brier_score(sure, np.array([0, 1])) == 1
+    assert negative_log_likelihood(sure, np.array([0, 1])) == 5000
+
+
+def test_reliability_is_accuracy_in_bins_of_equal_mass_with_the_interval_of_one_seed():
+    logits, labels = some_logits(n=150)
+    confidence, correct = probabilities_of(logits).max(axis=1), logits.argmax(1) == labels
+    order = np.argsort(confidence)
+    rows = reliability([logits, logits, logits], labels)  # three seeds that agree narrow nothing
+    assert rows.shape == (15, 4)
+    for row, b in zip(rows, np.split(order, 15), strict=True):
+        low, high = wilson_interval(int(correct[b].sum()), 10)
+        assert row == pytest.approx([confidence[b].mean(), correct[b].mean(), low, high])
+    errors = np.abs(rows[:, 0] - rows[:, 1]).mean()
+    assert expected_calibration_error(logits, labels) == pytest.approx(errors)
+    assert len(reliability([logits[:5]], labels[:5])) == 5
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_the_temperature_is_that_of_a_general_optimiser(scale):
+    logits, labels = some_logits()
+    found = fit_temperature(scale * logits, labels)
+
+    def loss(temperature: float) -> float:
+        return sklearn.metrics.log_loss(labels, probabilities_of(scale * logits / temperature), labels=range(4))
+
+    best = scipy.optimize.minimize_scalar(loss, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-9})
+    assert found == pytest.approx(best.x, rel=1e-5)
+
+
+def test_an_overconfident_model_gets_its_temperature_back():
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(10), size=20_000)
+    labels = np.array([random.choice(10, p=p) for p in probabilities])
+    logits = 5 * np.log(probabilities)
+    temperature = fit_temperature(logits[:10_000], labels[:10_000])  # validation images
+    assert temperature == pytest.approx(5, rel=0.03)
+    model = Evaluated(PRESETS["demo"].recipes["student"], {0: logits[10_000:]}, {}, {0: logits[:10_000]})
+    entry = model_metrics(model, labels[10_000:], tuple("0123456789"), {0: temperature})
+    assert entry["expected_calibration_error"] > 0.3
+    assert entry["temperature_scaled"]["expected_calibration_error"] < 0.02
+    assert entry["temperature_scaled"]["temperature"] == temperature
+    assert entry["temperature_scaled"]["negative_log_likelihood"] < entry["negative_log_likelihood"]
+
+
+def test_a_temperature_without_a_minimum_stays_within_bounds():
+    logits, labels = some_logits()
+    assert fit_temperature(logits, logits.argmax(1)) == pytest.approx(0.01)  # all right: the surer the better
+    assert fit_temperature(logits, logits.argmin(1)) == pytest.approx(100)
+    assert math.isnan(fit_temperature(np.full((3, 2), np.nan), labels[:3] % 2))
+
+
+def test_divergence_and_entropy_are_those_of_a_plain_loop():
+    teacher, student = some_logits(n=50, seed=1)[0], some_logits(n=50, seed=2)[0]
+    for temperature in (1.0, 5.0):
+        p, q = (probabilities_of(z / temperature) for z in (teacher, student))
+        expected = np.mean(
+            [sum(a * math.log(a / b) for a, b in zip(*pair, strict=True)) for pair in zip(p, q, strict=True)]
+        )
+        assert kl_divergence(teacher, student, temperature) == pytest.approx(expected, rel=1e-6)
+        found = soft_target_metrics(teacher, temperature)
+        assert found["entropy"] == pytest.approx(scipy.stats.entropy(p, axis=1).mean(), rel=1e-6)
+        assert found["confidence"] == pytest.approx(p.max(axis=1).mean(), rel=1e-6)
+    certain = soft_target_metrics(np.array([[1e4, 0.0, 0.0]]), 1.0)
+    assert certain == {"entropy": 0.0, "confidence": 1.0}
+    assert soft_target_metrics(np.zeros((1, 3)), 1.0)["entropy"] == pytest.approx(math.log(3))
+
+
+def test_the_most_confused_pairs():
+    counts = np.array([[8, 2, 0], [5, 5, 0], [1, 0, 0]])
+    assert most_confused(counts, ("a", "b", "c"), most=2) == [
+        {"true": "b", "predicted": "a", "count": 5, "share": 0.5},
+        {"true": "a", "predicted": "b", "count": 2, "share": 0.2},
+    ]
+    assert most_confused(np.eye(3, dtype=int), ("a", "b", "c")) == []
+
+
+def test_a_model_whose_logits_are_nan_has_metrics_that_json_can_hold():
+    labels = np.array([0, 1, 1])
+    model = Evaluated(PRESETS["demo"].recipes["student"], {0: np.full((3, 2), np.nan, np.float32)}, {})
+    entry = model_metrics(model, labels, ("a", "b"))
+    assert entry["expected_calibration_error"] is None
+    assert (entry["negative_log_likelihood"], entry["brier_score"]) == (None, None)
+    entry = model_metrics(model, labels, ("a", "b"), {0: fit_temperature(model.logits[0], labels)})
+    assert set(entry["temperature_scaled"].values()) == {None}
+    json.dumps(entry, allow_nan=False)

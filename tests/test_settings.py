@@ -1,0 +1,375 @@
+import ast
+import dataclasses
+import importlib
+import itertools
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torchvision
+from conftest import ROOT
+
+from config import PRESETS, RECIPES, parse
+from engine.errors import (
+    Diverged,
+    UserError,
+    at_most_ten,
+    escape_control,
+    exit_on_error,
+    first_line,
+    locate_errors,
+    suggest,
+)
+from engine.settings import ARCHS, TRAINING_IMAGES, Config, Recipe
+
+
+def test_archs_are_those_of_torchvision():
+    known = torchvision.models.list_models(module=torchvision.models)
+    assert set(ARCHS) == {name for name in known if "resne" in name}
+
+
+def test_the_default_is_the_experiment_of_the_original():
+    config = parse([])
+    assert (config.dataset, config.image_size, config.batch_size, config.horizontal_flip) == ("cifar10", 224, 100, 0.5)
+    rows = {name: (r.arch, r.epochs, r.lr, r.momentum, r.pretrained) for name, r in config.recipes.items()}
+    assert rows == {
+        "teacher": ("resnet50", 5, 0.001, 0.9, True),
+        "student": ("resnet18", 5, 0.001, 0.9, True),
+        "student_kd": ("resnet18", 10, 0.001, 0.9, True),
+    }
+    distilled = config.recipes["student_kd"]
+    assert (distilled.teacher, distilled.alpha, distilled.temperature) == ("teacher", 0.25, 5.0)
+    assert distilled.scale_soft_loss
+
+
+def test_the_preset_original_differs_from_the_default_only_in_the_factor_of_the_soft_loss():
+    original, default = PRESETS["original"], PRESETS["cifar10"]
+    assert not original.recipes["student_kd"].scale_soft_loss
+    recipes = {name: dataclasses.replace(recipe, scale_soft_loss=True) for name, recipe in original.recipes.items()}
+    assert dataclasses.replace(original, recipes=recipes, run="cifar10") == default
+
+
+# The command line
+
+
+def test_a_flag_does_what_an_edit_does():
+    flags = "--batch_size 64 --student_kd.temperature 4 --seeds 0 1 2 --student.nesterov true --overwrite"
+    config = parse([*flags.split(), "--student.train_size=500", "--only", "student"])
+    default = PRESETS["cifar10"]
+    recipes = {
+        **default.recipes,
+        "student": dataclasses.replace(default.recipes["student"], nesterov=True, train_size=500),
+        "student_kd": dataclasses.replace(default.recipes["student_kd"], temperature=4.0),
+    }
+    changes = {"batch_size": 64, "seeds": (0, 1, 2), "overwrite": True, "only": ("student",)}
+    assert config == dataclasses.replace(default, recipes=recipes, **changes)
+
+
+def test_none_on_the_command_line_clears_an_optional_setting():
+    recipes = parse(["--preset", "demo", "--student_kd.teacher", "none", "--student.train_size", "None"]).recipes
+    assert recipes["student_kd"].teacher is None
+    assert recipes["student"].train_size is None
+
+
+def test_each_preset_has_a_run_of_its_own():
+    assert {name: parse(["--preset", name]).run for name in PRESETS} == {name: name for name in PRESETS}
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ("--batch_sise 64", ["--batch_sise", "did you mean --batch_size?"]),
+        ("--epochs 3", ["--epochs", "--teacher.epochs or --student.epochs"]),
+        ("--student_dk.alpha 0.5", ["--student_dk.alpha", "did you mean --student_kd.alpha?"]),
+        ("--preset dem", ["--preset dem", "did you mean demo?"]),
+        ("64", ["'64'", "a value without a flag"]),
+        ("--batch_size", ["--batch_size", "expected one argument"]),
+        ("--batch_size many", ["batch_size = 'many'", "an integer, 2 or more"]),
+        ("--batch_size 60000", ["batch_size = 60000", "50000, the number of training images"]),
+        ("--validation_size 50000", ["validation_size = 50000", "leaves no training images"]),
+        ("--seeds 1 2 1", ["seeds = (1, 2, 1)", "different seeds"]),
+        ("--seeds 0,1", ["seeds = ['0,1']", "separated by spaces"]),
+        ("--crop_padding 2000", ["crop_padding = 2000", "0 to 1000"]),
+        ("-preset demo", ["-preset", "did you mean --preset?"]),
+        ("--seeds -1", ["seeds = (-1,)", "from 0"]),
+        ("--only studnet", ["only = 'studnet'", "did you mean student?"]),
+        ("--student.arch resnet19", ["student.arch = 'resnet19'", "resnet18"]),
+        ("--student.epochs 0", ["student.epochs = 0", "1 or more"]),
+        ("--student.lr 0", ["student.lr = 0.0", "above 0"]),
+        ("--student_kd.alpha 1.5", ["student_kd.alpha = 1.5", "0 to 1"]),
+        ("--student_kd.temperature 0", ["student_kd.temperature = 0.0", "above 0"]),
+        ("--student_kd.temperature inf", ["student_kd.temperature = inf", "above 0"]),
+        ("--student_kd.temperature nan", ["student_kd.temperature = nan"]),
+        ("--student.nesterov yes", ["student.nesterov = 'yes'", "true or false"]),
+        ("--student.nesterov true --student.momentum 0", ["student.nesterov", "momentum above 0"]),
+        ("--student.train_size 50", ["student.train_size = 50", "batch_size = 100", "to the 50000 training images"]),
+        ("--student.train_size 50001", ["student.train_size = 50001", "to the 50000 training images"]),
+        ("--dataset photos --student.train_size 50", ["student.train_size = 50", "from batch_size = 100 up"]),
+        ("--student.teacher nobody", ["student.teacher = 'nobody'", "no such recipe"]),
+        ("--student_kd.baseline nobody", ["student_kd.baseline = 'nobody'", "no such recipe"]),
+        ("--student.baseline student", ["student.baseline = 'student'", "cannot be its own baseline"]),
+        ("--teacher.teacher student_kd", ["teacher.teacher = 'student_kd'", "teacher <- student_kd <- teacher"]),
+        ("--student.teacher student", ["student.teacher = 'student'", "its own teacher", "student <- student"]),
+        ("--run ../elsewhere", ["run = '../elsewhere'", "letters, digits"]),
+        ("--device tpu", ["device = 'tpu'", "cuda"]),
+        ("--precision fp8", ["precision = 'fp8'", "bf16"]),
+    ],
+)
+def test_a_mistake_is_reported_with_its_field_its_value_and_what_it_takes(flags, messages):
+    with pytest.raises(UserError) as error:
+        parse(flags.split())
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_all_mistakes_are_reported_at_once():
+    flags = "--sed 1 --image_size x --seeds 0 0 --student.epochs 0 --student.lr -1 --student_kd.teacher nobody"
+    with pytest.raises(UserError) as error:
+        parse(flags.split())
+    message = str(error.value)
+    for field in ("--sed", "image_size", "seeds", "student.epochs", "student.lr", "student_kd.teacher"):
+        assert field in message, message
+    assert len(error.value.messages) == 6
+
+
+def test_help_has_a_line_and_the_values_of_each_field(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config)[1:]:
+        assert f"--{field.name} " in shown
+    for field in dataclasses.fields(Recipe):
+        assert f"--RECIPE.{field.name} " in shown
+    assert "(teacher 5, student 5, student_kd 10)" in " ".join(shown.split())
+    assert "%%" not in shown
+
+
+def test_a_script_may_have_flags_of_its_own(capsys):
+    own = {"--predict IMAGE ...": "what the models predict for these files"}
+    with pytest.raises(SystemExit):
+        parse(["--help"], own)
+    shown = capsys.readouterr().out
+    assert "[--predict IMAGE ...] [--preset NAME]" in shown
+    assert "--predict IMAGE ...       what the models predict for these files" in shown
+    with pytest.raises(UserError, match="did you mean --predict"):
+        parse(["--predcit"], own)
+    with pytest.raises(UserError, match="no such setting"):
+        parse(["--predict", "x.png"])
+
+
+# Recipes and configs
+
+
+def test_recipes_and_configs_are_validated_when_made_and_cannot_be_changed():
+    with pytest.raises(UserError, match="epochs = '5'"):
+        Recipe(epochs="5")
+    with pytest.raises(UserError, match=r"a tuple such as \(0, 1\) or \(0,\) in config\.py"):
+        Config({"student": Recipe()}, seeds=[0, 1])
+    with pytest.raises(UserError, match="one recipe or more"):
+        Config({})
+    with pytest.raises(UserError, match="its name must be"):
+        Config({"../x": Recipe()})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().epochs = 6
+
+
+def test_teachers_come_before_their_students():
+    recipes = {
+        "last": Recipe(teacher="middle"),
+        "middle": Recipe(teacher="first"),
+        "alone": Recipe(),
+        "first": Recipe(),
+    }
+    assert Config(recipes).selected() == ["alone", "first", "middle", "last"]
+    assert Config(recipes, only=("last", "first")).selected() == ["first", "last"]
+
+
+@pytest.mark.parametrize("flag", ["alpha 0.5", "temperature 4", "scale_soft_loss false"])
+def test_a_setting_of_the_distillation_is_refused_where_there_is_no_teacher(flag):
+    field = flag.split()[0]
+    with pytest.raises(UserError, match=rf"^student\.{field} = .*: has no effect without a teacher$"):
+        parse([f"--student.{field}", flag.split()[1]])
+    assert parse([f"--student_kd.{field}", flag.split()[1]]) != PRESETS["cifar10"]
+    assert parse([f"--student.{field}", flag.split()[1], "--student.teacher", "teacher"])
+
+
+def test_recipes_whose_names_differ_only_in_case_are_refused():
+    """On macOS and Windows they would share a checkpoint."""
+    with pytest.raises(UserError) as error:
+        Config({"Student": Recipe(), "teacher": Recipe(), "student": Recipe()})
+    assert [message.split(":")[0] for message in error.value.messages] == ["recipe 'Student'", "recipe 'student'"]
+    assert "in more than upper and lower case" in str(error.value)
+    assert Config({"student": Recipe(), "student2": Recipe()})
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    fields = ("dataset", "data_path", "checkpoints_path", "imgs_path")
+    by_flag = parse([f"--{field}=~/some/{field}" for field in fields])
+    by_edit = dataclasses.replace(PRESETS["cifar10"], **{field: f"~/some/{field}" for field in fields})
+    for field in fields:
+        assert Path(getattr(by_flag, field)) == tmp_path / "some" / field
+    assert by_edit == by_flag
+    assert parse(["--data_path", "a~b"]).data_path == "a~b"
+
+
+def test_no_message_about_sizes_shows_a_negative_number():
+    sizes = (100, 1297, 1298, 50_000, 60_000)
+    for preset, validation, batch, train in itertools.product(("cifar10", "demo"), (0, *sizes), sizes, sizes):
+        changes = {"validation_size": validation, "batch_size": batch}
+        changes |= {"student.train_size": train, "student_kd.train_size": train}
+        flags = [f"--{name}={value}" for name, value in changes.items()]
+        available = TRAINING_IMAGES[PRESETS[preset].dataset] - validation
+        message = ""
+        try:
+            parse(["--preset", preset, *flags])
+        except UserError as error:
+            message = str(error)
+        assert (message == "") == (batch <= train <= available), flags
+        assert not re.search(r"-\d", message)
+
+
+# config.py
+
+
+def test_the_tables_of_config_py_are_its_first_60_lines_below_imports_and_docstring_alone():
+    body = ast.parse((ROOT / "config.py").read_text()).body
+    tables = {node.targets[0].id: node for node in body if isinstance(node, ast.Assign)}
+    assert {"RECIPES", "ORIGINAL", "SCRATCH", "DEMO", "PRESETS"} <= set(tables)
+    for node in tables.values():
+        assert node.col_offset == 0
+        assert node.end_lineno <= 60
+    docstring, *above = body[: body.index(tables["RECIPES"])]
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(docstring.value.value, str)
+    assert all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in above)
+
+
+TEACHER = 'arch="resnet50", epochs=5)'
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """Write a copy of config.py with one edit, and return the number of the line that it is in."""
+
+    def write(old: str, new: str) -> int:
+        text = (ROOT / "config.py").read_text()
+        assert text.count(old) == 1
+        (tmp_path / "config.py").write_text(text.replace(old, new))
+        return text[: text.index(old)].count("\n") + 1
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (TEACHER, 'arch="resnet50", epochs=0)', "epochs = 0: must be an integer, 1 or more\n"),
+        (TEACHER, 'arch="resnet50", epoch=5)', "Recipe.__init__() got an unexpected keyword argument 'epoch'\n"),
+        (TEACHER, "arch=resnet50, epochs=5)", "name 'resnet50' is not defined\n"),
+        (TEACHER, 'arch="resnet50" epochs=5)', ""),
+        ("replace(row, scale", "replace(rows, scale", "name 'rows' is not defined\n"),
+        ('"lr": 0.01}', '"lr": 0.01, **5}', "'int' object is not a mapping\n"),
+        ("image_size=64", "image_size=4", "image_size = 4: must be an integer, 8 or more\n"),
+    ],
+    ids=["value", "field", "name", "syntax", "in a comprehension", "type", "preset"],
+)
+def test_a_mistake_in_an_edited_config_py_is_one_line_with_its_place(
+    edit, tmp_path, monkeypatch, capsys, old, new, message
+):
+    number = edit(old, new)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("config", "utils"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module("utils")
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: config.py, line {number}: {message}")
+    assert told.count("\n") == 1
+
+
+def test_a_script_with_a_mistake_in_config_py_ends_with_that_line_and_status_2(edit, script, tmp_path):
+    for name in ("utils.py", "custom_resnet.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    number = edit(TEACHER, "arch=resnet50, epochs=0)")
+    done = script("custom_resnet.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert done.stderr == f"error: config.py, line {number}: name 'resnet50' is not defined\n"
+    assert done.stdout == ""
+
+
+def test_several_mistakes_in_a_line_of_config_py_are_each_reported_with_it(tmp_path):
+    module = tmp_path / "edited.py"
+    module.write_text("from engine.settings import Recipe\n\nROW = Recipe(\n    epochs=0,\n    lr=-1,\n)\n")
+    spec = importlib.util.spec_from_file_location("edited", module)
+    with pytest.raises(UserError) as error, locate_errors():
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert [message.split(" = ")[0] for message in error.value.messages] == [
+        "edited.py, line 3: epochs",
+        "edited.py, line 3: lr",
+    ]
+
+
+def test_a_row_may_be_renamed_and_added(edit, tmp_path):
+    row = '"student_kd": Recipe(arch="resnet18", epochs=10, teacher="teacher", alpha=0.25, temperature=5.0),'
+    edit(row, row.replace("student_kd", "pupil") + row.replace("student_kd", "second"))
+    spec = importlib.util.spec_from_file_location("edited_config", tmp_path / "config.py")
+    edited = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(edited)
+    recipes = edited.PRESETS["original"].recipes
+    assert list(recipes) == ["teacher", "student", "pupil", "second"]
+    assert recipes["pupil"] == recipes["second"] == dataclasses.replace(RECIPES["student_kd"], scale_soft_loss=False)
+    assert edited.parse(["--second.alpha", "0.5"]).recipes["second"].alpha == 0.5
+
+
+# Errors
+
+
+def test_a_user_error_is_printed_in_one_line_each_without_control_characters(capsys):
+    with pytest.raises(SystemExit) as exit, exit_on_error():
+        raise UserError("\x1b[2Ja file\nof two lines", "class 名")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: \\x1b[2Ja file\\nof two lines\n       class 名\n"
+    assert escape_control("\x1b\x7f\u202e\ud800") == r"\x1b\x7f\u202e\ud800"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (Diverged("the loss became NaN"), 1, "error: the loss became NaN\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_other_ends_have_a_status_of_their_own(capsys, error, status, message):
+    with pytest.raises(SystemExit) as exit, exit_on_error():
+        raise error
+    assert exit.value.code == status
+    assert capsys.readouterr().err == message
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), exit_on_error():
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), locate_errors():
+        raise ZeroDivisionError
+
+
+def test_an_unknown_name_is_answered_with_the_closest_or_with_all():
+    assert suggest("studnet", ["teacher", "student"]) == "did you mean student?"
+    assert suggest("x", ["teacher", "student"]) == "known: teacher, student"
+
+
+def test_of_many_messages_ten_are_shown_and_the_others_counted():
+    messages = [str(number) for number in range(12)]
+    assert at_most_ten(messages[:10]) == messages[:10]
+    assert at_most_ten(messages) == [*messages[:10], "and 2 more"]
+
+
+def test_the_first_line_of_an_error_is_its_type_where_it_has_no_message():
+    assert first_line(RuntimeError("cause\ndetails")) == "cause"
+    assert first_line(MemoryError()) == "MemoryError"

@@ -1,0 +1,344 @@
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import flags
+
+import custom_resnet
+import evaluate
+import teacher_student_model
+from engine import checkpoints, datasets
+from engine.errors import UserError
+from engine.images import prepare
+from teacher_student_model import (
+    Teacher,
+    distillation_loss,
+    distilled_loss,
+    load_teacher,
+    online_logits,
+    stored_logits,
+    teacher_logits,
+)
+
+B, C = 7, 10
+
+
+def closed_form(z, v, y, alpha, temperature, scale=True):
+    """The loss in NumPy float64, term by term."""
+
+    def softmax(x):
+        e = np.exp(x - x.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    hard = -np.log(softmax(z)[np.arange(len(y)), y]).mean()
+    p_teacher, p_student = softmax(v / temperature), softmax(z / temperature)
+    soft = (p_teacher * (np.log(p_teacher) - np.log(p_student))).sum(axis=1).mean()
+    return alpha * hard + (1 - alpha) * (temperature**2 if scale else 1) * soft
+
+
+@pytest.fixture
+def logits():
+    random = np.random.default_rng(0)
+    return 3 * random.normal(size=(B, C)), 3 * random.normal(size=(B, C)), random.integers(0, C, B)
+
+
+grid = pytest.mark.parametrize(
+    ("alpha", "temperature"), [(alpha, temperature) for alpha in (0, 0.25, 1) for temperature in (1, 2, 5, 20)]
+)
+
+
+@grid
+@pytest.mark.parametrize("scale", [True, False])
+def test_the_loss_is_its_closed_form(logits, alpha, temperature, scale):
+    z, v, y = logits
+    expected = closed_form(z, v, y, alpha, temperature, scale)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        student, teacher = torch.tensor(z, dtype=dtype), torch.tensor(v, dtype=dtype)
+        loss = distillation_loss(student, teacher, torch.tensor(y), alpha, temperature, scale)
+        assert loss.item() == pytest.approx(expected, rel=tolerance)
+
+
+@grid
+def test_the_gradient_is_that_of_finite_differences(logits, alpha, temperature):
+    z, v, y = logits
+    student = torch.tensor(z, requires_grad=True)
+    distillation_loss(student, torch.tensor(v), torch.tensor(y), alpha, temperature).backward()
+    step = 1e-5
+    for row, column in np.ndindex(B, C):
+        up, down = z.copy(), z.copy()
+        up[row, column] += step
+        down[row, column] -= step
+        slope = (closed_form(up, v, y, alpha, temperature) - closed_form(down, v, y, alpha, temperature)) / (2 * step)
+        assert student.grad[row, column].item() == pytest.approx(slope, abs=1e-8)
+
+
+def test_a_student_that_says_what_the_teacher_says_has_no_soft_loss(logits):
+    z, v, y = (torch.tensor(array) for array in logits)
+    assert distillation_loss(v, v, y, 0.0, 5.0).item() == pytest.approx(0, abs=1e-12)
+    assert distillation_loss(z, v, y, 0.0, 5.0) != distillation_loss(v, z, y, 0.0, 5.0)  # KL is not symmetric
+
+
+def test_no_gradient_reaches_the_teacher(logits):
+    z, v, y = (torch.tensor(array) for array in logits)
+    teacher = v.clone().requires_grad_()
+    distillation_loss(z.requires_grad_(), teacher, y, 0.25, 5.0).backward()
+    assert teacher.grad is None
+
+
+# The teacher's logits
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    torch.manual_seed(1)
+    model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
+    with torch.no_grad():  # BatchNorm's statistics as after some training
+        for _ in range(5):
+            model(torch.randn(8, 3, 16, 16))
+    return Teacher("teacher", model.eval().requires_grad_(False), checkpoints.tensors_digest(model.state_dict()))
+
+
+def test_logits_are_those_of_the_teacher_on_every_view(config, digits, teacher):
+    subset = digits.subset(100)
+    logits = teacher_logits(teacher, config, digits, subset)
+    assert logits.shape == (2, 1297, C)
+    for index in subset:
+        image = digits.train.images[index][None]
+        for view, shown in enumerate((image, torch.flip(image, dims=[3]))):
+            expected = teacher.model(prepare(shown, 16))[0]
+            torch.testing.assert_close(logits[view, index], expected, atol=1e-4, rtol=0)
+    others = torch.ones(1297, dtype=torch.bool)
+    others[subset] = False
+    assert logits[:, others].isnan().all()
+    assert not logits[:, subset].isnan().any()
+
+
+@pytest.mark.parametrize(("share", "views"), [(0.0, [True, False]), (0.5, [True, True]), (1.0, [False, True])])
+def test_views_that_no_batch_shows_are_not_computed(config, digits, teacher, share, views):
+    logits = teacher_logits(teacher, replace(config, horizontal_flip=share), digits, digits.subset(50))
+    assert [not logits[view].isnan().all() for view in (0, 1)] == views
+
+
+def test_a_batch_is_taught_by_the_logits_of_its_own_images_and_views(config, digits, teacher):
+    """The stored logits teach as the teacher itself would on the student's very batch; any others do not."""
+    subset = digits.subset(100)
+    lookup = stored_logits(teacher_logits(teacher, config, digits, subset))
+    ask = online_logits(teacher.model, config)
+    loss_fn = distilled_loss(lookup, replace(config.recipes["student_kd"], alpha=0.0))
+    for batch in datasets.batches(digits.train, subset, config, seed=0, epoch=0):
+        said = teacher.model(batch.images)
+        for logits in (lookup(batch), ask(batch)):
+            torch.testing.assert_close(logits, said, atol=1e-4, rtol=0)
+        assert loss_fn(said, batch)["soft loss"].item() == pytest.approx(0, abs=1e-5)
+        assert loss_fn(said, batch._replace(flipped=~batch.flipped))["soft loss"] > 1e-3
+        assert loss_fn(said, batch._replace(index=batch.index.roll(1)))["soft loss"] > 1e-3
+
+
+def computed(capsys) -> int:
+    """How many logits the last call said that it computed."""
+    told = capsys.readouterr().err
+    found = re.search(r"logits of teacher  ([\d,]+) computed", told)
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def test_logits_are_kept_and_only_what_is_missing_is_computed(config, digits, teacher, tmp_path, capsys):
+    path = tmp_path / "teacher.logits"
+    few, more = digits.subset(50), digits.subset(100)
+    first = teacher_logits(teacher, config, digits, few, path)
+    assert computed(capsys) == 2 * 50
+    assert torch.equal(teacher_logits(teacher, config, digits, few, path)[:, few], first[:, few])
+    assert computed(capsys) == 0
+    both = teacher_logits(teacher, config, digits, more, path)
+    assert computed(capsys) == 2 * len(set(more.tolist()) - set(few.tolist()))
+    assert torch.equal(both[:, few], first[:, few])
+
+
+def test_logits_of_anything_else_are_computed_again(config, digits, teacher, tmp_path, capsys):
+    path, subset = tmp_path / "teacher.logits", digits.subset(50)
+    teacher_logits(teacher, config, digits, subset, path)
+    for other_teacher, other_config, other_digits, reason in (
+        (teacher._replace(digest="f" * 64), config, digits, "teacher"),
+        (teacher, replace(config, image_size=24), digits, "image_size"),
+        (teacher, replace(config, precision="bf16"), digits, "precision"),
+        (teacher, config, digits._replace(digest="0" * 64), "images"),
+    ):
+        capsys.readouterr()
+        teacher_logits(other_teacher, other_config, other_digits, subset, path)
+        told = capsys.readouterr().err
+        assert f"different {reason}); computing them again" in told
+        assert "100 computed" in told
+        teacher_logits(teacher, config, digits, subset, path)
+
+
+def test_damaged_logits_are_never_used(config, digits, teacher, tmp_path, capsys):
+    path, subset = tmp_path / "teacher.logits", digits.subset(25)
+    right = teacher_logits(teacher, config, digits, subset, path)[:, subset]
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    damaged = [content[:length] for length in random.choice(len(content), 5, replace=False)]
+    for bit in random.choice(8 * len(content), 20, replace=False):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for wrong in damaged:
+        path.write_bytes(wrong)
+        capsys.readouterr()
+        assert torch.equal(teacher_logits(teacher, config, digits, subset, path)[:, subset], right)
+        assert "computing them again" in capsys.readouterr().err
+
+
+# Runs
+
+
+def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
+    recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], alpha=1.0)}
+    config = replace(config, recipes=recipes)
+    anything = stored_logits(torch.full((2, 1297, C), 0.5))
+    custom_resnet.train("student", 0, config, digits)
+    custom_resnet.train(
+        "student_kd", 0, config, digits, lambda: distilled_loss(anything, recipes["student_kd"]), "digest"
+    )
+    states = [checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+    for plain, taught in zip(states[0]["history"], states[1]["history"], strict=True):
+        assert {**plain, "seconds": 0} == {**taught, "seconds": 0}
+
+
+def test_a_run_leaves_the_teacher_as_it_was_and_teaches_the_student(config, digits, monkeypatch):
+    custom_resnet.train("teacher", 0, config, digits)
+    before = checkpoints.checkpoint_path(config, "teacher", 0).read_bytes()
+    taught = load_teacher("teacher", 0, config, digits)
+    state = {name: tensor.clone() for name, tensor in taught.model.state_dict().items()}
+    assert not taught.model.training
+    assert not any(parameter.requires_grad for parameter in taught.model.parameters())
+
+    def make_loss():
+        logits = teacher_logits(taught, config, digits, digits.subset(100))
+        return distilled_loss(stored_logits(logits), config.recipes["student_kd"])
+
+    custom_resnet.train("student_kd", 0, config, digits, make_loss, taught.digest)
+    for name, tensor in taught.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert checkpoints.checkpoint_path(config, "teacher", 0).read_bytes() == before
+
+
+def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
+    folder = trained / "checkpoints"
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = ("student.pt", "student_kd.pt", "teacher.logits", "teacher.pt")
+    assert files == [f"demo/seed{seed}/{name}" for seed in (0, 1) for name in names]
+    times = {path: (folder / path).stat().st_mtime_ns for path in files}
+    teacher_student_model.main([*flags(trained), "--seeds", "0", "1"])
+    assert {path: (folder / path).stat().st_mtime_ns for path in files} == times
+    assert capsys.readouterr().err.count("is finished") == 6
+
+
+def test_with_endless_views_the_teacher_is_asked_online(tmp_path, capsys):
+    teacher_student_model.main([*flags(tmp_path), "--crop_padding", "1"])
+    assert "logits of teacher" not in capsys.readouterr().err
+    assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
+        "teacher.pt",
+        "student.pt",
+        "student_kd.pt",
+    }
+
+
+def test_the_chain_of_teachers_is_followed(tmp_path, capsys):
+    chain = ["--student.teacher", "teacher", "--student_kd.teacher", "student", "--only", "student_kd", "student"]
+    with pytest.raises(SystemExit) as exit:
+        teacher_student_model.main([*flags(tmp_path), *chain])
+    assert exit.value.code == 2
+    assert "the teacher 'teacher' is not trained yet" in capsys.readouterr().err
+    teacher_student_model.main([*flags(tmp_path), *chain, "teacher"])
+    state = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt")
+    middle = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
+    assert state["settings"]["weights of the teacher"] == checkpoints.tensors_digest(middle["model"])
+
+
+def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_differs(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    other = [*flags(tmp_path), "--teacher.lr", "0.02"]
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(other)
+    assert "teacher.lr was 0.01, is now 0.02" in capsys.readouterr().err
+    teacher_student_model.main([*other, "--only", "teacher", "--overwrite"])
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(other)
+    assert "weights of the teacher was" in capsys.readouterr().err
+    teacher_student_model.main([*other, "--overwrite"])
+    told = capsys.readouterr().err
+    assert [line for line in told.splitlines() if "is finished" in line] == [
+        f"{name} seed 0  is {what}: {tmp_path}/checkpoints/demo/seed0/{name}.pt"
+        for name, what in (("teacher", "finished"), ("student", "finished"), ("student_kd", "finished"))
+    ]
+
+
+def test_load_teacher_names_the_file_that_is_missing(config, digits):
+    with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
+        load_teacher("teacher", 0, config, digits)
+
+
+def test_a_teacher_with_other_settings_teaches_nobody(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(
+            [*flags(tmp_path), "--teacher.lr=0.5", "--only=student_kd", "--student_kd.alpha=0.5"]
+        )
+    assert "student_kd.alpha was 0.25" in capsys.readouterr().err
+    (tmp_path / "checkpoints/demo/seed0/student_kd.pt").unlink()
+    with pytest.raises(SystemExit):
+        teacher_student_model.main([*flags(tmp_path), "--teacher.lr=0.5", "--only=student_kd"])
+    assert "teacher.lr was 0.01, is now 0.5" in capsys.readouterr().err
+
+
+def test_a_finished_student_does_not_need_its_teacher_any_more(trained, tmp_path, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/demo/seed0/teacher.pt").unlink()
+    words = [*flags(tmp_path), "--only", "student", "student_kd"]
+    teacher_student_model.main(words)
+    assert capsys.readouterr().err.count("is finished") == 2
+    evaluate.main(words)
+
+
+def test_a_student_taught_online_ends_as_one_taught_by_stored_logits(config, digits, teacher):
+    recipe, weights = config.recipes["student_kd"], []
+    for lookup in (
+        stored_logits(teacher_logits(teacher, config, digits, digits.subset(100))),
+        online_logits(teacher.model, config),
+    ):
+        torch.manual_seed(0)
+        model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
+        recipe = replace(recipe, temperature=2.0, lr=0.001)
+        history = custom_resnet.fit(model, recipe, config, 0, digits, distilled_loss(lookup, recipe), "test")
+        weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]).detach())
+        assert len(history) == 2
+    moved = (weights[0] - weights[1]).norm() / weights[0].norm()
+    assert moved < 1e-3
+
+
+def test_the_original_set_up_runs_end_to_end(miniature_cifar10, hub, tmp_path, capsys):
+    """CIFAR-10 and ImageNet weights from torchvision's own places, with stand-ins in them; smaller and shorter."""
+    hub.mkdir(parents=True)
+    for arch, file in (("resnet18", "resnet18-f37072fd.pth"), ("resnet50", "resnet50-11ad3fa6.pth")):
+        torch.save(torchvision.models.get_model(arch).state_dict(), hub / file)
+    paths = {"data_path": miniature_cifar10.parent, "checkpoints_path": tmp_path / "c", "imgs_path": tmp_path / "i"}
+    small = {
+        "image_size": 32,
+        "precision": "fp32",
+        "batch_size": 50,
+        "teacher.epochs": 1,
+        "student.epochs": 1,
+        "student_kd.epochs": 2,
+    }
+    words = [f"--{name}={value}" for name, value in {**paths, **small, "device": "cpu"}.items()]
+    teacher_student_model.main(words)
+    evaluate.main(words)
+    told = capsys.readouterr()
+    assert "cifar10, 100 training and 20 test images of 10 classes at 32 px" in told.err
+    assert "resnet50, 23.5 million parameters, from ImageNet weights" in told.err
+    assert [line.split("|")[1].strip() for line in told.out.splitlines()[2:5]] == ["plane", "car", "bird"]
+    assert (tmp_path / "i/cifar10/results.md").is_file()

@@ -1,0 +1,227 @@
+import json
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from conftest import flags
+from synthetic import probabilities_of
+
+import custom_resnet
+import evaluate
+from config import parse
+from engine import checkpoints
+from engine.datasets import load_dataset
+from engine.device import resolve_device
+from report.metrics import fit_temperature
+from report.statistics import wilson_interval
+from report.write import align_tables, escape_markdown
+
+HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
+
+
+def table(header, rows):
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return align_tables("".join("| " + " | ".join(escape_markdown(cell) for cell in line) + " |\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def report(trained, device):
+    evaluate.main([*flags(trained, device), "--seeds", "0", "1"])
+    return trained / "imgs" / "demo"
+
+
+def test_a_run_leaves_every_file_of_the_design(report):
+    files = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
+    of_models = ("confusion_matrix.png", "classification_report.png", "classification_report.txt")
+    of_comparisons = ("class_differences.png", "confusion_difference.png", "disagreements.png")
+    assert files == {
+        *(f"{model}/{file}" for model in ("teacher", "student", "student_kd") for file in of_models),
+        *(f"student_kd/{file}" for file in of_comparisons),
+        *("training_curves.png", "reliability.png", "results.md", "results.json", "predictions.npz"),
+    }
+
+
+def test_predictions_alone_reproduce_every_number(report):
+    results = json.loads((report / "results.json").read_text())
+    arrays = np.load(report / "predictions.npz")
+    labels, models = arrays["labels"], ("teacher", "student", "student_kd")
+    assert sorted(arrays.files) == sorted(["labels", *(f"{model}/seed{seed}" for model in models for seed in (0, 1))])
+    assert (results["run"], results["dataset"], results["n_test"]) == ("demo", "digits", 500)
+    predictions = {model: [arrays[f"{model}/seed{seed}"].argmax(1) for seed in (0, 1)] for model in models}
+    for model, entry in results["models"].items():
+        accuracies = [sklearn.metrics.accuracy_score(labels, p) for p in predictions[model]]
+        assert entry["accuracy"]["seeds"] == pytest.approx({"0": accuracies[0], "1": accuracies[1]})
+        assert entry["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+        assert entry["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
+        pooled = np.tile(labels, 2), np.concatenate(predictions[model])
+        assert entry["confusion_matrix"] == sklearn.metrics.confusion_matrix(*pooled).tolist()
+        recalls = sklearn.metrics.recall_score(*pooled, average=None)
+        assert list(entry["per_class"].values()) == pytest.approx(list(recalls))
+        probabilities = [probabilities_of(arrays[f"{model}/seed{seed}"]) for seed in (0, 1)]
+        losses = [sklearn.metrics.log_loss(labels, p, labels=range(10)) for p in probabilities]
+        assert entry["negative_log_likelihood"] == pytest.approx(np.mean(losses), rel=1e-6)
+        scores = [((p - np.eye(10)[labels]) ** 2).sum(1).mean() for p in probabilities]
+        assert entry["brier_score"] == pytest.approx(np.mean(scores), rel=1e-6)
+        assert entry["temperature_scaled"] is None
+        pair, counts = entry["most_confused"][0], np.array(entry["confusion_matrix"])
+        assert pair["count"] == (counts - np.diag(np.diag(counts))).max()
+        assert pair["count"] == counts[int(pair["true"]), int(pair["predicted"])]
+        text = (report / model / "classification_report.txt").read_text()
+        reports = [
+            sklearn.metrics.classification_report(labels, p, digits=4, zero_division=0) for p in predictions[model]
+        ]
+        assert text == f"seed 0\n{reports[0]}\nseed 1\n{reports[1]}"  # each image counts once
+    (comparison,) = results["comparisons"]
+    assert (comparison["model"], comparison["baseline"]) == ("student_kd", "student")
+    right = {model: np.array([p == labels for p in predictions[model]]) for model in models}
+    difference = right["student_kd"].mean(1) - right["student"].mean(1)
+    assert comparison["difference"] == pytest.approx(difference.mean())
+    assert comparison["p_value"] == pytest.approx(scipy.stats.ttest_1samp(difference, 0).pvalue)
+    first = Counter(zip(right["student_kd"][0].tolist(), right["student"][0].tolist(), strict=True))
+    b, c = first[True, False], first[False, True]
+    assert comparison["mcnemar_p"]["0"] == pytest.approx(scipy.stats.binomtest(b, b + c).pvalue)
+    for name, entry in comparison["per_class"].items():
+        of_class = labels == int(name)
+        by_class = right["student_kd"][:, of_class].mean() - right["student"][:, of_class].mean()
+        assert entry["difference"] == pytest.approx(by_class)
+    said = np.array([predictions[model][0] for model in comparison["disagreements"]["models"]])
+    assert comparison["disagreements"]["count"] == (said != said[0]).any(0).sum()
+    assert (said != said[0]).any(0)[comparison["disagreements"]["shown"]].all()
+    taught, alone = results["fidelity"]
+    for row in (taught, alone):
+        agreement = [(predictions["teacher"][s] == predictions[row["model"]][s]).mean() for s in (0, 1)]
+        assert row["agreement"] == pytest.approx(np.mean(agreement))
+
+
+def test_the_cost_and_the_soft_targets_are_those_of_the_files(report, trained):
+    results = json.loads((report / "results.json").read_text())
+    for name, model in results["models"].items():
+        path = trained / f"checkpoints/demo/seed0/{name}.pt"
+        parameters = [t for key, t in checkpoints.load_checkpoint(path)["model"].items() if "running" not in key]
+        parameters = sum(t.numel() for t in parameters if t.is_floating_point())
+        assert (model["cost"]["parameters"], model["cost"]["bytes_on_disk"]) == (parameters, path.stat().st_size)
+    (row,) = results["soft_targets"]
+    assert (row["model"], row["teacher"], row["images"], row["seeds"]) == ("student_kd", "teacher", 100, [0, 1])
+    entropies = []
+    for seed in (0, 1):
+        logits = checkpoints.load_checkpoint(trained / f"checkpoints/demo/seed{seed}/teacher.logits")["logits"][0]
+        shown = logits[~logits.isnan().any(1)].numpy()
+        assert len(shown) == 100
+        entropies.append(scipy.stats.entropy(probabilities_of(shown / row["temperature"]), axis=1).mean())
+    assert row["entropy_at_temperature"] == pytest.approx(np.mean(entropies), rel=1e-5)
+
+
+def small(trained, *more: str):
+    config = resolve_device(parse([*flags(trained), *more]))
+    return config, load_dataset(config)
+
+
+def test_soft_targets_without_a_file_or_with_one_of_another_teacher_are_computed(trained, tmp_path):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    config, dataset = small(tmp_path)
+    recipe, path = config.recipes["student_kd"], checkpoints.checkpoint_path(config, "teacher", 0)
+    digest = checkpoints.tensors_digest(checkpoints.load_checkpoint(path)["model"])
+    read, labels = evaluate.logits_for_student(config, dataset, recipe, 0, digest)
+    assert sorted(labels) == sorted(dataset.train.labels[dataset.subset(100)].tolist())
+    file = path.with_suffix(".logits")
+    state = checkpoints.load_checkpoint(file)
+    foreign = {**state, "fingerprint": {**state["fingerprint"], "teacher": "another"}, "logits": state["logits"] + 1}
+    for spoil in (lambda: checkpoints.save_checkpoint(file, foreign), lambda: file.write_bytes(b"junk"), file.unlink):
+        spoil()
+        computed, computed_labels = evaluate.logits_for_student(config, dataset, recipe, 0, digest)
+        order, computed_order = np.lexsort((*read.T, labels)), np.lexsort((*computed.T, computed_labels))
+        np.testing.assert_allclose(computed[computed_order], read[order], atol=1e-4)
+    some, of_some = evaluate.logits_for_student(config, dataset, recipe, 0, digest, most=30)
+    assert len(some) == 30
+    assert max(Counter(of_some).values()) - min(Counter(of_some).values()) <= 2
+
+
+def test_with_validation_images_the_report_scales_by_their_temperature(trained, tmp_path, capsys):
+    small_run = ["--validation_size", "100", "--only", "student", f"--checkpoints_path={tmp_path}/checkpoints"]
+    small_run += [f"--imgs_path={tmp_path}/imgs", "--student.epochs", "1"]
+    custom_resnet.main([*flags(trained), *small_run])
+    evaluate.main([*flags(trained), *small_run])
+    entry = json.loads((tmp_path / "imgs/demo/results.json").read_text())["models"]["student"]
+    arrays = np.load(tmp_path / "imgs/demo/predictions.npz")
+    assert {"validation/labels", "validation/student/seed0"} < set(arrays.files)
+    assert arrays["validation/student/seed0"].shape == (100, 10)
+    temperature = fit_temperature(arrays["validation/student/seed0"], arrays["validation/labels"])
+    scaled = probabilities_of(arrays["student/seed0"] / temperature)
+    assert entry["temperature_scaled"]["temperature"] == pytest.approx(temperature)
+    expected = sklearn.metrics.log_loss(arrays["labels"], scaled, labels=range(10))
+    assert entry["temperature_scaled"]["negative_log_likelihood"] == pytest.approx(expected, rel=1e-6)
+    text = (tmp_path / "imgs/demo/results.md").read_text()
+    assert "scaled: Brier score" in text
+    assert "## Fidelity" not in text
+    assert all((tmp_path / "imgs/demo" / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+
+
+def test_the_table_is_printed_with_a_column_for_each_recipe(report, trained, capsys):
+    evaluate.main([*flags(trained), "--only", "student", "teacher", "--imgs_path", str(trained / "one_seed")])
+    printed = capsys.readouterr().out.splitlines()
+    assert [word.strip() for word in printed[0].strip("|").split("|")] == ["accuracy (%)", "teacher", "student"]
+    assert len(printed) == 2 + 10 + 3
+    results = json.loads((trained / "one_seed/demo/results.json").read_text())
+    entry = results["models"]["student"]["accuracy"]
+    assert entry["std"] is None
+    assert entry["ci95"] == pytest.approx(wilson_interval(round(500 * entry["mean"]), 500))
+    assert f"{100 * entry['mean']:.2f}" in printed[-3]
+    error = results["models"]["student"]["expected_calibration_error"]
+    assert f"{100 * error:.1f}" in printed[-1]
+
+
+def test_the_markdown_report_shows_figures_that_exist(report):
+    text = (report / "results.md").read_text()
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert {f"{model}/confusion_matrix.png" for model in ("teacher", "student", "student_kd")} < set(shown)
+    assert len(shown) == len(set(shown)) == 4 + 4
+    assert all((report / path).is_file() for path in shown)
+    assert text.splitlines()[2].startswith("- student_kd is ")  # the verdict, right under the title
+    kept = r"(retains [\d.]+% of|is [\d.]+ points more accurate than) teacher('s accuracy)?"
+    assert re.search(rf"student_kd {kept}, at \d+% of its inference time", text)
+    headings = ["Set-up", "Accuracy", "Cost", "Calibration", "Fidelity", "Where they differ", "Training", "Environment"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
+    assert not re.search(r"\bNone\b|\bnan\b", text)
+
+
+def test_missing_checkpoints_are_named_and_the_others_evaluated(trained, tmp_path, capsys):
+    evaluate.main([*flags(trained), "--seeds", "1", "2", "--imgs_path", str(tmp_path)])
+    told = capsys.readouterr()
+    for model in ("teacher", "student", "student_kd"):
+        assert f"not trained yet, skipped: {trained}/checkpoints/demo/seed2/{model}.pt" in told.err
+    assert "overall" in told.out
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert list(results["models"]["teacher"]["accuracy"]["seeds"]) == ["1"]
+    assert len(results["missing"]) == 3
+    text = (tmp_path / "demo" / "results.md").read_text()
+    assert "seeds: 1." in text
+    assert text.count("seed2") == 3
+
+
+def test_nothing_trained_is_an_error_that_says_what_to_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(flags(tmp_path))
+    assert exit.value.code == 2
+    assert "train first: python teacher_student_model.py" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_other_settings_is_not_reported_under_these(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([*flags(trained), "--student.epochs", "7", "--imgs_path", str(tmp_path)])
+    assert exit.value.code == 2
+    assert "student.epochs was 2, is now 7" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_column_of_one_character_is_a_column():
+    assert table(["", "a"], [[1, 2]]).splitlines()[1] == "| :-- | --: |"
+
+
+def test_a_table_keeps_its_shape_whatever_the_names_are():
+    lines = table(["class", *HOSTILE], [[name, 1, 2, 3, 4] for name in HOSTILE]).splitlines()
+    assert len(lines) == 6
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 6 for line in lines)
