@@ -59,7 +59,10 @@ def test_a_device_of_this_machine_is_kept(config):
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:2", "mps"])
 def test_a_device_that_is_not_there_is_refused(machine, device):
     machine(cuda=2)
-    with pytest.raises(UserError, match=rf"device = '{device}': the number of CUDA devices here is .*; try cpu"):
+    with pytest.raises(
+        UserError,
+        match=rf"device = '{device}': (the number of CUDA devices here is|this machine has no MPS device).*; try cpu",
+    ):
         resolve_device(replace(DEMO, device=device))
 
 

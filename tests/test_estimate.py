@@ -134,8 +134,9 @@ def test_auto_is_the_precision_in_which_all_jobs_together_are_faster(
     rates = {"fp32": ("10.0", "20.0", "5.0", "25.0", "bf16"), "bf16": ("5.0", "25.0", "10.0", "20.0", "fp32")}
     first, second, other_first, other_second, other = rates[faster]
     assert (
-        f"precision = auto: {faster} is faster for this run; resnet50 trains at {first} images/s, in {other} at {other_first}; "
-        f"resnet18 trains at {second} images/s, in {other} at {other_second}\n" in capsys.readouterr().err
+        f"precision = auto: {faster} is faster for this run; resnet50 trains at {first} images/s, in {other} at "
+        f"{other_first}; resnet18 trains at {second} images/s, in {other} at {other_second}\n"
+        in capsys.readouterr().err
     )
 
 

@@ -1,0 +1,337 @@
+"""How fast this repository is compared with the original's way, in one run.
+
+    python -m tests.benchmark                        # 224 px, batch 100; under ten minutes on two CPU cores
+    python -m tests.benchmark --image_size 64 --rounds 5 --json speed.json
+
+"plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
+forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them, in the
+precision that `auto` chooses; where the hardware supports bfloat16, training is also measured in the other one. The
+variants alternate, so that drift in the machine's speed affects all, and plain runs in a process of its own, as our
+process-wide settings would speed it up. The first, cold call of each is reported separately; the figures are medians
+of the others, with their range.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+from custom_resnet import build_resnet, cross_entropy, fit
+from engine.datasets import Dataset, Split, batches, to_device, to_split
+from engine.device import (
+    configure_backends,
+    device_name,
+    environment,
+    memory_format,
+    resolve_device,
+    supports_bf16,
+    synchronize,
+)
+from engine.errors import exit_on_error
+from engine.estimate import time_training
+from engine.images import IMAGENET_MEAN, IMAGENET_STD
+from engine.inference import predict
+from engine.settings import Config, Recipe
+from teacher_student_model import distilled_loss, stored_logits
+
+KD_EPOCHS = 10  # of the original's distilled student, over which the teacher's logits are shared
+# Images/s that memory traffic allows one H200 at 224 px in bf16, eager: measured bandwidth, traffic layer by layer.
+H200_ROOFLINE = {"ResNet50 training": 6_900, "ResNet18 training": 26_000}
+
+
+class PilImages(TorchDataset):
+    """CIFAR-10 as torchvision serves it: an array of images, each turned into a PIL image and transformed."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, size: int):
+        self.images, self.labels = images, labels
+        steps = [transforms.Resize((size, size)), transforms.RandomHorizontalFlip(0.5), transforms.ToTensor()]
+        self.transform = transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+class Benchmark:
+    def __init__(self, config: Config, steps: int):
+        random = np.random.default_rng(0)
+        self.config, self.steps, self.n = config, steps, config.batch_size * steps
+        # One batch more for the plain way: its worker gets it ready before the clock starts, as in the middle of a run.
+        images = random.integers(0, 256, (self.n + config.batch_size, 32, 32, 3), dtype=np.uint8)
+        labels = random.integers(0, 10, len(images))
+        self.pil = PilImages(images, labels, config.image_size)
+        images, labels = images[: self.n], labels[: self.n]
+        split = to_device(to_split(images, labels.tolist()), config.device)
+        few = Split(split.images[:2], split.labels[:2])
+        self.dataset = Dataset(tuple("0123456789"), split, None, few, "")
+        self.models = {}
+
+    def model(self, arch: str, ours: bool) -> torch.nn.Module:
+        if (arch, ours) not in self.models:
+            layout = memory_format(self.config.device) if ours else torch.contiguous_format
+            model = build_resnet(arch, 10, pretrained=False)
+            self.models[arch, ours] = model.to(self.config.device, memory_format=layout)
+        return self.models[arch, ours]
+
+    def loader(self) -> DataLoader:
+        start = "fork" if sys.platform == "linux" else None  # as a script gets it, not as this process was started
+        return DataLoader(self.pil, self.config.batch_size, shuffle=True, num_workers=1, multiprocessing_context=start)
+
+    def loader_with_a_batch_ready(self) -> Iterator:
+        batches = iter(self.loader())
+        next(batches)
+        return batches
+
+    def plain_training(
+        self, arch: str, teacher: str | None = None, teacher_gradients: bool = False
+    ) -> dict[str, float]:
+        """Seconds of `steps` steps, and those of them spent waiting for the next batch."""
+        model = self.model(arch, ours=False).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+        loader = self.loader_with_a_batch_ready()
+        running, waited = 0.0, 0.0
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            asked = time.perf_counter()
+            images, labels = next(loader)
+            waited += time.perf_counter() - asked
+            images, labels = images.to(self.config.device), labels.to(self.config.device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            if teacher:
+                with torch.set_grad_enabled(teacher_gradients):
+                    said = self.model(teacher, ours=False).eval()(images)
+                soft = F.kl_div(F.log_softmax(logits / 5, 1), F.softmax(said / 5, 1), reduction="batchmean")
+                loss = 0.25 * loss + 0.75 * soft
+            loss.backward()
+            optimizer.step()
+            running += loss.item() + (logits.argmax(1) == labels).sum().item()
+        return {"seconds": time.perf_counter() - started, "waited": waited}
+
+    def our_training(self, arch: str, taught: bool = False, other_precision: bool = False) -> dict[str, float]:
+        precision = (
+            {"bf16": "fp32", "fp32": "bf16"}[self.config.precision] if other_precision else self.config.precision
+        )
+        recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if taught else None)
+        logits = torch.randn(2, self.n, 10, device=self.config.device)
+        loss_fn = distilled_loss(stored_logits(logits), recipe) if taught else cross_entropy
+        with contextlib.redirect_stderr(io.StringIO()):  # its line for each epoch
+            config = replace(self.config, precision=precision)
+            history = fit(self.model(arch, ours=True), recipe, config, 0, self.dataset, loss_fn, "ours")
+        return {"seconds": history[-1]["seconds"]}
+
+    def plain_evaluation(self, arch: str) -> dict[str, float]:
+        model, correct = self.model(arch, ours=False).eval(), 0
+        loader = self.loader_with_a_batch_ready()
+        started = time.perf_counter()
+        with torch.no_grad():
+            for images, labels in loader:
+                logits = model(images.to(self.config.device))
+                correct += (logits.argmax(1).cpu() == labels).sum().item()
+        return {"seconds": time.perf_counter() - started}
+
+    def our_evaluation(self, arch: str) -> dict[str, float]:
+        started = time.perf_counter()
+        images, config = self.dataset.train.images, self.config
+        predict(self.model(arch, ours=True), images, config.image_size, config.precision).argmax(1).cpu()
+        return {"seconds": time.perf_counter() - started}
+
+    def plain_input(self) -> dict[str, float]:
+        started = time.perf_counter()  # with its worker's start, and no batch ready beforehand
+        for images, _ in self.loader():
+            images.to(self.config.device)
+        synchronize(self.config.device)
+        return {"seconds": (time.perf_counter() - started) * self.n / len(self.pil)}
+
+    def our_input(self) -> dict[str, float]:
+        started = time.perf_counter()
+        for _ in batches(self.dataset.train, self.dataset.subset(None), self.config, 0, 0):
+            pass
+        synchronize(self.config.device)
+        return {"seconds": time.perf_counter() - started}
+
+
+DISTILLED = {"arch": "resnet18", "teacher": "resnet50"}
+VARIANTS = {  # name -> a method of Benchmark and its arguments
+    "input, plain": ("plain_input", {}),
+    "input, ours": ("our_input", {}),
+    "ResNet50 training, plain": ("plain_training", {"arch": "resnet50"}),
+    "ResNet50 training, ours": ("our_training", {"arch": "resnet50"}),
+    "ResNet50 training, ours in the other precision": ("our_training", {"arch": "resnet50", "other_precision": True}),
+    "ResNet18 training, plain": ("plain_training", {"arch": "resnet18"}),
+    "ResNet18 training, ours": ("our_training", {"arch": "resnet18"}),
+    "ResNet18 training, ours in the other precision": ("our_training", {"arch": "resnet18", "other_precision": True}),
+    "distilled ResNet18, the original's (teacher with gradients)": (
+        "plain_training",
+        {**DISTILLED, "teacher_gradients": True},
+    ),
+    "distilled ResNet18, plain (teacher under no_grad)": ("plain_training", DISTILLED),
+    "distilled ResNet18, ours (logits there)": ("our_training", {"arch": "resnet18", "taught": True}),
+    "ResNet50 evaluation, plain": ("plain_evaluation", {"arch": "resnet50"}),
+    "ResNet50 evaluation, ours": ("our_evaluation", {"arch": "resnet50"}),
+    "ResNet18 evaluation, plain": ("plain_evaluation", {"arch": "resnet18"}),
+    "ResNet18 evaluation, ours": ("our_evaluation", {"arch": "resnet18"}),
+}
+
+
+def choose_precision(config: Config) -> Config:
+    """The config in the precision that `auto` chooses for training a ResNet50 and a ResNet18 equally long."""
+    precisions, archs = ["fp32", *["bf16"] * supports_bf16(config.device)], ("resnet50", "resnet18")
+    per_image = time_training(build_resnet, archs, config, Benchmark(config, 1).dataset, precisions)
+    return replace(config, precision=min(precisions, key=lambda p: sum(per_image[arch, p] for arch in archs)))
+
+
+def run(bench: Benchmark, name: str) -> dict[str, float]:
+    """One call of a variant: its own measurement, the wall time of the whole call and, on CUDA, its peak memory."""
+    method, arguments = VARIANTS[name]
+    on_cuda = bench.config.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(bench.config.device)
+    started = time.perf_counter()
+    record = {**getattr(bench, method)(**arguments), "wall": time.perf_counter() - started}
+    if on_cuda:
+        record["peak_bytes"] = torch.cuda.max_memory_allocated(bench.config.device)
+    return record
+
+
+def start_plain(config: Config, steps: int) -> None:
+    global plain_bench
+    plain_bench = Benchmark(config, steps)
+
+
+def run_plain(name: str) -> dict[str, float]:
+    return run(plain_bench, name)
+
+
+def measure(config: Config, steps: int, rounds: int, enough: float) -> dict[str, list[dict[str, float]]]:
+    """Each variant once, cold, and then in turn until it was measured `rounds` times or `enough` seconds."""
+    variants = [name for name in VARIANTS if "other precision" not in name or supports_bf16(config.device)]
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    configure_backends(config)
+    bench = Benchmark(config, steps)
+    with ProcessPoolExecutor(1, get_context("spawn"), start_plain, (config, steps)) as plain:
+        for number in range(1 + rounds):
+            for name, records in times.items():
+                if number > 1 and sum(record["seconds"] for record in records[1:]) > enough:
+                    continue
+                record = run(bench, name) if "ours" in name else plain.submit(run_plain, name).result()
+                records.append(record)
+                print(f"{'warm' if number else 'cold'}: {name}: {record['seconds']:.2f} s", file=sys.stderr)
+    return times
+
+
+def rate(times: list[dict[str, float]], images: int) -> dict[str, float]:
+    rates = sorted(images / record["seconds"] for record in times)
+    peak = {"peak_bytes": max(record["peak_bytes"] for record in times)} if "peak_bytes" in times[0] else {}
+    return {"images_per_second": statistics.median(rates), "min": rates[0], "max": rates[-1], "n": len(rates), **peak}
+
+
+def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
+    rates = {name: rate(records, images) for name, records in times.items()}
+    per_image = {name: 1 / entry["images_per_second"] for name, entry in rates.items()}
+    there, asked = per_image["distilled ResNet18, ours (logits there)"], per_image["ResNet50 evaluation, ours"]
+    with_teacher = {  # 2 views of each image, asked once, shared by the epochs
+        f"distilled ResNet18, ours (logits computed, over {KD_EPOCHS} epochs)": there + 2 * asked / KD_EPOCHS,
+        "distilled ResNet18, ours (logits computed for 1 epoch)": there + 2 * asked,
+    }
+    per_image.update(with_teacher)
+    rates.update({name: {"images_per_second": 1 / seconds} for name, seconds in with_teacher.items()})
+    amortised, alone = with_teacher
+    of_kd = (
+        "distilled ResNet18, plain (teacher under no_grad)",
+        "distilled ResNet18, the original's (teacher with gradients)",
+    )
+    pairs = [(f"{what}, ours", f"{what}, plain") for what in ("input", "ResNet50 training", "ResNet18 training")]
+    pairs += [(ours, plain) for ours in (amortised, alone) for plain in of_kd]
+    pairs += [(f"{what}, ours", f"{what}, plain") for what in ("ResNet50 evaluation", "ResNet18 evaluation")]
+    waited = [record["waited"] / record["seconds"] for record in times["ResNet50 training, plain"]]
+    others = {name: per_image[name] for name in rates if "other precision" in name}
+    return {
+        "rates": rates,
+        "other_over_chosen_precision": {
+            n: s / per_image[n.removesuffix(" in the other precision")] for n, s in others.items()
+        },
+        "ratios": [{"ours": a, "plain": b, "ratio": per_image[b] / per_image[a]} for a, b in pairs],
+        "distilled_over_plain_epoch": there / per_image["ResNet18 training, ours"],
+        "input_share_of_step": {
+            "ResNet50, ours": per_image["input, ours"] / per_image["ResNet50 training, ours"],
+            "ResNet18, ours": per_image["input, ours"] / per_image["ResNet18 training, ours"],
+            "ResNet50, plain (waiting for its worker)": statistics.median(waited),
+        },
+    }
+
+
+def show(summary: dict, config: Config) -> None:
+    print(f"{config.image_size} px, batch {config.batch_size}; {summary['environment']}\n")
+    print("| images/s | median | range | n | first call, cold |\n| :-- | --: | --: | --: | --: |")
+    for name, entry in summary["rates"].items():
+        span = f"{entry['min']:,.1f} to {entry['max']:,.1f}" if "n" in entry else "from the rows above"
+        cold = f"{summary['cold_seconds'][name]:.1f} s" if "n" in entry else ""
+        roof = H200_ROOFLINE.get(name.removesuffix(", ours")) if "H200" in device_name(config) else None
+        share = f" ({entry['images_per_second'] / roof:.0%} of the roofline)" if roof and "ours" in name else ""
+        if "peak_bytes" in entry:
+            cold += f", peak {entry['peak_bytes'] / 2**30:.1f} GiB"
+        print(f"| {name} | {entry['images_per_second']:,.1f}{share} | {span} | {entry.get('n', '')} | {cold} |")
+    print("\n| ours | against | times faster |\n| :-- | :-- | --: |")
+    for pair in summary["ratios"]:
+        print(f"| {pair['ours']} | {pair['plain']} | {pair['ratio']:.2f} |")
+    print(f"\nA distilled step takes {summary['distilled_over_plain_epoch']:.3f} of a plain student's.")
+    for name, ratio in summary["other_over_chosen_precision"].items():
+        print(f"{name} ({summary['environment']['precision']} is chosen): {ratio:.2f} times the chosen one's time.")
+    for name, share in summary["input_share_of_step"].items():
+        print(f"Input path, share of the training step of {name}: {share:.1%}")
+
+
+@exit_on_error()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="of ours; plain is always float32")
+    parser.add_argument("--compile", default="off", choices=["on", "off"])
+    parser.add_argument("--steps", type=int, help="a measurement; 1 on a CPU, else 50")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each; fewer of what takes long")
+    parser.add_argument("--json", metavar="FILE", help="write every figure to this file")
+    words = parser.parse_args()
+    fields = ("image_size", "batch_size", "device", "precision", "compile")
+    config = resolve_device(Config({"student": Recipe()}, **{field: getattr(words, field) for field in fields}))
+    on_cpu = config.device == "cpu"
+    if config.precision == "auto":
+        config = choose_precision(config)
+    steps, rounds = words.steps or (1 if on_cpu else 50), words.rounds
+    times = measure(config, steps, rounds, enough=40 if on_cpu else 60)
+    cold = {name: records.pop(0)["wall"] for name, records in times.items()}
+    summary = {
+        "environment": environment(config),
+        "image_size": config.image_size,
+        "batch_size": config.batch_size,
+        **summarise(times, steps * config.batch_size),
+        "cold_seconds": cold,
+    }
+    show(summary, config)
+    if words.json:
+        with open(words.json, "w") as file:
+            json.dump(summary, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

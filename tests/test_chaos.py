@@ -1,0 +1,609 @@
+"""Runs that are killed, stopped, short of disk space, or given damaged and hostile files: `make chaos`.
+
+Each test prints what it did and how often. `make test` runs smaller versions of most of them.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from conftest import flags as small_flags
+from PIL import Image
+
+import evaluate
+import teacher_student_model
+from engine.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.chaos
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+MODELS = ("teacher", "student", "student_kd")
+LONGER = [f"--{name}.epochs=12" for name in MODELS]
+
+
+def run(main: Callable[[list[str]], None], *words) -> tuple[int, str]:
+    """A script in this process: its exit status and its stderr. A traceback fails the test."""
+    status, told = 0, io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main([*map(str, words)])
+        except SystemExit as exit:
+            status = exit.code
+    return status, told.getvalue()
+
+
+def start(*words, **arguments) -> subprocess.Popen:
+    return subprocess.Popen([*map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, bufsize=1, **arguments)
+
+
+def read_until(process: subprocess.Popen, *texts: str) -> list[str]:
+    """The lines of stderr up to the first that holds one of the texts, or all if none does."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if any(text in line for text in texts):
+            break
+    return lines
+
+
+class Script:
+    """A script that is started again and again. Its imports take seconds: they are done once, and a start is a fork.
+
+    `code` defines its `main`.
+    """
+
+    server = """
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what they start in the background
+child = 0
+for words in sys.stdin:
+    if child:
+        os.waitpid(child, 0)
+    child = os.fork()
+    if not child:
+        print("child", os.getpid(), file=sys.stderr, flush=True)
+        main(json.loads(words))
+        break
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # no other process gets its number before the next start
+    print("ended", ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1), file=sys.stderr, flush=True)
+"""
+
+    def __init__(self, code: str):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        self.process = start(sys.executable, "-c", code + self.server, **pipes)
+        self.child, self.status = 0, 0
+
+    def start(self, *words) -> None:
+        if self.status is None:  # a test has failed and left it running
+            self.end(signal.SIGKILL)
+        print(json.dumps([*map(str, words)]), file=self.process.stdin, flush=True)
+        self.child, self.status = int(read_until(self.process, "child ")[-1].split()[1]), None
+
+    def wait_for(self, text: str) -> str:
+        """Its stderr up to the line that holds `text`, or to its end."""
+        lines = read_until(self.process, text, "ended ")
+        if lines[-1].startswith("ended "):
+            self.status = int(lines[-1].split()[1])
+        return "".join(lines)
+
+    def end(self, number: int) -> tuple[int, str]:
+        """Send a signal, unless it has ended; the exit status and what is left of stderr."""
+        if self.status is not None:
+            return self.status, ""
+        os.kill(self.child, number)
+        too_long = threading.Timer(120, os.kill, (self.child, signal.SIGKILL))
+        too_long.start()
+        told = self.wait_for("ended ")
+        too_long.cancel()
+        return self.status, told
+
+    def close(self) -> None:
+        self.end(signal.SIGKILL)
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def training() -> Iterator[Script]:
+    with contextlib.closing(Script("from teacher_student_model import main")) as script:
+        yield script
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Iterator[Script]:
+    with contextlib.closing(Script("from evaluate import main")) as script:
+        yield script
+
+
+def result(folder: Path) -> tuple[dict, dict]:
+    """All that a run computed: name -> tensor or array, and name -> history without the times."""
+    tensors, histories = {}, {}
+    for name in MODELS:
+        state = load_checkpoint(folder / f"checkpoints/demo/seed0/{name}.pt")
+        assert state["finished"]
+        tensors |= {f"{name}.{key}": tensor.numpy() for key, tensor in state["model"].items()}
+        histories[name] = [{**record, "seconds": 0} for record in state["history"]]
+    status, told = run(evaluate.main, *small_flags(folder), *LONGER)
+    assert status == 0, told
+    return {**tensors, **np.load(folder / "imgs/demo/predictions.npz")}, histories
+
+
+def assert_same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
+    assert found[1] == expected[1]
+    assert found[0].keys() == expected[0].keys()
+    for name, array in expected[0].items():
+        assert np.array_equal(found[0][name], array), name
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Locks and temporary files: everything hidden."""
+    return [path for path in folder.rglob(".*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    status, told = run(teacher_student_model.main, *small_flags(folder), *LONGER)
+    assert status == 0, told
+    assert not leftovers(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed):
+    return result(undisturbed)
+
+
+# Killed and stopped
+
+
+def test_25_sigkills_while_three_models_train_change_nothing(tmp_path, training, expected):
+    moments, kills, runs = random.Random(0), 0, 0
+    while kills < 25:
+        folder, status = tmp_path / str(runs), -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            training.start(*small_flags(folder), *LONGER, "--checkpoint_minutes", "0.005")
+            training.wait_for("demo: digits")
+            time.sleep(moments.uniform(0, 3))
+            status, _ = training.end(signal.SIGKILL)
+            kills += status == -signal.SIGKILL
+        assert status == 0
+        assert not leftovers(folder)
+        assert_same(result(folder), expected)
+        runs += 1
+        shutil.rmtree(folder)
+    print(f"\n{kills} SIGKILLs over {runs} runs of three models: weights, histories, predictions bit-equal")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_while_training_and_saving_change_nothing(tmp_path, training, expected, number):
+    """With a checkpoint in every step most of the time goes into saving."""
+    moments, stops, statuses = random.Random(number), 0, []
+    for often in ("10", "1e-9"):
+        folder, status = tmp_path / often, None
+        while status != 0:
+            training.start(*small_flags(folder), *LONGER, "--checkpoint_minutes", often)
+            training.wait_for(" million parameters")
+            time.sleep(moments.uniform(0, 3))
+            status, told = training.end(number)
+            statuses.append(status)
+            assert "Traceback" not in told
+            assert not leftovers(folder)
+            assert status in (0, 128 + number, -number)  # the last in Python's own shutdown, when all is done
+            stops += status == 128 + number
+        assert_same(result(folder), expected)
+    print(f"\n{signal.Signals(number).name} {stops} times in training and saving: statuses {sorted(set(statuses))}")
+    assert stops >= 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_while_evaluating_leave_whole_files(undisturbed, evaluation, expected, tmp_path, number):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    words = [*small_flags(tmp_path / "run"), *LONGER]
+    began = time.monotonic()
+    evaluation.start(*words)
+    evaluation.wait_for("ended ")
+    assert evaluation.status == 0
+    seconds = time.monotonic() - began
+    moments, stops = random.Random(number), 0
+    for _ in range(8):
+        evaluation.start(*words)
+        time.sleep(moments.uniform(0.2, seconds))
+        status, told = evaluation.end(number)
+        assert status in (0, 128 + number, -number)  # the last in Python's own shutdown, when all is done
+        assert "Traceback" not in told
+        stops += status != 0
+        assert not leftovers(tmp_path / "run")
+        json.loads((tmp_path / "run/imgs/demo/results.json").read_text())
+        for path in (tmp_path / "run").rglob("*.png"):
+            Image.open(path).load()
+        for array in np.load(tmp_path / "run/imgs/demo/predictions.npz").values():
+            assert len(array) == 500
+    print(f"\n{signal.Signals(number).name} {stops} times in {seconds:.0f} s of evaluation: every file whole")
+    assert stops >= 4
+
+
+def test_30_sigkills_during_a_save_leave_the_old_state_or_the_new(tmp_path):
+    code = """
+import itertools, torch
+from engine.checkpoints import save_checkpoint
+
+def main(argv):
+    for count in itertools.count():
+        save_checkpoint(argv[0], {"count": count, "weights": torch.full((5_000_000,), float(count))})
+        print("saved", count, file=sys.stderr, flush=True)
+"""
+    moments, last = random.Random(0), []
+    with contextlib.closing(Script(code)) as saving:
+        for _ in range(30):
+            saving.start(tmp_path / "model.pt")
+            told = saving.wait_for(f"saved {moments.randrange(3)}")
+            time.sleep(moments.uniform(0, 0.1))
+            status, rest = saving.end(signal.SIGKILL)
+            assert status == -signal.SIGKILL
+            state = load_checkpoint(tmp_path / "model.pt")
+            saved = [int(line.split()[1]) for line in (told + rest).splitlines() if line.startswith("saved")]
+            assert state["count"] in (saved[-1], saved[-1] + 1)
+            assert (state["weights"] == state["count"]).all()
+            last.append(state["count"])
+    print(f"\n30 SIGKILLs during a save: loaded 30 of 30, counts {min(last)} to {max(last)}")
+
+
+def test_processes_that_compete_for_a_lock_never_hold_it_together(tmp_path):
+    """Each makes a file that must not exist yet while it holds the lock, which is deleted at each release."""
+    code = """
+import contextlib, os, sys, time
+from pathlib import Path
+from engine.errors import UserError
+from engine.files import lock
+folder, token = Path(sys.argv[1]), Path(sys.argv[2])
+children = []
+while len(children) < 4 and (not children or children[-1]):
+    children.append(os.fork())
+if not children[-1]:
+    held, end = 0, time.monotonic() + 5
+    while time.monotonic() < end:
+        with contextlib.suppress(UserError), lock(folder):
+            os.close(os.open(token, os.O_CREAT | os.O_EXCL))
+            token.unlink()
+            held += 1
+    print("held", held, file=sys.stderr, flush=True)
+else:
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+    process = start(sys.executable, "-c", code, tmp_path / "run", tmp_path / "token")
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    held = [int(line.split()[1]) for line in told.splitlines()]
+    print(f"\n4 processes held a lock {held} times in 5 s, never together")
+    assert len(held) == 4
+    assert sum(held) > 100
+    assert not (tmp_path / "run").exists()
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("name", ["student.pt", "teacher.logits"])
+def test_no_truncated_or_flipped_file_is_loaded(undisturbed, tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    shutil.copy(undisturbed / "checkpoints/demo/seed0" / name, path)
+    size, moments, refused = path.stat().st_size, random.Random(0), 0
+    monkeypatch.setattr(log, "disabled", True)
+    fingerprint, shape = load_checkpoint(path).get("fingerprint", {}), (2, 1297, 10)
+
+    def assert_refused() -> None:
+        nonlocal refused
+        with pytest.raises(UserError, match=r"is damaged|is not a checkpoint"):
+            load_checkpoint(path)
+        if name.endswith(".logits"):
+            assert load_logits(path, fingerprint, shape).isnan().all()
+        refused += 1
+
+    for bit in [moments.randrange(8 * size) for _ in range(200)]:
+        with open(path, "r+b") as file:
+            file.seek(bit // 8)
+            byte = file.read(1)[0]
+            file.seek(bit // 8)
+            file.write(bytes([byte ^ 1 << bit % 8]))
+            file.flush()
+            assert_refused()
+            file.seek(bit // 8)
+            file.write(bytes([byte]))
+    assert load_checkpoint(path)
+    if name.endswith(".logits"):
+        assert not load_logits(path, fingerprint, shape).isnan().all()
+    for length in sorted(moments.sample(range(size), 50), reverse=True):
+        os.truncate(path, length)
+        assert_refused()
+    print(f"\n{name}: 200 flipped bits and 50 truncations, {refused} of 250 refused")
+
+
+# No room
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(params=["a file-size limit", "a full disk"])
+def little_room(request, tmp_path):
+    """little_room(megabytes) -> a folder, and a context in which no file, or no disk, grows beyond that."""
+    mounted = []
+
+    def make(megabytes: float) -> tuple[Path, contextlib.AbstractContextManager]:
+        size, folder = int(megabytes * 1e6), tmp_path / "small"
+        folder.mkdir()
+        if request.param == "a file-size limit":
+            return folder, file_size_limit(size)
+        options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(["mount", *options], capture_output=True).returncode:
+            pytest.skip("needs the right to mount a small disk")
+        mounted.append(folder)
+        return folder, contextlib.nullcontext()
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_no_room_for_the_first_save_is_an_error_of_one_line(little_room, request):
+    folder, limit = little_room(60)
+    with limit:
+        status, told = run(custom_resnet.main, *small_flags(folder), *LONGER, "--only", "student")
+    print("\n" + told.splitlines()[-1])
+    assert status == 2
+    on_full_disk = "a full disk" in request.node.name
+    assert ("this run needs 224 MB, and 60 MB are free" if on_full_disk else "student.pt: cannot be written") in told
+    assert not leftovers(folder)
+
+
+def test_no_room_during_a_save_keeps_the_state_before(little_room, undisturbed):
+    """The disk has filled up since training started: a finished state is there, and the next one does not fit."""
+    folder, limit = little_room(60)
+    path = folder / "model.pt"
+    shutil.copy(undisturbed / "checkpoints/demo/seed0/student.pt", path)
+    with limit, pytest.raises(UserError) as error:
+        save_checkpoint(path, {"weights": torch.zeros(25_000_000)})
+    print(f"\n{error.value}")
+    assert f"{path}: cannot be written" in str(error.value)
+    assert "it takes 101 MB" in str(error.value)
+    assert load_checkpoint(path)["finished"]
+    assert os.listdir(folder) == ["model.pt"]
+
+
+def test_no_room_for_the_report_keeps_the_one_before(little_room, undisturbed):
+    folder, limit = little_room(0.02)
+    (folder / "demo").mkdir()
+    (folder / "demo/results.json").write_text("the report before")
+    words = [*small_flags(undisturbed), *LONGER, f"--imgs_path={folder}"]
+    with limit:
+        status, told = run(evaluate.main, *words)
+    print("\n" + told.strip().splitlines()[-1])
+    assert status == 2
+    assert "cannot be written" in told
+    assert not leftovers(folder)
+    assert (folder / "demo/results.json").read_text() == "the report before"
+    for path in folder.rglob("*.png"):
+        Image.open(path).load()
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path, undisturbed):
+    (tmp_path / "file").write_text("in the way")
+    for main, *paths in (
+        (custom_resnet.main, f"--checkpoints_path={tmp_path / 'file'}"),
+        (custom_resnet.main, "--checkpoints_path=/proc/none"),
+        (evaluate.main, f"--checkpoints_path={undisturbed / 'checkpoints'}", "--imgs_path=/proc"),
+    ):
+        status, told = run(main, *SMALL_FLAGS, *LONGER, "--device=cpu", *paths)
+        print("\n" + told.strip().splitlines()[-1])
+        assert status == 2
+        assert told.startswith("error: ")
+        assert "cannot be written" in told
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def accuracies(tmp_path_factory) -> dict[int, float]:
+    """Test accuracy of the same recipe on 1, 2 and 3 processes: the demo's student, 20 epochs."""
+    found = {}
+    for processes in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"on{processes}")
+        words = ["--preset=demo", "--only=student", "--student.epochs=20", "--device=cpu"]
+        words += [f"--checkpoints_path={folder}", f"--imgs_path={folder}"]
+        for script in ("custom_resnet.py", "evaluate.py"):
+            subprocess.run([*TORCHRUN, f"--nproc_per_node={processes}", script, *words], cwd=ROOT, check=True)
+        results = json.loads((folder / "demo/results.json").read_text())
+        arrays = np.load(folder / "demo/predictions.npz")
+        assert results["n_test"] == len(arrays["student/seed0"]) == 500
+        # Whatever number of processes evaluates, it is the same model on the same images.
+        assert run(evaluate.main, *words)[0] == 0
+        alone = np.load(folder / "demo/predictions.npz")
+        assert np.array_equal(alone["labels"], arrays["labels"])
+        np.testing.assert_allclose(alone["student/seed0"], arrays["student/seed0"], atol=1e-4)
+        found[processes] = results["models"]["student"]["accuracy"]["mean"]
+    return found
+
+
+def test_a_recipe_means_the_same_on_1_2_and_3_processes(accuracies):
+    print(f"\ntest accuracy by number of processes: {accuracies}")
+    assert max(accuracies.values()) - min(accuracies.values()) < 0.03
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    """The numbers of the processes that torchrun has started, by rank."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+def test_whichever_process_is_killed_all_end_within_a_minute_and_the_same_command_resumes(tmp_path):
+    words = ["--nproc_per_node=3", "custom_resnet.py", *small_flags(tmp_path), "--only=student", "--student.epochs=30"]
+    for victim in (0, 1, 2):
+        process = start(*TORCHRUN, *words)
+        before = "".join(read_until(process, f"epoch  {3 * victim + 3}/30"))
+        assert ("resumes after epoch" in before) == (victim > 0)
+        os.kill(ranks(process)[victim], signal.SIGKILL)
+        started = time.monotonic()
+        told = process.communicate(timeout=60)[1]
+        seconds = time.monotonic() - started
+        assert process.returncode != 0
+        message = next(line for line in told.splitlines() if "lost contact with another process" in line)
+        print(f"\nprocess {victim} of 3 killed: all ended after {seconds:.0f} s. {message[:150]}")
+    done = subprocess.run([*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert "resumes after epoch" in done.stderr
+    assert load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")["finished"]
+
+
+def test_with_max_restarts_torchrun_resumes_the_run(tmp_path):
+    words = ["--nproc_per_node=2", "--max-restarts=2", "custom_resnet.py", *small_flags(tmp_path)]
+    process = start(*TORCHRUN, *words, "--only=student", "--student.epochs=30")
+    read_until(process, "epoch  3/30")
+    os.kill(ranks(process)[1], signal.SIGKILL)
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 0
+    assert "resumes after epoch" in told
+    assert load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")["finished"]
+
+
+def test_a_run_resumes_with_another_number_of_processes(tmp_path):
+    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=30"]
+    process = start(*TORCHRUN, "--nproc_per_node=3", "custom_resnet.py", *words)
+    read_until(process, "epoch  3/30")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    status, told = run(custom_resnet.main, *words)
+    assert status == 0
+    assert "processes was 3, is now 1" in told
+    assert not leftovers(tmp_path)
+
+
+# Logs
+
+
+def test_logs_without_a_terminal_never_contain_a_carriage_return(tmp_path, image_folder):
+    """Reading images, training, the teacher's logits and the evaluation, with a clock that makes each step a minute."""
+    code = """
+import sys, time, types
+import engine.console, evaluate, teacher_student_model
+engine.console.time = types.SimpleNamespace(monotonic=lambda: 1e6 * time.monotonic())
+teacher_student_model.main(sys.argv[1:])
+evaluate.main(sys.argv[1:])
+"""
+    counts = {"train/cat": 30, "train/dog": 30, "test/cat": 10, "test/dog": 10}
+    words = [*small_flags(tmp_path), f"--dataset={image_folder(counts)}"]
+    words += [f"--{name}.train_size=none" for name in MODELS]
+    with open(tmp_path / "log", "wb") as file:
+        subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=True, stdout=file, stderr=file)
+    content = (tmp_path / "log").read_bytes()
+    progress = [line for line in content.decode().splitlines() if "images/s" in line and "%  " in line]
+    titles = ("reading", "teacher seed 0 epoch 1/2", "student_kd seed 0 epoch 2/2", "logits of teacher", "test")
+    for title in titles:
+        assert any(title in line for line in progress), title
+    assert b"\r" not in content
+    assert b"\x1b" not in content
+    print(f"\n{len(content.splitlines())} lines, {len(progress)} of them progress, no carriage return")
+
+
+# From elsewhere
+
+
+class Bait:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_malicious_pickles_do_nothing(tmp_path, undisturbed, hub):
+    """As a checkpoint, as the teacher's logits, and as ImageNet weights in torch's cache."""
+    copy, bait = tmp_path / "run", tmp_path / "bait"
+    for name in ("student.pt", "teacher.logits"):
+        for number, write in enumerate(
+            (
+                lambda path: path.write_bytes(pickle.dumps(Bait(bait))),
+                lambda path: torch.save({"format": 1, "model": Bait(bait)}, path),
+                lambda path: save_checkpoint(path, {"model": Bait(bait), "fingerprint": {}, "logits": Bait(bait)}),
+            )
+        ):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(undisturbed, copy)
+            folder = copy / "checkpoints/demo/seed0"
+            write(folder / name)
+            if name == "teacher.logits":
+                (folder / "student_kd.pt").unlink()  # so that the logits are read
+            status, told = run(teacher_student_model.main, *small_flags(copy), *LONGER)
+            assert not bait.exists(), (name, number)
+            assert status == (2 if name == "student.pt" else 0), told
+    hub.mkdir(parents=True)
+    torch.save({"fc.weight": Bait(bait)}, hub / "resnet18-f37072fd.pth")
+    words = [*small_flags(tmp_path / "imagenet"), "--only=student", "--student.pretrained=true"]
+    status, told = run(custom_resnet.main, *words)
+    assert not bait.exists()
+    assert status == 2
+    assert "cannot be used" in told
+    print("\nthree kinds of pickle as checkpoint and as logits, one as ImageNet weights: 7 of 7 inert")
+
+
+HOSTILE_NAMES = (
+    *("..", "../../outside", "/tmp/outside", "a/b", "-rf", "--overwrite", "two\nlines", "a|b", "$(touch x)", "ünïcødé"),
+)
+HOSTILE_CLASSES = (
+    *("a..b", "a|b", "two\nlines", "-rf", "--overwrite", "$\\frac{x}", "$(touch x)", "<b>bold", "`code`", "名前"),
+)
+
+
+def test_hostile_names_stay_in_their_folders(tmp_path):
+    for name in HOSTILE_NAMES:
+        status, told = run(evaluate.main, *small_flags(tmp_path), f"--run={name}")
+        assert status == 2, name
+        assert told.count("error: ") == 1, told
+        assert "run = " in told
+    assert not list(tmp_path.iterdir())
+
+    random_state = np.random.default_rng(0)
+    images = tmp_path / "images"
+    for label, name in enumerate(HOSTILE_CLASSES):
+        for split, count in (("train", 6), ("test", 3)):
+            (images / split / name).mkdir(parents=True)
+            for number in range(count):
+                noise = random_state.integers(0, 100 + 10 * label, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(images / split / name / f"{number}.png")
+    words = [*small_flags(tmp_path / "run"), f"--dataset={images}", "--only=student"]
+    words += [f"--{name}.train_size=none" for name in MODELS]
+    for main in (custom_resnet.main, evaluate.main):
+        status, told = run(main, *words)
+        assert status == 0, told
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert all(file.startswith(("checkpoints/demo/seed0/", "imgs/demo/")) for file in files), files
+    results = json.loads((tmp_path / "run/imgs/demo/results.json").read_text())
+    assert results["n_test"] == 3 * 10
+    rows = [line for line in (tmp_path / "run/imgs/demo/results.md").read_text().splitlines() if "two" in line]
+    assert rows
+    assert all("two lines" in row for row in rows)
+    print(f"\n{len(HOSTILE_NAMES)} hostile run names refused, {len(results['classes'])} hostile classes reported")
