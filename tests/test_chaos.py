@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, short of disk space, or given damaged and hostile files: `make chaos`.
+"""Runs that are killed, interrupted, short of disk space, or given damaged and hostile files: `make chaos`.
 
 Each test prints what it did and how often. `make test` runs smaller versions of most of them.
 """
@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -19,13 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, SMALL_FLAGS
 from conftest import flags as small_flags
 from PIL import Image
 
+import custom_resnet
 import evaluate
 import teacher_student_model
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint, load_logits, save_checkpoint
+from engine.console import log
+from engine.errors import UserError
 
 pytestmark = pytest.mark.chaos
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -76,7 +81,7 @@ for words in sys.stdin:
         print("child", os.getpid(), file=sys.stderr, flush=True)
         main(json.loads(words))
         break
-    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # no other process gets its number before the next start
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # keeps its number
     print("ended", ended.si_status * (1 if ended.si_code == os.CLD_EXITED else -1), file=sys.stderr, flush=True)
 """
 
