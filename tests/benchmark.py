@@ -109,30 +109,30 @@ class Benchmark:
         running, waited = 0.0, 0.0
         started = time.perf_counter()
         for _ in range(self.steps):
-            asked = time.perf_counter()
+            started_waiting = time.perf_counter()
             images, labels = next(loader)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - started_waiting
             images, labels = images.to(self.config.device), labels.to(self.config.device)
             optimizer.zero_grad()
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
             if teacher:
                 with torch.set_grad_enabled(teacher_gradients):
-                    said = self.model(teacher, ours=False).eval()(images)
-                soft = F.kl_div(F.log_softmax(logits / 5, 1), F.softmax(said / 5, 1), reduction="batchmean")
+                    teacher_logits = self.model(teacher, ours=False).eval()(images)
+                soft = F.kl_div(F.log_softmax(logits / 5, 1), F.softmax(teacher_logits / 5, 1), reduction="batchmean")
                 loss = 0.25 * loss + 0.75 * soft
             loss.backward()
             optimizer.step()
             running += loss.item() + (logits.argmax(1) == labels).sum().item()
         return {"seconds": time.perf_counter() - started, "waited": waited}
 
-    def our_training(self, arch: str, taught: bool = False, other_precision: bool = False) -> dict[str, float]:
+    def our_training(self, arch: str, distilled: bool = False, other_precision: bool = False) -> dict[str, float]:
         precision = (
             {"bf16": "fp32", "fp32": "bf16"}[self.config.precision] if other_precision else self.config.precision
         )
-        recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if taught else None)
+        recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if distilled else None)
         logits = torch.randn(2, self.n, 10, device=self.config.device)
-        loss_fn = distilled_loss(stored_logits(logits), recipe) if taught else cross_entropy
+        loss_fn = distilled_loss(stored_logits(logits), recipe) if distilled else cross_entropy
         with contextlib.redirect_stderr(io.StringIO()):  # its line for each epoch
             config = replace(self.config, precision=precision)
             history = fit(self.model(arch, ours=True), recipe, config, 0, self.dataset, loss_fn, "ours")
@@ -184,7 +184,7 @@ VARIANTS = {  # name -> a method of Benchmark and its arguments
         {**DISTILLED, "teacher_gradients": True},
     ),
     "distilled ResNet18, plain (teacher under no_grad)": ("plain_training", DISTILLED),
-    "distilled ResNet18, ours (logits there)": ("our_training", {"arch": "resnet18", "taught": True}),
+    "distilled ResNet18, ours (stored logits)": ("our_training", {"arch": "resnet18", "distilled": True}),
     "ResNet50 evaluation, plain": ("plain_evaluation", {"arch": "resnet50"}),
     "ResNet50 evaluation, ours": ("our_evaluation", {"arch": "resnet50"}),
     "ResNet18 evaluation, plain": ("plain_evaluation", {"arch": "resnet18"}),
@@ -247,10 +247,10 @@ def rate(times: list[dict[str, float]], images: int) -> dict[str, float]:
 def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
     rates = {name: rate(records, images) for name, records in times.items()}
     per_image = {name: 1 / entry["images_per_second"] for name, entry in rates.items()}
-    there, asked = per_image["distilled ResNet18, ours (logits there)"], per_image["ResNet50 evaluation, ours"]
-    with_teacher = {  # 2 views of each image, asked once, shared by the epochs
-        f"distilled ResNet18, ours (logits computed, over {KD_EPOCHS} epochs)": there + 2 * asked / KD_EPOCHS,
-        "distilled ResNet18, ours (logits computed for 1 epoch)": there + 2 * asked,
+    stored, teacher_pass = per_image["distilled ResNet18, ours (stored logits)"], per_image["ResNet50 evaluation, ours"]
+    with_teacher = {  # 2 views of each image, computed once for all epochs
+        f"distilled ResNet18, ours (logits computed, over {KD_EPOCHS} epochs)": stored + 2 * teacher_pass / KD_EPOCHS,
+        "distilled ResNet18, ours (logits computed for 1 epoch)": stored + 2 * teacher_pass,
     }
     per_image.update(with_teacher)
     rates.update({name: {"images_per_second": 1 / seconds} for name, seconds in with_teacher.items()})
@@ -270,7 +270,7 @@ def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
             n: s / per_image[n.removesuffix(" in the other precision")] for n, s in others.items()
         },
         "ratios": [{"ours": a, "plain": b, "ratio": per_image[b] / per_image[a]} for a, b in pairs],
-        "distilled_over_plain_epoch": there / per_image["ResNet18 training, ours"],
+        "distilled_over_plain_epoch": stored / per_image["ResNet18 training, ours"],
         "input_share_of_step": {
             "ResNet50, ours": per_image["input, ours"] / per_image["ResNet50 training, ours"],
             "ResNet18, ours": per_image["input, ours"] / per_image["ResNet18 training, ours"],

@@ -40,13 +40,13 @@ LONGER = [f"--{name}.epochs=12" for name in MODELS]
 
 def run(main: Callable[[list[str]], None], *words) -> tuple[int, str]:
     """A script in this process: its exit status and its stderr. A traceback fails the test."""
-    status, told = 0, io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+    status, output = 0, io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(io.StringIO()):
         try:
             main([*map(str, words)])
         except SystemExit as exit:
             status = exit.code
-    return status, told.getvalue()
+    return status, output.getvalue()
 
 
 def start(*words, **arguments) -> subprocess.Popen:
@@ -110,9 +110,9 @@ for words in sys.stdin:
         os.kill(self.child, number)
         too_long = threading.Timer(120, os.kill, (self.child, signal.SIGKILL))
         too_long.start()
-        told = self.wait_for("ended ")
+        output = self.wait_for("ended ")
         too_long.cancel()
-        return self.status, told
+        return self.status, output
 
     def close(self) -> None:
         self.end(signal.SIGKILL)
@@ -140,8 +140,8 @@ def result(folder: Path) -> tuple[dict, dict]:
         assert state["finished"]
         tensors |= {f"{name}.{key}": tensor.numpy() for key, tensor in state["model"].items()}
         histories[name] = [{**record, "seconds": 0} for record in state["history"]]
-    status, told = run(evaluate.main, *small_flags(folder), *LONGER)
-    assert status == 0, told
+    status, output = run(evaluate.main, *small_flags(folder), *LONGER)
+    assert status == 0, output
     return {**tensors, **np.load(folder / "imgs/demo/predictions.npz")}, histories
 
 
@@ -160,8 +160,8 @@ def leftovers(folder: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    status, told = run(teacher_student_model.main, *small_flags(folder), *LONGER)
-    assert status == 0, told
+    status, output = run(teacher_student_model.main, *small_flags(folder), *LONGER)
+    assert status == 0, output
     assert not leftovers(folder)
     return folder
 
@@ -174,7 +174,7 @@ def expected(undisturbed):
 # Killed and stopped
 
 
-def test_25_sigkills_while_three_models_train_change_nothing(tmp_path, training, expected):
+def test_results_after_25_sigkills_during_training_are_bit_equal(tmp_path, training, expected):
     moments, kills, runs = random.Random(0), 0, 0
     while kills < 25:
         folder, status = tmp_path / str(runs), -signal.SIGKILL
@@ -193,7 +193,7 @@ def test_25_sigkills_while_three_models_train_change_nothing(tmp_path, training,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_while_training_and_saving_change_nothing(tmp_path, training, expected, number):
+def test_results_after_signals_during_training_and_saving_are_bit_equal(tmp_path, training, expected, number):
     """With a checkpoint in every step most of the time goes into saving."""
     moments, stops, statuses = random.Random(number), 0, []
     for often in ("10", "1e-9"):
@@ -202,9 +202,9 @@ def test_signals_while_training_and_saving_change_nothing(tmp_path, training, ex
             training.start(*small_flags(folder), *LONGER, "--checkpoint_minutes", often)
             training.wait_for(" million parameters")
             time.sleep(moments.uniform(0, 3))
-            status, told = training.end(number)
+            status, output = training.end(number)
             statuses.append(status)
-            assert "Traceback" not in told
+            assert "Traceback" not in output
             assert not leftovers(folder)
             assert status in (0, 128 + number, -number)  # the last in Python's own shutdown, when all is done
             stops += status == 128 + number
@@ -214,7 +214,7 @@ def test_signals_while_training_and_saving_change_nothing(tmp_path, training, ex
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_while_evaluating_leave_whole_files(undisturbed, evaluation, expected, tmp_path, number):
+def test_signals_during_evaluation_leave_no_partial_files(undisturbed, evaluation, expected, tmp_path, number):
     shutil.copytree(undisturbed, tmp_path / "run")
     words = [*small_flags(tmp_path / "run"), *LONGER]
     began = time.monotonic()
@@ -226,9 +226,9 @@ def test_signals_while_evaluating_leave_whole_files(undisturbed, evaluation, exp
     for _ in range(8):
         evaluation.start(*words)
         time.sleep(moments.uniform(0.2, seconds))
-        status, told = evaluation.end(number)
+        status, output = evaluation.end(number)
         assert status in (0, 128 + number, -number)  # the last in Python's own shutdown, when all is done
-        assert "Traceback" not in told
+        assert "Traceback" not in output
         stops += status != 0
         assert not leftovers(tmp_path / "run")
         json.loads((tmp_path / "run/imgs/demo/results.json").read_text())
@@ -240,7 +240,7 @@ def test_signals_while_evaluating_leave_whole_files(undisturbed, evaluation, exp
     assert stops >= 4
 
 
-def test_30_sigkills_during_a_save_leave_the_old_state_or_the_new(tmp_path):
+def test_a_save_killed_at_30_random_moments_leaves_the_old_state_or_the_new(tmp_path):
     code = """
 import itertools, torch
 from engine.checkpoints import save_checkpoint
@@ -254,19 +254,19 @@ def main(argv):
     with contextlib.closing(Script(code)) as saving:
         for _ in range(30):
             saving.start(tmp_path / "model.pt")
-            told = saving.wait_for(f"saved {moments.randrange(3)}")
+            output = saving.wait_for(f"saved {moments.randrange(3)}")
             time.sleep(moments.uniform(0, 0.1))
             status, rest = saving.end(signal.SIGKILL)
             assert status == -signal.SIGKILL
             state = load_checkpoint(tmp_path / "model.pt")
-            saved = [int(line.split()[1]) for line in (told + rest).splitlines() if line.startswith("saved")]
+            saved = [int(line.split()[1]) for line in (output + rest).splitlines() if line.startswith("saved")]
             assert state["count"] in (saved[-1], saved[-1] + 1)
             assert (state["weights"] == state["count"]).all()
             last.append(state["count"])
     print(f"\n30 SIGKILLs during a save: loaded 30 of 30, counts {min(last)} to {max(last)}")
 
 
-def test_processes_that_compete_for_a_lock_never_hold_it_together(tmp_path):
+def test_a_lock_is_held_by_one_process_at_a_time(tmp_path):
     """Each makes a file that must not exist yet while it holds the lock, which is deleted at each release."""
     code = """
 import contextlib, os, sys, time
@@ -289,9 +289,9 @@ else:
     sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
     process = start(sys.executable, "-c", code, tmp_path / "run", tmp_path / "token")
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    held = [int(line.split()[1]) for line in told.splitlines()]
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    held = [int(line.split()[1]) for line in output.splitlines()]
     print(f"\n4 processes held a lock {held} times in 5 s, never together")
     assert len(held) == 4
     assert sum(held) > 100
@@ -302,7 +302,7 @@ else:
 
 
 @pytest.mark.parametrize("name", ["student.pt", "teacher.logits"])
-def test_no_truncated_or_flipped_file_is_loaded(undisturbed, tmp_path, name, monkeypatch):
+def test_truncated_and_bit_flipped_files_are_refused(undisturbed, tmp_path, name, monkeypatch):
     path = tmp_path / name
     shutil.copy(undisturbed / "checkpoints/demo/seed0" / name, path)
     size, moments, refused = path.stat().st_size, random.Random(0), 0
@@ -372,18 +372,18 @@ def little_room(request, tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_no_room_for_the_first_save_is_an_error_of_one_line(little_room, request):
+def test_a_full_disk_at_the_first_save_is_a_one_line_error(little_room, request):
     folder, limit = little_room(60)
     with limit:
-        status, told = run(custom_resnet.main, *small_flags(folder), *LONGER, "--only", "student")
-    print("\n" + told.splitlines()[-1])
+        status, output = run(custom_resnet.main, *small_flags(folder), *LONGER, "--only", "student")
+    print("\n" + output.splitlines()[-1])
     assert status == 2
     on_full_disk = "a full disk" in request.node.name
-    assert ("this run needs 224 MB, and 60 MB are free" if on_full_disk else "student.pt: cannot be written") in told
+    assert ("this run needs 224 MB, and 60 MB are free" if on_full_disk else "student.pt: cannot be written") in output
     assert not leftovers(folder)
 
 
-def test_no_room_during_a_save_keeps_the_state_before(little_room, undisturbed):
+def test_a_full_disk_during_a_save_keeps_the_previous_state(little_room, undisturbed):
     """The disk has filled up since training started: a finished state is there, and the next one does not fit."""
     folder, limit = little_room(60)
     path = folder / "model.pt"
@@ -397,34 +397,34 @@ def test_no_room_during_a_save_keeps_the_state_before(little_room, undisturbed):
     assert os.listdir(folder) == ["model.pt"]
 
 
-def test_no_room_for_the_report_keeps_the_one_before(little_room, undisturbed):
+def test_a_full_disk_keeps_the_previous_report(little_room, undisturbed):
     folder, limit = little_room(0.02)
     (folder / "demo").mkdir()
     (folder / "demo/results.json").write_text("the report before")
     words = [*small_flags(undisturbed), *LONGER, f"--imgs_path={folder}"]
     with limit:
-        status, told = run(evaluate.main, *words)
-    print("\n" + told.strip().splitlines()[-1])
+        status, output = run(evaluate.main, *words)
+    print("\n" + output.strip().splitlines()[-1])
     assert status == 2
-    assert "cannot be written" in told
+    assert "cannot be written" in output
     assert not leftovers(folder)
     assert (folder / "demo/results.json").read_text() == "the report before"
     for path in folder.rglob("*.png"):
         Image.open(path).load()
 
 
-def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path, undisturbed):
+def test_an_unwritable_folder_is_reported_before_training(tmp_path, undisturbed):
     (tmp_path / "file").write_text("in the way")
     for main, *paths in (
         (custom_resnet.main, f"--checkpoints_path={tmp_path / 'file'}"),
         (custom_resnet.main, "--checkpoints_path=/proc/none"),
         (evaluate.main, f"--checkpoints_path={undisturbed / 'checkpoints'}", "--imgs_path=/proc"),
     ):
-        status, told = run(main, *SMALL_FLAGS, *LONGER, "--device=cpu", *paths)
-        print("\n" + told.strip().splitlines()[-1])
+        status, output = run(main, *SMALL_FLAGS, *LONGER, "--device=cpu", *paths)
+        print("\n" + output.strip().splitlines()[-1])
         assert status == 2
-        assert told.startswith("error: ")
-        assert "cannot be written" in told
+        assert output.startswith("error: ")
+        assert "cannot be written" in output
 
 
 # Several processes
@@ -452,7 +452,7 @@ def accuracies(tmp_path_factory) -> dict[int, float]:
     return found
 
 
-def test_a_recipe_means_the_same_on_1_2_and_3_processes(accuracies):
+def test_losses_agree_on_1_2_and_3_processes(accuracies):
     print(f"\ntest accuracy by number of processes: {accuracies}")
     assert max(accuracies.values()) - min(accuracies.values()) < 0.03
 
@@ -463,7 +463,7 @@ def ranks(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, found.stdout.split()))
 
 
-def test_whichever_process_is_killed_all_end_within_a_minute_and_the_same_command_resumes(tmp_path):
+def test_after_any_rank_is_killed_all_exit_within_a_minute_and_the_run_resumes(tmp_path):
     words = ["--nproc_per_node=3", "custom_resnet.py", *small_flags(tmp_path), "--only=student", "--student.epochs=30"]
     for victim in (0, 1, 2):
         process = start(*TORCHRUN, *words)
@@ -471,10 +471,10 @@ def test_whichever_process_is_killed_all_end_within_a_minute_and_the_same_comman
         assert ("resumes after epoch" in before) == (victim > 0)
         os.kill(ranks(process)[victim], signal.SIGKILL)
         started = time.monotonic()
-        told = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=60)[1]
         seconds = time.monotonic() - started
         assert process.returncode != 0
-        message = next(line for line in told.splitlines() if "lost contact with another process" in line)
+        message = next(line for line in output.splitlines() if "lost contact with another process" in line)
         print(f"\nprocess {victim} of 3 killed: all ended after {seconds:.0f} s. {message[:150]}")
     done = subprocess.run([*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0
@@ -487,9 +487,9 @@ def test_with_max_restarts_torchrun_resumes_the_run(tmp_path):
     process = start(*TORCHRUN, *words, "--only=student", "--student.epochs=30")
     read_until(process, "epoch  3/30")
     os.kill(ranks(process)[1], signal.SIGKILL)
-    told = process.communicate(timeout=300)[1]
+    output = process.communicate(timeout=300)[1]
     assert process.returncode == 0
-    assert "resumes after epoch" in told
+    assert "resumes after epoch" in output
     assert load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")["finished"]
 
 
@@ -499,16 +499,16 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     read_until(process, "epoch  3/30")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    status, told = run(custom_resnet.main, *words)
+    status, output = run(custom_resnet.main, *words)
     assert status == 0
-    assert "processes was 3, is now 1" in told
+    assert "processes was 3, is now 1" in output
     assert not leftovers(tmp_path)
 
 
 # Logs
 
 
-def test_logs_without_a_terminal_never_contain_a_carriage_return(tmp_path, image_folder):
+def test_logs_without_a_terminal_contain_no_carriage_return(tmp_path, image_folder):
     """Reading images, training, the teacher's logits and the evaluation, with a clock that makes each step a minute."""
     code = """
 import sys, time, types
@@ -545,7 +545,7 @@ class Bait:
         return (os.mkdir, (str(self.path),))
 
 
-def test_malicious_pickles_do_nothing(tmp_path, undisturbed, hub):
+def test_malicious_pickles_are_not_executed(tmp_path, undisturbed, hub):
     """As a checkpoint, as the teacher's logits, and as ImageNet weights in torch's cache."""
     copy, bait = tmp_path / "run", tmp_path / "bait"
     for name in ("student.pt", "teacher.logits"):
@@ -562,16 +562,16 @@ def test_malicious_pickles_do_nothing(tmp_path, undisturbed, hub):
             write(folder / name)
             if name == "teacher.logits":
                 (folder / "student_kd.pt").unlink()  # so that the logits are read
-            status, told = run(teacher_student_model.main, *small_flags(copy), *LONGER)
+            status, output = run(teacher_student_model.main, *small_flags(copy), *LONGER)
             assert not bait.exists(), (name, number)
-            assert status == (2 if name == "student.pt" else 0), told
+            assert status == (2 if name == "student.pt" else 0), output
     hub.mkdir(parents=True)
     torch.save({"fc.weight": Bait(bait)}, hub / "resnet18-f37072fd.pth")
     words = [*small_flags(tmp_path / "imagenet"), "--only=student", "--student.pretrained=true"]
-    status, told = run(custom_resnet.main, *words)
+    status, output = run(custom_resnet.main, *words)
     assert not bait.exists()
     assert status == 2
-    assert "cannot be used" in told
+    assert "cannot be used" in output
     print("\nthree kinds of pickle as checkpoint and as logits, one as ImageNet weights: 7 of 7 inert")
 
 
@@ -583,12 +583,12 @@ HOSTILE_CLASSES = (
 )
 
 
-def test_hostile_names_stay_in_their_folders(tmp_path):
+def test_hostile_names_cannot_write_outside_the_run_folder(tmp_path):
     for name in HOSTILE_NAMES:
-        status, told = run(evaluate.main, *small_flags(tmp_path), f"--run={name}")
+        status, output = run(evaluate.main, *small_flags(tmp_path), f"--run={name}")
         assert status == 2, name
-        assert told.count("error: ") == 1, told
-        assert "run = " in told
+        assert output.count("error: ") == 1, output
+        assert "run = " in output
     assert not list(tmp_path.iterdir())
 
     random_state = np.random.default_rng(0)
@@ -602,8 +602,8 @@ def test_hostile_names_stay_in_their_folders(tmp_path):
     words = [*small_flags(tmp_path / "run"), f"--dataset={images}", "--only=student"]
     words += [f"--{name}.train_size=none" for name in MODELS]
     for main in (custom_resnet.main, evaluate.main):
-        status, told = run(main, *words)
-        assert status == 0, told
+        status, output = run(main, *words)
+        assert status == 0, output
     files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert all(file.startswith(("checkpoints/demo/seed0/", "imgs/demo/")) for file in files), files
     results = json.loads((tmp_path / "run/imgs/demo/results.json").read_text())

@@ -15,7 +15,7 @@ from engine.settings import Config, Recipe, settings_of
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
 
 
-def test_a_checkpoint_comes_back_and_is_torchs_own_format(tmp_path):
+def test_checkpoint_round_trip_also_through_torch_load(tmp_path):
     path = tmp_path / "a" / "b" / "model.pt"
     checkpoints.save_checkpoint(path, STATE)
     for state in (checkpoints.load_checkpoint(path), torch.load(path, weights_only=True)):
@@ -32,7 +32,7 @@ def refused(path, content) -> str:
     return str(error.value)
 
 
-def test_every_truncated_or_flipped_checkpoint_is_refused(tmp_path):
+def test_truncated_and_bit_flipped_checkpoints_are_refused(tmp_path):
     path = tmp_path / "model.pt"
     checkpoints.save_checkpoint(path, STATE)
     content = path.read_bytes()
@@ -45,7 +45,7 @@ def test_every_truncated_or_flipped_checkpoint_is_refused(tmp_path):
         refused(path, bytes(flipped))
 
 
-def test_a_checkpoint_from_elsewhere_does_nothing(tmp_path, monkeypatch):
+def test_pickled_code_is_not_executed(tmp_path, monkeypatch):
     path, bait = tmp_path / "model.pt", tmp_path / "bait"
 
     class Malicious:
@@ -66,7 +66,7 @@ def test_a_checkpoint_from_elsewhere_does_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "wrong", ["name", "settings", "environment", "model", "history", "classes", "arch", "finished"]
 )
-def test_a_whole_file_that_holds_no_model_is_refused_by_what_is_wrong(tmp_path, wrong):
+def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wrong):
     path = tmp_path / "model.pt"
     about = {"name": "student", "settings": {}, "environment": {}, "history": [], "classes": [], "finished": True}
     checkpoints.save_checkpoint(path, {**about, "model": {}, "arch": "resnet18"})
@@ -76,7 +76,7 @@ def test_a_whole_file_that_holds_no_model_is_refused_by_what_is_wrong(tmp_path, 
         checkpoints.load_finished(path)
 
 
-def test_another_format_is_refused(tmp_path, monkeypatch):
+def test_an_unknown_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     monkeypatch.setattr(checkpoints, "FORMAT", 2)
     checkpoints.save_checkpoint(path, STATE)
@@ -84,7 +84,7 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     assert "has format 2, and this program reads format 1" in refused(path, path.read_bytes())
 
 
-def test_other_settings_are_refused_by_name(config, digits):
+def test_differing_settings_are_refused_by_name(config, digits):
     path = Path("model.pt")
     settings = checkpoints.training_settings("student_kd", 0, config, digits, "a" * 64)
     checkpoints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, settings)
@@ -93,15 +93,15 @@ def test_other_settings_are_refused_by_name(config, digits):
     other = checkpoints.training_settings("student_kd", 0, changed, digits, "b" * 64)
     with pytest.raises(UserError) as error:
         checkpoints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, other)
-    told = str(error.value)
-    assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in told
-    assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in told
-    assert "--overwrite" in told
+    output = str(error.value)
+    assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in output
+    assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in output
+    assert "--overwrite" in output
     with pytest.raises(UserError, match="seed was 0, is now 1"):
         checkpoints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
 
 
-def test_a_checkpoint_older_than_a_setting_was_made_with_its_default(config, digits):
+def test_a_checkpoint_older_than_a_setting_counts_as_its_default(config, digits):
     settings = checkpoints.training_settings("student", 0, config, digits, None)
     older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
     checkpoints.refuse_other_settings(Path("model.pt"), {"name": "student", "settings": older}, settings)

@@ -14,18 +14,18 @@ from report.statistics import detectable_over_seeds, image_variance, paired_inte
 
 
 @pytest.mark.parametrize(("seeds", "seed_std"), [(2, 0.01), (3, 0.01), (5, 0.01), (3, 0.0)])
-def test_over_seeds_the_interval_covers_and_equal_models_are_rarely_called_different(seeds, seed_std):
-    random, labels, said, covered = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter(), 0
+def test_over_seeds_the_interval_covers_and_the_false_positive_rate_is_small(seeds, seed_std):
+    random, labels, verdicts, covered = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter(), 0
     for _ in range(300):
         (comparison,) = compare_all(simulated_seeds(random, seeds, 2000, 0.0, seed_std, 0.05), labels)
-        said[comparison["verdict"]] += 1
+        verdicts[comparison["verdict"]] += 1
         covered += comparison["ci95"][0] <= 0 <= comparison["ci95"][1]
-    assert said["better"] + said["worse"] <= 0.05 * 300 + 7  # two standard deviations
+    assert verdicts["better"] + verdicts["worse"] <= 0.05 * 300 + 7  # two standard deviations
     assert covered >= 0.95 * 300 - 8
 
 
 @pytest.mark.parametrize(("seeds", "shared"), [(3, 0.02), (5, 0.15)])
-def test_over_seeds_the_detectable_difference_is_found_about_four_times_in_five(seeds, shared):
+def test_over_seeds_the_detectable_difference_has_80_percent_power(seeds, shared):
     """Once where the seeds decide, once where the test images do, which are drawn anew each time."""
     random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
     pilot = [simulated_seeds(random, 100, 2000, 0.0, 0.005, shared) for _ in range(3)]
@@ -42,17 +42,17 @@ def test_over_seeds_the_detectable_difference_is_found_about_four_times_in_five(
     assert verdicts.count("worse") == 0
 
 
-def test_equally_good_models_are_called_different_in_at_most_a_twentieth_of_the_tests():
-    random, labels, said = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter()
+def test_mcnemars_false_positive_rate_is_at_most_5_percent():
+    random, labels, verdicts = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter()
     for _ in range(1000):
         (comparison,) = compare_all(simulated(random, 2000, 0.04, 0.0), labels)
-        said[comparison["verdict"]] += 1
-    assert said["better"] + said["worse"] <= 50
-    assert said["better"] > 0
-    assert said["worse"] > 0
+        verdicts[comparison["verdict"]] += 1
+    assert verdicts["better"] + verdicts["worse"] <= 50
+    assert verdicts["better"] > 0
+    assert verdicts["worse"] > 0
 
 
-def test_a_point_among_ten_thousand_images_is_found_as_often_as_the_power_says():
+def test_power_with_one_seed_agrees_with_simulation():
     random, n, discordant, difference = np.random.default_rng(0), 10_000, 0.06, 0.01
     k = difference / math.sqrt((discordant - difference**2) / n)
     power = scipy.stats.norm.cdf(k - scipy.stats.norm.ppf(0.975))
@@ -66,10 +66,19 @@ def test_a_point_among_ten_thousand_images_is_found_as_often_as_the_power_says()
 
 def test_fidelity_is_that_of_a_plain_loop_over_the_common_seeds():
     models, labels = three_models()
-    taught, alone = fidelity(models, labels)
-    assert (taught["model"], taught["teacher"], taught["seeds"]) == ("student_kd", "teacher", [0, 1])
-    assert (alone["model"], alone["teacher"], alone["seeds"], alone["temperature"]) == ("student", "teacher", [1], 5.0)
-    for row in (taught, alone):
+    row_kd, row_alone = fidelity(models, labels)
+    assert (row_kd["model"], row_kd["teacher"], row_kd["seeds"]) == (
+        "student_kd",
+        "teacher",
+        [0, 1],
+    )
+    assert (row_alone["model"], row_alone["teacher"], row_alone["seeds"], row_alone["temperature"]) == (
+        "student",
+        "teacher",
+        [1],
+        5.0,
+    )
+    for row in (row_kd, row_alone):
         same, same_where_wrong, divergences = [], [], []
         for seed in row["seeds"]:
             v, z = models["teacher"].logits[seed], models[row["model"]].logits[seed]
@@ -88,7 +97,7 @@ def test_fidelity_is_that_of_a_plain_loop_over_the_common_seeds():
     assert fidelity(models, labels) == []
 
 
-def test_a_teacher_that_is_never_wrong_has_no_mistakes_to_share():
+def test_fidelity_to_a_teacher_without_errors():
     models, _ = three_models()
     (row, *_) = fidelity(
         {
@@ -116,8 +125,8 @@ def test_the_gallery_shows_images_on_which_the_models_disagree():
     models, _ = three_models()
     gallery = disagreements("student_kd", models)
     assert gallery["seed"] == 1  # the only one that all three have
-    said = np.stack([models[m].predictions[1] for m in gallery["models"]])
-    disagree = {image for image in range(200) if len(set(said[:, image])) > 1}
+    predictions = np.stack([models[m].predictions[1] for m in gallery["models"]])
+    disagree = {image for image in range(200) if len(set(predictions[:, image])) > 1}
     assert set(gallery["shown"]) < disagree
     assert (gallery["count"], len(set(gallery["shown"]))) == (len(disagree), 12)
     assert gallery == disagreements("student_kd", models)
@@ -185,7 +194,7 @@ def test_the_reason_why_a_model_is_not_compared_is_the_right_one():
 def test_a_pair_without_common_seeds_does_not_lower_the_level_of_the_others():
     random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
     models = simulated_seeds(random, 3, 2000, 0.01, 0.005, 0.05)
-    (alone,) = compare_all(models, labels)
+    (of_student,) = compare_all(models, labels)
     elsewhere = models["student_kd"]._replace(logits={9: models["student_kd"].logits[0]})
     (beside,) = compare_all({**models, "other": elsewhere}, labels)
-    assert beside["detectable_difference"] == alone["detectable_difference"]
+    assert beside["detectable_difference"] == of_student["detectable_difference"]

@@ -40,7 +40,7 @@ def test_a_log_line_goes_to_stderr_without_control_characters(capsys):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError, RuntimeError("reentrant call")])
-def test_a_line_that_cannot_be_written_does_not_end_a_run(monkeypatch, error):
+def test_a_closed_stderr_does_not_end_a_run(monkeypatch, error):
     """The terminal is gone; or a signal arrived while another line was being written."""
 
     def broken(*_, **__):
@@ -68,7 +68,7 @@ def test_configuring_twice_does_not_print_twice(capsys):
 # Results on stdout
 
 
-def test_a_result_is_printed_in_any_encoding(monkeypatch):
+def test_results_are_printed_in_any_encoding(monkeypatch):
     for encoding, expected in (("ascii", rb"class \u540d \xb1"), ("utf-8", "class 名 ±".encode())):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
@@ -76,7 +76,7 @@ def test_a_result_is_printed_in_any_encoding(monkeypatch):
         assert written.getvalue().strip() == expected
 
 
-def test_a_result_may_go_to_a_stdout_that_is_not_a_file(monkeypatch):
+def test_results_are_printed_to_a_stdout_that_is_not_a_file(monkeypatch):
     class Collector:
         text = ""
 
@@ -92,7 +92,7 @@ def test_a_result_may_go_to_a_stdout_that_is_not_a_file(monkeypatch):
     assert collector.text == "class 名\n"
 
 
-def test_a_reader_that_closes_the_pipe_early_causes_no_error():
+def test_a_closed_pipe_is_not_an_error():
     """As `| true` does; more text than a pipe holds, and once more after the pipe is closed."""
     code = "from engine.console import print_result; print_result('名' * 200_000); print_result('again')"
     reading, writing = os.pipe()
@@ -116,11 +116,11 @@ def test_a_reader_that_closes_the_pipe_early_causes_no_error():
         *((7199, "2 h"), (7169, "1 h 59 min"), (31.4 * 3600, "31 h 24 min"), (100 * 3600 - 1, "100 h")),
     ],
 )
-def test_a_duration_is_in_units_that_a_person_would_use(seconds, text):
+def test_duration_chooses_suitable_units(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_duration_is_rounded_to_the_nearest_minute_and_never_shows_60_of_them():
+def test_duration_never_shows_60_minutes():
     for seconds in itertools.chain(
         range(20_000), (3600 * hours + rest for hours in (9, 99) for rest in range(-40, 40))
     ):
@@ -136,7 +136,7 @@ def test_a_duration_is_rounded_to_the_nearest_minute_and_never_shows_60_of_them(
 # Progress
 
 
-def test_without_a_terminal_progress_is_a_log_line_a_minute_and_nothing_else(clock, capsys):
+def test_without_a_terminal_progress_is_one_log_line_per_minute(clock, capsys):
     with Progress("student seed 0 epoch 3/30", total=12_000) as progress:
         for _ in range(75):
             clock.seconds += 8
@@ -152,7 +152,7 @@ def test_without_a_terminal_progress_is_a_log_line_a_minute_and_nothing_else(clo
     assert captured.out == ""
 
 
-def test_the_rate_of_a_resumed_epoch_is_that_of_its_new_images(clock, capsys):
+def test_the_rate_of_a_resumed_epoch_counts_only_new_images(clock, capsys):
     with Progress("resumed", total=1000, done=400) as progress:
         clock.seconds += 100
         assert progress.update(100)
@@ -161,7 +161,7 @@ def test_the_rate_of_a_resumed_epoch_is_that_of_its_new_images(clock, capsys):
     assert capsys.readouterr().err == "resumed   50%  1.0 images/s\n"
 
 
-def test_on_a_terminal_progress_is_a_bar_that_leaves_nothing_behind(clock, monkeypatch):
+def test_on_a_terminal_the_progress_bar_is_erased_at_the_end(clock, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("student epoch 1/5", total=200, done=20) as progress:
@@ -214,7 +214,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_the_first_signal_in_training_is_noted_and_the_second_acts_at_once(handlers, capsys, name):
+def test_the_first_signal_requests_a_stop_and_the_second_acts_at_once(handlers, capsys, name):
     number = getattr(signal, name)
     with stop_requests() as stop:
         assert stop() == 0
@@ -232,7 +232,7 @@ def test_the_first_signal_in_training_is_noted_and_the_second_acts_at_once(handl
         assert stop() == number
 
 
-def test_a_second_signal_of_another_kind_acts_as_its_own(handlers):
+def test_a_second_signal_of_another_kind_uses_its_own_handler(handlers):
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(SystemExit) as exit:
@@ -252,7 +252,7 @@ def test_with_several_processes_a_second_signal_is_ignored(handlers, capsys, mon
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_signals_are_handled_as_before_after_training(handlers):
+def test_previous_signal_handlers_are_restored(handlers):
     before = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
     with stop_requests():
         assert all(signal.getsignal(getattr(signal, name)) not in before for name in SIGNALS)
@@ -263,7 +263,7 @@ def test_signals_are_handled_as_before_after_training(handlers):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a POSIX signal")
-def test_an_ignored_hangup_stays_ignored_and_other_ignored_signals_do_not(handlers):
+def test_only_an_ignored_sighup_stays_ignored(handlers):
     """nohup ignores SIGHUP; a shell that starts a script in the background makes it ignore SIGINT."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -277,6 +277,6 @@ def test_an_ignored_hangup_stays_ignored_and_other_ignored_signals_do_not(handle
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_signal_that_the_system_does_not_have_is_left_out(handlers):
+def test_signals_that_the_system_lacks_are_skipped(handlers):
     with handle_signals(exit_on_signal, "SIGTERM", "SIGNOTHING") as before:
         assert list(before) == [signal.SIGTERM]

@@ -6,7 +6,7 @@ from report.cost import count_cost, time_inference
 
 
 @pytest.mark.parametrize(("arch", "giga"), [("resnet50", 4.09), ("resnet18", 1.81), ("resnext50_32x4d", 4.23)])
-def test_the_cost_is_that_of_the_literature(arch, giga):
+def test_parameters_and_multiply_accumulates_match_the_literature(arch, giga):
     published = torchvision.models.get_model_weights(arch).DEFAULT.meta
     cost = count_cost(build_resnet, arch, 1000, 224)
     assert cost["parameters"] == published["num_params"]
@@ -14,7 +14,7 @@ def test_the_cost_is_that_of_the_literature(arch, giga):
     assert cost["multiply_accumulates"] / 1e9 == pytest.approx(published["_ops"], abs=0.001)
 
 
-def test_each_architecture_is_timed_once_and_however_slow_it_is_three_times(config, digits):
+def test_each_architecture_is_timed_at_least_three_times(config, digits):
     timed = time_inference(build_resnet, ["resnet18"], config, digits, batch_size=600, seconds=0)
     cost = timed["resnet18"]
     assert (cost["latency_ms"]["n"], cost["images_per_second"]["n"]) == (15, 3)

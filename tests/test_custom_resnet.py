@@ -41,13 +41,13 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
-def test_parameters_are_named_as_torchvision_names_them(arch):
+def test_parameters_keep_torchvisions_names(arch):
     ours = build_resnet(arch, 7, pretrained=False).state_dict()
     theirs = torchvision.models.get_model(arch, num_classes=7).state_dict()
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
 
 
-def test_imagenet_weights_come_from_torchs_own_place(hub):
+def test_imagenet_weights_are_read_from_torchs_cache(hub):
     torch.manual_seed(1)
     state = torchvision.models.resnet18().state_dict()
     hub.mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_imagenet_weights_come_from_torchs_own_place(hub):
             assert torch.equal(tensor, state[name]), name
 
 
-def test_missing_or_damaged_imagenet_weights_are_named(hub):
+def test_missing_and_damaged_imagenet_weights_are_reported(hub):
     with pytest.raises(UserError) as error:
         build_resnet("resnet50", 10, pretrained=True)
     for part in (str(hub / "resnet50-11ad3fa6.pth"), "is missing", "--preset scratch", "download.pytorch.org"):
@@ -96,7 +96,7 @@ def test_a_checkpoint_is_a_plain_torchvision_model(trained):
         ("cosine", lambda step: 0.1 * (1 + math.cos(math.pi * step / 100)) / 2),
     ],
 )
-def test_schedules_follow_their_formula(schedule, expected):
+def test_schedules_follow_their_formulas(schedule, expected):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = make_scheduler(optimizer, Recipe(lr=0.1, schedule=schedule), 100)
     for step in range(100):
@@ -105,7 +105,7 @@ def test_schedules_follow_their_formula(schedule, expected):
         scheduler.step()
 
 
-def test_onecycle_rises_for_three_tenths_of_the_steps_then_falls_to_nothing():
+def test_onecycle_rises_for_30_percent_of_the_steps_then_decays_to_zero():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
     scheduler = make_scheduler(optimizer, Recipe(lr=0.1, schedule="onecycle"), 101)
     rates = []
@@ -119,7 +119,7 @@ def test_onecycle_rises_for_three_tenths_of_the_steps_then_falls_to_nothing():
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
-def test_fit_is_the_plain_loop(config, digits, model):
+def test_fit_agrees_with_a_plain_loop(config, digits, model):
     """Against the loop as a tutorial writes it: PIL images, torchvision's transforms, one image at a time."""
     config = replace(config, image_size=32)
     recipe = Recipe(epochs=1, lr=0.01, weight_decay=1e-3, nesterov=True, pretrained=False, train_size=75)
@@ -158,7 +158,7 @@ def test_fit_is_the_plain_loop(config, digits, model):
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_every_step_is_taken_in_training_mode_and_the_history_is_measured_in_evaluation_mode(config, digits, model):
+def test_fit_trains_in_training_mode_and_evaluates_in_evaluation_mode(config, digits, model):
     modes = []
 
     def loss_fn(logits, batch):
@@ -172,7 +172,7 @@ def test_every_step_is_taken_in_training_mode_and_the_history_is_measured_in_eva
     assert [record["epoch"] for record in history] == [1, 2]
 
 
-def test_validation_images_are_measured_where_there_are_any(config, model):
+def test_fit_evaluates_on_validation_images_if_there_are_any(config, model):
     config = replace(config, validation_size=100)
     dataset = datasets.load_dataset(config)
     history = fit(model, Recipe(epochs=1, train_size=50), config, 0, dataset, custom_resnet.cross_entropy, "test")
@@ -181,12 +181,12 @@ def test_validation_images_are_measured_where_there_are_any(config, model):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "onecycle"])
-def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(config, digits, schedule):
+def test_resuming_after_a_stop_at_any_step_is_bit_exact(config, digits, schedule):
     recipe = Recipe(epochs=2, lr=0.01, schedule=schedule, train_size=75)
 
     def train_with_stops(every: int | None) -> tuple[dict, list]:
         torch.manual_seed(0)
-        calls, kept, history = 0, [], []
+        calls, saved, history = 0, [], []
 
         def stop() -> int:
             nonlocal calls
@@ -196,12 +196,12 @@ def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(config, digits, 
         while len(history) < recipe.epochs:
             assert calls < 100
             model = build_resnet("resnet18", 10, pretrained=False)
-            state = copy.deepcopy(kept[-1]) if kept else None
+            state = copy.deepcopy(saved[-1]) if saved else None
             history = fit(
-                model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, kept.append, stop
+                model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, saved.append, stop
             )
-            kept[-1] = copy.deepcopy(kept[-1])
-        return kept[-1]["model"], [{**record, "seconds": 0} for record in history]
+            saved[-1] = copy.deepcopy(saved[-1])
+        return saved[-1]["model"], [{**record, "seconds": 0} for record in history]
 
     weights, history = train_with_stops(None)
     for every in (3, 4, 5, 7):  # of three steps, two chances while measuring and the end of each of two epochs
@@ -211,7 +211,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(config, digits, 
 
 
 @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(tmp_path, signal_number, status):
+def test_a_signal_stops_a_run_after_the_current_step(tmp_path, signal_number, status):
     words = [*small_flags(tmp_path), "--only=student", "--student.epochs=300"]
     command = [sys.executable, "custom_resnet.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -219,16 +219,16 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(tmp_pat
     while process.poll() is None and not any("epoch  " in line for line in lines):
         lines.append(process.stderr.readline())
     process.send_signal(signal_number)
-    told = process.communicate(timeout=60)[1]
+    output = process.communicate(timeout=60)[1]
     assert process.returncode == status
-    assert "Traceback" not in told
-    assert "the same command resumes it" in told
+    assert "Traceback" not in output
+    assert "the same command resumes it" in output
     state = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
     assert not state["finished"]
     assert len(state["history"]) >= 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(config, digits, monkeypatch):
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_state(config, digits, monkeypatch):
     recipes = {"student": replace(config.recipes["student"], epochs=30)}
     config, steps = replace(config, recipes=recipes), 0
 
@@ -248,27 +248,27 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(co
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_a_signal_while_measuring_keeps_the_epoch_and_measures_again(config, digits):
-    recipe, kept = Recipe(epochs=1, lr=0.01, train_size=50), []
+def test_a_signal_during_evaluation_keeps_the_epoch_and_repeats_the_evaluation(config, digits):
+    recipe, saved = Recipe(epochs=1, lr=0.01, train_size=50), []
 
     def run(state, stop):
         torch.manual_seed(0)
         model = build_resnet("resnet18", 10, pretrained=False)
-        return fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, kept.append, stop)
+        return fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, saved.append, stop)
 
     calls = itertools.count(1)
     assert run(None, lambda: signal.SIGTERM if next(calls) > 2 else 0) == []  # two steps, then it is measured
-    assert kept[-1]["step"] == 2
-    (record,) = run(copy.deepcopy(kept[-1]), lambda: 0)
+    assert saved[-1]["step"] == 2
+    (record,) = run(copy.deepcopy(saved[-1]), lambda: 0)
     (uninterrupted,) = run(None, lambda: 0)
     assert {**record, "seconds": 0} == {**uninterrupted, "seconds": 0}
 
 
-def test_the_state_is_kept_every_few_minutes(config, digits, model):
-    kept = []
+def test_the_state_is_saved_every_checkpoint_minutes(config, digits, model):
+    saved = []
     recipe, often = Recipe(epochs=1, lr=0.01, train_size=75), replace(config, checkpoint_minutes=1e-9)
-    fit(model, recipe, often, 0, digits, custom_resnet.cross_entropy, "test", None, kept.append)
-    assert [(state["step"], len(state["history"])) for state in kept] == [(1, 0), (2, 0), (3, 0), (0, 1)]
+    fit(model, recipe, often, 0, digits, custom_resnet.cross_entropy, "test", None, saved.append)
+    assert [(state["step"], len(state["history"])) for state in saved] == [(1, 0), (2, 0), (3, 0), (0, 1)]
 
 
 def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, digits, monkeypatch):
@@ -291,13 +291,13 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
 # The script
 
 
-def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_again(tmp_path, capsys):
+def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path, capsys):
     small = [*small_flags(tmp_path), "--only", "student"]
     custom_resnet.main(small)
-    told = capsys.readouterr().err
-    assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in told
-    assert "resnet18, 11.2 million parameters, from random weights, 2 epochs of 100 images" in told
-    assert told.count("epoch  ") == 2
+    output = capsys.readouterr().err
+    assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in output
+    assert "resnet18, 11.2 million parameters, from random weights, 2 epochs of 100 images" in output
+    assert output.count("epoch  ") == 2
     path = tmp_path / "checkpoints/demo/seed0/student.pt"
     before = path.read_bytes()
 
@@ -306,9 +306,9 @@ def test_finished_is_skipped_other_settings_are_refused_and_overwrite_trains_aga
     with pytest.raises(SystemExit) as exit:
         custom_resnet.main([*small, "--batch_size", "20", "--student.lr", "0.02"])
     assert exit.value.code == 2
-    told = capsys.readouterr().err
-    assert "student.lr was 0.01, is now 0.02; batch_size was 25, is now 20" in told
-    assert "--overwrite" in told
+    output = capsys.readouterr().err
+    assert "student.lr was 0.01, is now 0.02; batch_size was 25, is now 20" in output
+    assert "--overwrite" in output
     assert path.read_bytes() == before
 
     path.write_bytes(before[:1000])
@@ -345,9 +345,9 @@ def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, messa
     with pytest.raises(SystemExit) as exit:
         custom_resnet.main([*small_flags(tmp_path), "--only", "student", *flags])
     assert exit.value.code == 2
-    told = capsys.readouterr().err
-    assert told.count("error: ") == 1
-    assert message in told.split("error: ")[1]
+    output = capsys.readouterr().err
+    assert output.count("error: ") == 1
+    assert message in output.split("error: ")[1]
 
 
 def test_bad_input_ends_the_script_without_a_traceback(script):
@@ -358,7 +358,7 @@ def test_bad_input_ends_the_script_without_a_traceback(script):
 
 
 @pytest.mark.parametrize(("culprit", "step"), [("hard loss", 1), ("soft loss", 1), ("soft loss", 3), ("logits", 2)])
-def test_what_diverged_first_is_named_with_its_epoch_and_learning_rate(config, digits, model, culprit, step):
+def test_divergence_is_reported_with_epoch_and_learning_rate(config, digits, model, culprit, step):
     steps = 0
 
     def loss_fn(logits, batch):
@@ -377,7 +377,7 @@ def test_what_diverged_first_is_named_with_its_epoch_and_learning_rate(config, d
     assert steps == 4
 
 
-def test_weights_that_diverged_are_never_saved(config, digits, model):
+def test_diverged_weights_are_never_saved(config, digits, model):
     """A state is due right after the step whose gradients are NaN, before any logits show it."""
     saved, steps = [], itertools.count(1)
 
@@ -392,7 +392,7 @@ def test_weights_that_diverged_are_never_saved(config, digits, model):
     assert [state["step"] for state in saved] == [1, 2]
 
 
-def test_a_log_has_a_line_a_minute_with_the_loss_and_the_time_left(config, digits, model, monkeypatch, capsys):
+def test_a_log_line_each_minute_shows_loss_and_time_left(config, digits, model, monkeypatch, capsys):
     clock = itertools.count(0, 40)  # each look at the clock is 40 seconds later
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     recipe = Recipe(epochs=1, lr=0.01, train_size=100)
@@ -405,7 +405,7 @@ def test_a_log_has_a_line_a_minute_with_the_loss_and_the_time_left(config, digit
     assert "of the run" in line
 
 
-def test_the_precision_of_a_run_is_timed_once_and_kept(tmp_path, monkeypatch, capsys):
+def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
     faster = {"fp32": 2.0, "bf16": 1.0}
     monkeypatch.setattr(estimate, "supports_bf16", lambda device: True)
     monkeypatch.setattr(
@@ -424,10 +424,10 @@ def test_the_precision_of_a_run_is_timed_once_and_kept(tmp_path, monkeypatch, ca
         assert state["settings"]["precision"] == "bf16"
 
 
-def test_what_would_fail_later_fails_before_anything_is_trained(tmp_path, capsys):
+def test_errors_are_found_before_training_starts(tmp_path, capsys):
     words = small_flags(tmp_path)
     custom_resnet.main([*words, "--only=student", "--student.epochs=1"])
-    for more, told in (
+    for more, output in (
         (["--student.epochs=1", "--student.lr=0.5"], "student.lr was 0.01, is now 0.5"),
         (["--student.epochs=1", "--only", "student", "student_kd"], "the teacher 'teacher' is not trained yet"),
     ):
@@ -436,5 +436,5 @@ def test_what_would_fail_later_fails_before_anything_is_trained(tmp_path, capsys
             teacher_student_model.main([*words, *more])
         assert exit.value.code == 2
         err = capsys.readouterr().err
-        assert told in err
+        assert output in err
         assert "million parameters" not in err

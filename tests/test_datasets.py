@@ -31,14 +31,14 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(config, digits):
     assert len(orders) == 4
 
 
-def test_an_epoch_shows_each_image_once_and_leaves_out_a_different_rest(config, digits):
+def test_an_epoch_has_each_image_at_most_once_and_drops_different_ones(config, digits):
     shown = [torch.cat([b.index for b in epoch_of(config, digits, epoch=epoch)]).tolist() for epoch in (0, 1)]
     for indices in shown:
         assert len(indices) == len(set(indices)) == 1297 // 25 * 25
     assert set(shown[0]) != set(shown[1])
 
 
-def test_a_batch_holds_the_images_it_says(config, digits):
+def test_a_batch_holds_the_images_of_its_index(config, digits):
     for batch in epoch_of(config, digits)[:3]:
         assert torch.equal(batch.labels, digits.train.labels[batch.index])
         for image, index, flipped in zip(batch.images, batch.index, batch.flipped, strict=True):
@@ -47,7 +47,7 @@ def test_a_batch_holds_the_images_it_says(config, digits):
             torch.testing.assert_close(image, prepare(source[None], 16)[0], atol=0, rtol=0)
 
 
-def test_crop_padding_shifts_images_and_leaves_the_rest_of_the_batch_as_it_was(config, digits):
+def test_crop_padding_shifts_images_and_changes_nothing_else(config, digits):
     plain, shifted = (epoch_of(replace(config, crop_padding=p), digits)[0] for p in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], shifted[1:], strict=True))
     different = (plain.images != shifted.images).flatten(1).any(1).float().mean()
@@ -61,7 +61,7 @@ def test_the_share_of_flipped_images(config, digits, share):
     assert flipped.float().mean().item() == pytest.approx(share, abs=4 * (share * (1 - share) / len(flipped)) ** 0.5)
 
 
-def test_a_subset_is_stratified_and_the_same_for_everyone(config, digits):
+def test_a_subset_is_stratified_and_always_the_same(config, digits):
     subset = digits.subset(200)
     assert torch.equal(subset, digits.subset(200))
     counts = torch.bincount(digits.train.labels[subset])
@@ -71,7 +71,7 @@ def test_a_subset_is_stratified_and_the_same_for_everyone(config, digits):
     assert set(shown.tolist()) == set(subset.tolist())
 
 
-def test_digits_are_those_of_scikit_learn(digits):
+def test_digits_match_scikit_learn(digits):
     assert digits.classes == tuple("0123456789")
     assert digits.train.images.shape == (1297, 3, 8, 8)
     assert digits.test.images.shape == (500, 3, 8, 8)
@@ -81,7 +81,7 @@ def test_digits_are_those_of_scikit_learn(digits):
     assert len(torch.unique(together, dim=0)) == len(together)  # no image is in both
 
 
-def test_validation_images_are_held_out_of_training(config, digits):
+def test_validation_images_are_held_out(config, digits):
     with_validation = datasets.load_dataset(replace(config, validation_size=100))
     assert with_validation.held_out == ("validation", with_validation.validation)
     assert digits.held_out == ("test", digits.test)
@@ -104,7 +104,7 @@ def test_cifar10_is_read_through_torchvision(miniature_cifar10):
     assert dataset.train.labels.tolist() == [*range(10)] * 10
 
 
-def test_cifar10_is_unpacked_from_an_archive_that_lies_in_the_folder(miniature_cifar10, monkeypatch):
+def test_cifar10_is_unpacked_from_an_archive_in_data_path(miniature_cifar10, monkeypatch):
     archive = miniature_cifar10.parent / CIFAR10.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(miniature_cifar10, arcname=miniature_cifar10.name)
@@ -114,7 +114,7 @@ def test_cifar10_is_unpacked_from_an_archive_that_lies_in_the_folder(miniature_c
     assert len(datasets.load_dataset(cifar10(miniature_cifar10)).train.labels) == 100
 
 
-def test_without_cifar10_and_network_the_error_says_what_to_put_where(tmp_path, monkeypatch):
+def test_without_network_the_error_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nothing listens there
     with pytest.raises(UserError) as error:
         datasets.load_dataset(cifar10(tmp_path / "data" / "x"))
@@ -122,7 +122,7 @@ def test_without_cifar10_and_network_the_error_says_what_to_put_where(tmp_path, 
         assert part in str(error.value)
 
 
-def test_a_batch_larger_than_the_images_is_refused(miniature_cifar10):
+def test_a_batch_size_above_the_number_of_images_is_refused(miniature_cifar10):
     config = replace(cifar10(miniature_cifar10), batch_size=101)
     with pytest.raises(UserError, match=r"batch_size = 101.*has 100"):
         datasets.load_dataset(config)
@@ -130,7 +130,7 @@ def test_a_batch_larger_than_the_images_is_refused(miniature_cifar10):
         datasets.load_dataset(replace(config, batch_size=60, validation_size=50))
 
 
-def test_all_processes_together_see_the_batches_of_one(config, digits, monkeypatch):
+def test_the_batches_of_all_processes_add_up_to_those_of_one(config, digits, monkeypatch):
     alone = list(datasets.batches(digits.train, digits.subset(75), config, seed=1, epoch=2))
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     shares = []
@@ -142,7 +142,7 @@ def test_all_processes_together_see_the_batches_of_one(config, digits, monkeypat
             assert torch.equal(whole, torch.cat(pieces))
 
 
-def test_what_the_images_do_not_allow_is_refused_with_its_recipe(config):
+def test_impossible_sizes_are_refused_naming_the_recipe(config):
     recipes = {**config.recipes, "student": replace(config.recipes["student"], train_size=1290)}
     with pytest.raises(UserError, match=r"student.train_size = 1290: must select and leave an image of each class"):
         datasets.load_dataset(replace(config, recipes=recipes))

@@ -47,17 +47,17 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("cuda", "mps", "device"), [(1, False, "cuda"), (1, True, "cuda"), (0, True, "mps"), (0, False, "cpu")]
 )
-def test_auto_is_cuda_then_mps_then_the_cpu(machine, cuda, mps, device):
+def test_auto_prefers_cuda_then_mps_then_the_cpu(machine, cuda, mps, device):
     machine(cuda, mps)
     assert resolve_device(replace(DEMO, device="auto")) == replace(DEMO, device=device)
 
 
-def test_a_device_of_this_machine_is_kept(config):
+def test_an_available_device_is_kept(config):
     assert resolve_device(config) == config
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:2", "mps"])
-def test_a_device_that_is_not_there_is_refused(machine, device):
+def test_an_unavailable_device_is_refused(machine, device):
     machine(cuda=2)
     with pytest.raises(
         UserError,
@@ -72,7 +72,7 @@ def test_cuda_is_refused_on_a_machine_without_it(machine):
         resolve_device(replace(DEMO, device="cuda"))
 
 
-def test_each_of_several_processes_has_a_device_of_its_own(machine, monkeypatch):
+def test_each_process_has_its_own_device(machine, monkeypatch):
     machine(cuda=2)
     monkeypatch.setattr(devices, "world_size", lambda: 2)
     assert resolve_device(DEMO).device == "cpu"
@@ -93,7 +93,7 @@ def test_each_of_several_processes_has_a_device_of_its_own(machine, monkeypatch)
         ({"batch_size": 3}, "batch_size = 3: must be 2 or more for each of 2 processes"),
     ],
 )
-def test_what_several_processes_cannot_have_is_refused(machine, monkeypatch, changes, message):
+def test_devices_that_several_processes_cannot_use_are_refused(machine, monkeypatch, changes, message):
     machine(cuda=2, mps=True)
     monkeypatch.setattr(devices, "world_size", lambda: 2)
     with pytest.raises(UserError, match=message):
@@ -111,7 +111,7 @@ def test_sync_batchnorm_is_refused_without_cuda(machine):
 
 
 @pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
-def test_a_cpu_supports_bf16_if_it_has_instructions_for_it(monkeypatch, bf16, amx):
+def test_a_cpu_supports_bf16_if_it_has_the_instructions(monkeypatch, bf16, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert supports_bf16("cpu") == (bf16 or amx)
@@ -126,14 +126,14 @@ def test_a_gpu_supports_bf16_unless_it_would_emulate_it(monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_autocast_computes_in_the_precision_over_float32_weights(device, precision, dtype):
+def test_autocast_keeps_float32_weights(device, precision, dtype):
     layer = nn.Conv2d(3, 4, 1).to(device)
     with autocast(device, precision):
         assert layer(torch.zeros(1, 3, 2, 2, device=device)).dtype == dtype
     assert layer.weight.dtype == torch.float32
 
 
-def test_float32_on_a_gpu_says_that_its_convolutions_are_in_tf32():
+def test_fp32_on_cuda_mentions_tf32_convolutions():
     for allowed, description in ((True, "fp32 (convolutions in TF32)"), (False, "fp32")):
         with torch.backends.cudnn.flags(allow_tf32=allowed):
             assert describe_precision(replace(DEMO, device="cuda", precision="fp32")) == description
@@ -150,7 +150,7 @@ def test_the_memory_format_is_channels_last_except_on_mps():
 # Switches of PyTorch
 
 
-def test_deterministic_is_a_switch_of_torch(config, monkeypatch):
+def test_deterministic_sets_torchs_switches(config, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "to be restored")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
@@ -164,7 +164,7 @@ def test_deterministic_is_a_switch_of_torch(config, monkeypatch):
     assert torch.backends.cudnn.benchmark
 
 
-def test_a_timer_waits_for_the_device_it_is_told(monkeypatch):
+def test_synchronize_waits_for_the_given_device(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
@@ -181,7 +181,7 @@ def test_a_timer_waits_for_the_device_it_is_told(monkeypatch):
         *(({"device": "cpu", "compile": "on"}, 0, True), ({"device": "cuda", "compile": "on"}, 0, True)),
     ],
 )
-def test_a_model_is_compiled_if_told_so_or_if_it_pays(monkeypatch, capsys, changes, seconds, compiles):
+def test_a_model_is_compiled_on_request_or_if_it_pays(monkeypatch, capsys, changes, seconds, compiles):
     model, faster, dynamo = nn.Linear(1, 1), nn.Linear(1, 1), SimpleNamespace(suppress_errors=None)
     monkeypatch.setattr(torch, "compile", lambda _: faster)
     monkeypatch.setattr(torch._dynamo, "config", dynamo)
@@ -194,7 +194,7 @@ def test_a_model_is_compiled_if_told_so_or_if_it_pays(monkeypatch, capsys, chang
 # Errors of the device
 
 
-def test_too_little_memory_is_an_error_of_the_rank_that_names_the_batch_size():
+def test_out_of_memory_is_reported_with_the_batch_size():
     with (
         pytest.raises(RankError, match=r"cpu ran out of memory with batch_size = 50 at 32 px; .*--batch_size"),
         explain_device_errors(DEMO),
@@ -202,7 +202,7 @@ def test_too_little_memory_is_an_error_of_the_rank_that_names_the_batch_size():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_failure_of_torch_compile_is_explained_where_it_was_asked_for():
+def test_a_torch_compile_failure_is_explained_if_compile_is_on():
     failure = torch._dynamo.exc.Unsupported("a graph break\nand a long story")
     with (
         pytest.raises(UserError, match=r"compile = on: torch.compile failed \(a graph break\); try --compile off"),
@@ -228,6 +228,6 @@ def test_the_environment_names_what_a_result_depends_on(config):
     assert {type(value) for value in found.values()} == {str}  # plain values, which a checkpoint can hold
 
 
-def test_the_name_of_a_device_is_that_of_the_gpu_or_of_the_cpus_architecture(config, device):
+def test_device_name_of_gpu_and_cpu(config, device):
     name = device_name(config)
     assert name == torch.cuda.get_device_name() if device == "cuda" else name.startswith("cpu (")

@@ -40,7 +40,7 @@ def as_rank(monkeypatch, rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_the_shards_of_all_ranks_hold_everything_once(monkeypatch, world_size):
+def test_shards_partition_the_range(monkeypatch, world_size):
     for n in (0, 1, 5, 100, 10_000):
         parts = []
         for rank in range(world_size):
@@ -50,7 +50,7 @@ def test_the_shards_of_all_ranks_hold_everything_once(monkeypatch, world_size):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_batches_of_all_ranks_together_are_those_of_one_process(config, digits, monkeypatch):
+def test_the_shards_of_a_batch_add_up_to_it(config, digits, monkeypatch):
     config, subset = replace(config, crop_padding=1), digits.subset(75)
     alone = list(batches(digits.train, subset, config, seed=1, epoch=2))
     shares = []
@@ -172,11 +172,11 @@ def two_processes(tmp_path_factory):
     return found, [process.returncode for process in started], messages
 
 
-def test_each_process_knows_its_place(two_processes):
+def test_rank_world_size_and_local_rank(two_processes):
     assert [found["place"] for found in two_processes[0]] == [[0, 0, 2], [1, 1, 2]]
 
 
-def test_a_broadcast_is_called_on_rank_0_alone_and_returns_its_result_or_error_on_all(two_processes):
+def test_broadcast_returns_rank_0s_result_or_error_on_all_ranks(two_processes):
     for found, calls in zip(two_processes[0], (1, 0), strict=True):
         assert found["broadcast"] == ["of rank", 0]
         assert found["calls"] == calls
@@ -184,7 +184,7 @@ def test_a_broadcast_is_called_on_rank_0_alone_and_returns_its_result_or_error_o
         assert found["broadcast exit"] == "SystemExit 143"
 
 
-def test_the_main_process_of_a_machine_comes_first_and_an_error_of_one_is_raised_on_all(two_processes):
+def test_main_process_first_orders_the_ranks_and_shares_errors(two_processes):
     assert [found["downloaded before"] for found in two_processes[0]] == [False, True]
     for found in two_processes[0]:
         assert found["first one's error"] == "UserError rank 0 refuses"
@@ -204,7 +204,7 @@ def test_gradients_are_averaged_and_batchnorm_statistics_weighted_by_the_shares(
         assert found["statistics"] == [[0.75, 0.75], [1.75, 1.75], 7]
 
 
-def test_only_rank_0_logs_and_a_lost_process_is_an_error_of_the_other(two_processes):
+def test_only_rank_0_logs_and_a_lost_peer_is_reported(two_processes):
     _, statuses, (first, second) = two_processes
     assert statuses == [1, 9]
     assert "logged by rank 0" in first
@@ -233,7 +233,7 @@ def torchrun(monkeypatch):
     return start
 
 
-def test_an_error_that_all_ranks_meet_is_reported_by_rank_0_alone(torchrun):
+def test_an_error_on_all_ranks_is_reported_only_by_rank_0(torchrun):
     torchrun(1)
     with pytest.raises(SystemExit) as exit, process_group():
         raise UserError("met by all")
@@ -244,13 +244,13 @@ def test_an_error_that_all_ranks_meet_is_reported_by_rank_0_alone(torchrun):
     assert "left" not in joined  # it would wait for ranks that do not know of the error
 
 
-def test_an_error_of_one_rank_is_reported_by_itself(torchrun):
+def test_an_error_on_one_rank_is_reported_by_that_rank(torchrun):
     torchrun(1)
     with pytest.raises(RankError, match="out of memory"), process_group():
         raise RankError("out of memory")
 
 
-def test_an_error_of_gloo_is_a_lost_process_and_any_other_a_bug(torchrun):
+def test_gloo_errors_mean_a_lost_peer_and_others_are_bugs(torchrun):
     torchrun(0)
     with pytest.raises(PeerLost) as error, process_group():
         raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer [::1]:5. More")
@@ -262,7 +262,7 @@ def test_an_error_of_gloo_is_a_lost_process_and_any_other_a_bug(torchrun):
         raise RuntimeError("shape mismatch")
 
 
-def test_the_group_is_left_at_the_end(torchrun):
+def test_the_process_group_is_destroyed_at_the_end(torchrun):
     joined = torchrun(1)
     with process_group():
         assert joined == ["joined"]
@@ -272,7 +272,7 @@ def test_the_group_is_left_at_the_end(torchrun):
 # torchrun's own command line
 
 
-def test_the_torchrun_commands_of_the_readme_reach_the_scripts_whole():
+def test_the_readmes_torchrun_commands_pass_every_flag_to_the_script():
     """Without the -- before the script, torchrun takes --run for an abbreviation of an option of its own."""
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    torchrun ")]
     assert any("--run " in line for line in lines)

@@ -27,15 +27,15 @@ def timed(monkeypatch):
     """Replace the timing by a table of seconds per image: timed({("resnet18", "fp32"): 0.1}); returns what it timed."""
 
     def by(table: dict[tuple[str, str], float]) -> list[tuple[str, str]]:
-        asked = []
+        timed_pairs = []
 
         def fake(build, archs, config, dataset, precisions):
             pairs = list(itertools.product(archs, precisions))
-            asked.extend(pairs)
+            timed_pairs.extend(pairs)
             return {pair: table[pair] for pair in pairs}
 
         monkeypatch.setattr(estimate, "time_training", fake)
-        return asked
+        return timed_pairs
 
     return by
 
@@ -55,7 +55,7 @@ def images_of(job: Job, config, dataset) -> float:
 # The time of a run
 
 
-def test_the_time_of_a_run_is_estimated_from_a_step(config, digits, monkeypatch):
+def test_the_estimate_follows_from_the_time_of_a_step(config, digits, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a step is 1 s
     _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], None, build_resnet, config, digits)
@@ -64,7 +64,7 @@ def test_the_time_of_a_run_is_estimated_from_a_step(config, digits, monkeypatch)
     assert estimates[("student", 1)] == pytest.approx((each, 0.0))
 
 
-def test_estimates_are_of_each_model_and_of_those_after_it(config, digits, timed):
+def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed):
     recipes = {**config.recipes, "teacher": Recipe(arch="resnet50", train_size=None)}
     config = replace(config, recipes=recipes)
     table = {("resnet50", "fp32"): 0.5, ("resnet18", "fp32"): 0.125}
@@ -77,7 +77,7 @@ def test_estimates_are_of_each_model_and_of_those_after_it(config, digits, timed
         assert found == pytest.approx((each[number], sum(each[number + 1 :])))
 
 
-def test_several_processes_share_the_images(config, digits, timed, monkeypatch):
+def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypatch):
     timed({("resnet18", "fp32"): 1.0})
     job = Job("student", 0, 2)
     monkeypatch.setattr(estimate, "world_size", lambda: 4)
@@ -85,7 +85,7 @@ def test_several_processes_share_the_images(config, digits, timed, monkeypatch):
     assert estimates[("student", 0)].model == pytest.approx(images_of(job, config, digits) / 4)
 
 
-def test_validation_images_are_those_that_are_evaluated(config, timed):
+def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
     config = replace(config, validation_size=100)
     timed({("resnet18", "fp32"): 1.0})
     _, estimates = plan([Job("student", 0, 1)], None, build_resnet, config, utils.load_dataset(config))
@@ -95,25 +95,23 @@ def test_validation_images_are_those_that_are_evaluated(config, timed):
 @pytest.mark.parametrize(
     ("hours", "announced"), [(31.4, "about 31 h 24 min on"), (1.99, "about 1 h 59 min on"), (0.99, None)]
 )
-def test_a_run_of_more_than_an_hour_is_announced_with_the_demo(config, digits, timed, capsys, hours, announced):
+def test_a_run_above_an_hour_is_announced(config, digits, timed, capsys, hours, announced):
     jobs = [Job("student", 0, 2), Job("student", 1, 2)]
     timed({("resnet18", "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
     plan(jobs, None, build_resnet, config, digits)
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     if announced:
-        assert told.startswith("This will take " + announced)
-        assert "python teacher_student_model.py --preset demo" in told
+        assert output.startswith("This will take " + announced)
+        assert "python teacher_student_model.py --preset demo" in output
     else:
-        assert told == ""
+        assert output == ""
 
 
 # The precision
 
 
 @pytest.mark.parametrize(("student_epochs", "faster"), [(1, "fp32"), (1000, "bf16")])
-def test_auto_is_the_precision_in_which_all_jobs_together_are_faster(
-    config, digits, timed, bf16, capsys, student_epochs, faster
-):
+def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed, bf16, capsys, student_epochs, faster):
     recipes = {**config.recipes, "teacher": replace(config.recipes["teacher"], arch="resnet50")}
     config = replace(config, precision="auto", recipes=recipes)
     bf16(True)
@@ -123,10 +121,10 @@ def test_auto_is_the_precision_in_which_all_jobs_together_are_faster(
         ("resnet18", "fp32"): 0.05,
         ("resnet18", "bf16"): 0.04,
     }
-    asked = timed(table)
+    timed_pairs = timed(table)
     jobs = [Job("teacher", 0, 2), Job("student", 0, student_epochs)]
     resolved, estimates = plan(jobs, None, build_resnet, config, digits)
-    assert set(asked) == set(table)
+    assert set(timed_pairs) == set(table)
     assert resolved == replace(config, precision=faster)
     for job in jobs:
         expected = images_of(job, config, digits) * table[config.recipes[job.name].arch, faster]
@@ -143,40 +141,40 @@ def test_auto_is_the_precision_in_which_all_jobs_together_are_faster(
 @pytest.mark.parametrize("recorded", ["fp32", "bf16"])
 def test_auto_keeps_the_precision_of_the_run_without_timing_the_other(config, digits, timed, bf16, capsys, recorded):
     bf16(True)
-    asked = timed({("resnet18", "fp32"): 0.1, ("resnet18", "bf16"): 0.1})
+    timed_pairs = timed({("resnet18", "fp32"): 0.1, ("resnet18", "bf16"): 0.1})
     jobs = [Job("student", 0, 1)]
     resolved, estimates = plan(jobs, recorded, build_resnet, replace(config, precision="auto"), digits)
     assert resolved.precision == recorded
-    assert asked == [("resnet18", recorded)]
+    assert timed_pairs == [("resnet18", recorded)]
     assert estimates[("student", 0)].model > 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_fixed_precision_is_kept_however_slow(config, digits, timed, bf16, precision):
+def test_a_fixed_precision_is_kept(config, digits, timed, bf16, precision):
     bf16(True)
-    asked = timed({("resnet18", "fp32"): 1.0 + (precision == "fp32"), ("resnet18", "bf16"): 1.5})
+    timed_pairs = timed({("resnet18", "fp32"): 1.0 + (precision == "fp32"), ("resnet18", "bf16"): 1.5})
     config = replace(config, precision=precision)
     assert plan([Job("student", 0, 1)], None, build_resnet, config, digits)[0] == config
-    assert asked == [("resnet18", precision)]
+    assert timed_pairs == [("resnet18", precision)]
 
 
 def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
     bf16(False)
-    asked = timed({("resnet18", "fp32"): 1.0})
+    timed_pairs = timed({("resnet18", "fp32"): 1.0})
     resolved, _ = plan([Job("student", 0, 1)], None, build_resnet, replace(config, precision="auto"), digits)
     assert resolved.precision == "fp32"
-    assert asked == [("resnet18", "fp32")]
+    assert timed_pairs == [("resnet18", "fp32")]
 
 
-def test_with_nothing_to_train_nothing_is_timed_or_announced(config, digits, timed, bf16, capsys):
+def test_nothing_is_timed_without_jobs(config, digits, timed, bf16, capsys):
     bf16(True)
-    asked = timed({})
+    timed_pairs = timed({})
     assert plan([], "bf16", build_resnet, replace(config, precision="auto"), digits) == (
         replace(config, precision="bf16"),
         {},
     )
-    assert asked == []
+    assert timed_pairs == []
     assert capsys.readouterr().err == ""
 
 
@@ -213,7 +211,7 @@ def scripted(monkeypatch):
     return make, models
 
 
-def test_the_precisions_take_turns_and_the_fastest_step_counts_except_the_first(config, digits, scripted):
+def test_timing_alternates_precisions_and_takes_the_fastest_step_after_warm_up(config, digits, scripted):
     make, models = scripted
     # fp32, bf16, fp32, ...: each warms up in 0.1 s, quicker than any step, and has an outlier
     build = make({"a": [0.1, 0.1, 0.4, 9.0, 7.0, 0.3]})
@@ -222,7 +220,7 @@ def test_the_precisions_take_turns_and_the_fastest_step_counts_except_the_first(
     assert models["a"].seen == [(25, torch.float32), (25, torch.bfloat16)] * 3  # two seconds have passed by then
 
 
-def test_at_most_ten_turns_and_at_least_three_are_taken(config, digits, scripted):
+def test_timing_takes_three_to_ten_rounds(config, digits, scripted):
     make, models = scripted
     found = time_training(
         make({"quick": [0.01] * 9 + [0.005], "slow": [60.0] * 3}), ["quick", "slow"], config, digits, ["fp32"]
@@ -231,13 +229,13 @@ def test_at_most_ten_turns_and_at_least_three_are_taken(config, digits, scripted
     assert [len(model.seen) for model in models.values()] == [10, 3]
 
 
-def test_the_two_seconds_of_an_architecture_begin_with_it(config, digits, scripted):
+def test_the_time_limit_is_per_architecture(config, digits, scripted):
     make, models = scripted
     time_training(make({"slow": [60.0] * 3, "quick": [0.01] * 10}), ["slow", "quick"], config, digits, ["fp32"])
     assert [len(model.seen) for model in models.values()] == [3, 10]
 
 
-def test_on_a_cpu_a_timed_step_has_32_images_at_most(config, digits, scripted):
+def test_a_timed_step_on_a_cpu_has_at_most_32_images(config, digits, scripted):
     make, models = scripted
     time_training(make({"a": [1.0] * 3}), ["a"], replace(config, batch_size=100), digits, ["fp32"])
     assert {count for count, _ in models["a"].seen} == {32 if config.device == "cpu" else 100}
@@ -246,7 +244,7 @@ def test_on_a_cpu_a_timed_step_has_32_images_at_most(config, digits, scripted):
 # The space on the disk
 
 
-def test_room_on_the_disk_is_checked_before_training(tmp_path, config, digits, capsys, monkeypatch):
+def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys, monkeypatch):
     jobs = [Job("student", 0, 2), Job("student_kd", 0, 2)]
     needed = space_needed(jobs, build_resnet, config, digits)
     # two finished models; one in training and its copy, both with momentum; the logits of a teacher, and their copy
@@ -259,7 +257,7 @@ def test_room_on_the_disk_is_checked_before_training(tmp_path, config, digits, c
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_the_logits_of_teachers_are_counted_where_there_are_distilled_models(config, digits):
+def test_space_needed_includes_stored_logits_for_distilled_models(config, digits):
     views = 2 * len(digits.train.labels) * 10 * 4
     plain, distilled = (
         space_needed([Job(name, 0, 1)], build_resnet, config, digits) for name in ("student", "student_kd")
@@ -267,7 +265,7 @@ def test_the_logits_of_teachers_are_counted_where_there_are_distilled_models(con
     assert distilled - plain == 2 * views
 
 
-def test_the_space_of_files_that_are_replaced_counts_as_free(config, digits, monkeypatch):
+def test_files_to_be_replaced_count_as_free_space(config, digits, monkeypatch):
     jobs = [Job("student", 0, 1)]
     needed = space_needed(jobs, build_resnet, config, digits)
     path = checkpoint_path(config, "student", 0)
@@ -301,7 +299,7 @@ def partial(config, trained, digits):
     return config
 
 
-def test_only_what_is_left_of_a_run_is_estimated(partial, digits):
+def test_only_unfinished_epochs_are_estimated(partial, digits):
     both, left = ["student", "teacher"], [Job("teacher", 0, 2), Job("student", 1, 1), Job("teacher", 1, 2)]
     assert unfinished(both, partial, digits) == left
     assert unfinished(both, replace(partial, overwrite=True), digits) == left  # what matches is kept
@@ -323,20 +321,20 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, dig
     assert Job("student", 1, 2) in unfinished(["student"], replace(partial, overwrite=True), digits)
 
 
-def test_a_training_starts_with_the_precision_of_its_run_and_says_what_it_trains_on_what(partial, timed, bf16, capsys):
+def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, timed, bf16, capsys):
     bf16(True)
-    asked = timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
+    timed_pairs = timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
     with start_training(partial, ["student"], build_resnet) as (config, dataset, estimates):
         assert config == replace(partial, precision="bf16")
-        assert asked == [("resnet18", "bf16")]
+        assert timed_pairs == [("resnet18", "bf16")]
         assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * (100 + 500 / 3)), 0.0)}
-        told = capsys.readouterr().err
-        assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px" in told
-        assert told.endswith(", bf16\n")
+        output = capsys.readouterr().err
+        assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px" in output
+        assert output.endswith(", bf16\n")
         assert len(dataset.train.labels) == 1297
 
 
-def test_a_new_run_takes_the_faster_precision(partial, timed, bf16):
+def test_a_new_run_uses_the_faster_precision(partial, timed, bf16):
     bf16(True)
     timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
     with start_training(replace(partial, run="new"), ["student"], build_resnet) as (config, _, estimates):
@@ -345,9 +343,9 @@ def test_a_new_run_takes_the_faster_precision(partial, timed, bf16):
 
 
 @pytest.mark.parametrize("hours", [31.4, 0.9])
-def test_a_long_training_is_announced_when_it_starts(config, timed, capsys, hours):
+def test_start_training_announces_a_long_run(config, timed, capsys, hours):
     timed({("resnet18", "fp32"): hours * 3600 / (2 * (100 + 500 / 3))})
     with start_training(config, ["student"], build_resnet):
-        told = capsys.readouterr().err
-    assert ("This will take about 31 h 24 min" in told) == (hours > 1)
-    assert ("--preset demo" in told) == (hours > 1)
+        output = capsys.readouterr().err
+    assert ("This will take about 31 h 24 min" in output) == (hours > 1)
+    assert ("--preset demo" in output) == (hours > 1)

@@ -32,7 +32,7 @@ def digit_files(tmp_path, digits):
     return [str(tmp_path / name) for name in ("0.png", "1.bmp", "2.png")]
 
 
-def test_predict_says_what_each_model_thinks_of_each_file(trained, digit_files, report, capsys):
+def test_predict_prints_each_models_probabilities_for_each_file(trained, digit_files, report, capsys):
     evaluate.main([*flags(trained), "--seeds", "0", "1", "--dataset", "no/such/folder", "--predict", *digit_files])
     blocks = capsys.readouterr().out.strip().split("\n\n")
     assert len(blocks) == 3
@@ -51,7 +51,7 @@ def test_predict_says_what_each_model_thinks_of_each_file(trained, digit_files, 
 
 
 @pytest.mark.parametrize("name", ["junk.png", "cut.png", "gone.png", "hostile\x1b[31m\n\udcff.png"])
-def test_predict_names_a_file_that_it_cannot_read(trained, digit_files, tmp_path, name, capsys):
+def test_predict_reports_an_unreadable_file(trained, digit_files, tmp_path, name, capsys):
     (tmp_path / "junk.png").write_bytes(b"junk")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     with pytest.raises(SystemExit) as exit:
@@ -62,8 +62,8 @@ def test_predict_names_a_file_that_it_cannot_read(trained, digit_files, tmp_path
     assert f"{tmp_path}/{shown}: cannot be read as an image (" in line
 
 
-def test_predict_without_a_checkpoint_or_a_file_says_what_to_do(trained, digit_files, tmp_path, capsys):
-    for words, told in (
+def test_predict_without_checkpoints_or_files_is_an_error(trained, digit_files, tmp_path, capsys):
+    for words, output in (
         ([*flags(tmp_path), "--predict", digit_files[0]], "train first: python teacher_student_model.py"),
         ([*flags(trained), "--predict"], "--predict: expected at least one argument"),
         ([*flags(trained), "--predict", digit_files[0], "--export"], "not allowed with argument --predict"),
@@ -72,7 +72,7 @@ def test_predict_without_a_checkpoint_or_a_file_says_what_to_do(trained, digit_f
         with pytest.raises(SystemExit) as exit:
             evaluate.main(words)
         assert exit.value.code == 2
-        assert told in capsys.readouterr().err
+        assert output in capsys.readouterr().err
 
 
 def test_hostile_file_names_do_not_break_the_table(trained, digit_files, tmp_path, capsys):
@@ -86,28 +86,26 @@ def test_hostile_file_names_do_not_break_the_table(trained, digit_files, tmp_pat
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """The small experiment with its taught student exported."""
+    """The small experiment, its distilled student exported."""
     folder = tmp_path_factory.mktemp("exported")
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
     evaluate.main([*flags(folder), "--seeds", "0", "--export"])
     return folder
 
 
-def test_export_writes_the_taught_students_or_those_that_are_named(exported, capsys):
+def test_export_writes_distilled_models_or_the_selected_ones(exported, capsys):
     assert [path.name for path in exported.rglob("*.pt2")] == ["student_kd.pt2"]
     evaluate.main([*flags(exported), "--seeds", "1", "--only", "student", "--export"])
     assert {str(path.relative_to(exported / "checkpoints/demo")) for path in exported.rglob("*.pt2")} == {
         "seed0/student_kd.pt2",
         "seed1/student.pt2",
     }
-    told = capsys.readouterr().err
-    assert "the checkpoint's class on all 500 test images" in told
-    assert f"{exported}/checkpoints/demo/seed1/student.pt2, 44." in told
+    output = capsys.readouterr().err
+    assert "the checkpoint's class on all 500 test images" in output
+    assert f"{exported}/checkpoints/demo/seed1/student.pt2, 44." in output
 
 
-def test_the_exported_student_needs_only_torch_and_is_as_accurate_to_the_image(
-    exported, trained, report, digits, script, tmp_path
-):
+def test_an_exported_model_needs_only_torch_and_predicts_the_same(exported, trained, report, digits, script, tmp_path):
     arrays = np.load(report / "predictions.npz")
     torch.save({"images": digits.test.images.cpu(), "labels": digits.test.labels.cpu()}, tmp_path / "test.pt")
     program = """
@@ -130,7 +128,7 @@ torch.save(probabilities, sys.argv[3])
     np.testing.assert_allclose(found, probabilities_of(arrays["student_kd/seed0"]), atol=1e-4)
 
 
-def test_an_export_says_which_classes_it_knows(exported):
+def test_an_export_lists_its_classes(exported):
     about = {"about.json": ""}
     torch.export.load(str(exported / "checkpoints/demo/seed0/student_kd.pt2"), extra_files=about)
     expected = {"name": "student_kd", "seed": 0, "classes": list("0123456789"), "image_size": 16}
@@ -138,7 +136,7 @@ def test_an_export_says_which_classes_it_knows(exported):
 
 
 @pytest.mark.parametrize("spoiled", ["program", "numbers"])
-def test_an_export_that_is_not_the_checkpoint_is_removed(exported, spoiled, monkeypatch, capsys):
+def test_an_export_that_differs_from_the_checkpoint_is_not_written(exported, spoiled, monkeypatch, capsys):
     write = evaluate.export_program
 
     def wrong(model, image_size, about):
@@ -154,14 +152,14 @@ def test_an_export_that_is_not_the_checkpoint_is_removed(exported, spoiled, monk
     assert not os.path.exists(exported / "checkpoints/demo/seed0/teacher.pt2")
 
 
-def test_export_without_a_checkpoint_says_what_to_run(tmp_path, capsys):
+def test_export_without_a_checkpoint_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([*flags(tmp_path), "--export"])
     assert exit.value.code == 2
     assert "train first: python teacher_student_model.py" in capsys.readouterr().err
 
 
-def test_an_export_waits_for_nobody_who_is_writing_to_the_run(exported, capsys):
+def test_export_is_refused_while_the_run_is_locked(exported, capsys):
     folder = exported / "checkpoints/demo"
     with filelock.FileLock(folder / ".lock"), pytest.raises(SystemExit) as exit:
         evaluate.main([*flags(exported), "--export"])
@@ -169,7 +167,7 @@ def test_an_export_waits_for_nobody_who_is_writing_to_the_run(exported, capsys):
     assert f"{folder}: another process is writing there" in capsys.readouterr().err
 
 
-def test_a_student_whose_teacher_was_retrained_is_refused_without_its_teacher_too(trained, tmp_path, capsys):
+def test_a_student_of_a_retrained_teacher_is_refused_even_with_only(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     other = [*flags(tmp_path), "--teacher.lr=0.02"]
     teacher_student_model.main([*other, "--only=teacher", "--overwrite"])
@@ -179,7 +177,7 @@ def test_a_student_whose_teacher_was_retrained_is_refused_without_its_teacher_to
     assert "weights of the teacher was" in capsys.readouterr().err
 
 
-def test_the_table_is_printed_in_any_encoding_and_to_a_closed_pipe(trained, image_folder, tmp_path, script):
+def test_evaluate_prints_to_an_ascii_stdout_and_a_closed_pipe(trained, image_folder, tmp_path, script):
     root = image_folder({f"{split}/{name}": 4 for split in ("train", "test") for name in ("名前", "accuracy")})
     own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--batch_size=4"]
     own += ["--teacher.train_size=none", "--student_kd.train_size=none"]

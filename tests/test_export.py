@@ -9,7 +9,7 @@ from report.export import resize_by_matrices
 
 
 @pytest.mark.parametrize("after", [16, 32, 224])
-def test_the_exported_resize_has_the_weights_of_pillow(after):
+def test_the_exported_resize_uses_pillows_weights(after):
     for before in (*range(1, 3 * after, max(1, after // 16)), 299, 500, 640, 1024):
         expected = torch.zeros(after, before, dtype=torch.float64)
         for index, weight in resize_taps(before, after, torch.device("cpu")):
@@ -22,7 +22,7 @@ def test_the_exported_resize_has_the_weights_of_pillow(after):
     ("height", "width"),
     [(1, 1), (8, 8), (16, 16), (31, 31), (32, 32), (33, 33), (64, 64), (299, 299), (7, 25), (1, 20)],
 )
-def test_the_exported_resize_has_the_bits_of_pil(height, width):
+def test_the_exported_resize_is_bit_equal_to_pil(height, width):
     images = random_images(3, height, width)
     found = resize_by_matrices(images, 32)
     assert torch.equal(found.to(torch.uint8), resize(images, 32))
@@ -31,7 +31,7 @@ def test_the_exported_resize_has_the_bits_of_pil(height, width):
         assert np.array_equal(np.asarray(expected), resized.permute(1, 2, 0).numpy())
 
 
-def test_the_exported_resize_is_that_of_the_training_for_every_shape():
+def test_the_exported_resize_is_bit_equal_to_resize():
     for height, width in ((40, 20), (20, 40), (100, 33), (33, 300)):
         images = random_images(2, height, width)
         assert torch.equal(resize_by_matrices(images, 32).to(torch.uint8), resize(images, 32))

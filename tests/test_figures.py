@@ -8,7 +8,7 @@ from report import figures
 HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
 
 
-def test_figures_draw_whatever_the_names_are():
+def test_figures_accept_any_names():
     labels = np.array([0, 1, 2, 3, 3, 0])
     predictions = np.array([0, 1, 2, 3, 0, 0])
     counts = sklearn.metrics.confusion_matrix(labels, predictions)
@@ -18,7 +18,7 @@ def test_figures_draw_whatever_the_names_are():
     logits, colours = some_logits(n=30)[0], figures.model_colours(HOSTILE)
     by_model = {name: [logits] for name in HOSTILE}
     differences = {name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in HOSTILE}
-    said = {name: probabilities_of(logits) for name in HOSTILE[:3]}
+    probabilities = {name: probabilities_of(logits) for name in HOSTILE[:3]}
     for figure in (
         figures.confusion_figure(counts, HOSTILE, "x"),
         figures.report_figure(scores, support, HOSTILE, "x"),
@@ -26,12 +26,12 @@ def test_figures_draw_whatever_the_names_are():
         figures.confusion_difference_figure(counts, counts.T, HOSTILE, "x"),
         figures.class_differences_figure(differences, "x", "black"),
         figures.reliability_figure(by_model, np.arange(30) % 4, colours, by_model),
-        figures.gallery_figure(np.zeros((7, 3, 9, 3), np.uint8), np.arange(7) % 4, said, HOSTILE, colours),
+        figures.gallery_figure(np.zeros((7, 3, 9, 3), np.uint8), np.arange(7) % 4, probabilities, HOSTILE, colours),
     ):
         assert figures.png(figure).startswith(b"\x89PNG")
 
 
-def test_figures_of_many_classes_stay_of_bounded_size():
+def test_figures_of_many_classes_have_a_bounded_size():
     classes = tuple(f"class {number}" for number in range(150))
     counts = np.eye(150, dtype=int)
     scores, support = np.full((150, 3), 0.7), np.full(150, 3)
@@ -64,7 +64,7 @@ def test_the_difference_figure_is_model_minus_baseline_in_points_of_the_true_cla
     assert low == -high
 
 
-def test_a_model_has_the_same_colour_in_every_figure_and_every_selection():
+def test_colours_do_not_depend_on_the_selection():
     recipes = PRESETS["cifar10"].recipes
     colours = figures.model_colours(recipes)
     assert len(set(colours.values())) == len(recipes)

@@ -14,7 +14,7 @@ STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss":
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit on file sizes is POSIX")
-def test_a_file_size_limit_ends_a_save_like_a_full_disk(tmp_path):
+def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):
     path = tmp_path / "model.pt"
     checkpoints.save_checkpoint(path, STATE)
     code = f"""
@@ -33,7 +33,7 @@ with exit_on_error():
 
 
 @pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_failing_save_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, monkeypatch, fails):
+def test_a_failed_save_keeps_the_old_file_and_removes_the_temporary_one(tmp_path, monkeypatch, fails):
     path = tmp_path / "model.pt"
     checkpoints.save_checkpoint(path, STATE)
 
@@ -47,7 +47,7 @@ def test_a_failing_save_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, 
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
-def test_a_second_process_is_refused_and_a_dead_one_blocks_nobody(tmp_path):
+def test_the_lock_refuses_a_second_process_and_outlives_no_process(tmp_path):
     folder = tmp_path / "run"
     code = f"""
 import pathlib, time
@@ -72,7 +72,7 @@ with files.lock(pathlib.Path({str(folder)!r})):
 
 
 @pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="a POSIX flag")
-def test_a_lock_that_is_a_link_harms_nobody(tmp_path):
+def test_a_symbolic_link_as_lock_file_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "run").mkdir()

@@ -39,7 +39,7 @@ def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config
         assert torch.equal(image, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
-def test_what_is_wrong_with_a_folder_is_named(config, image_folder, tmp_path):
+def test_problems_of_a_folder_are_reported(config, image_folder, tmp_path):
     def message(root):
         with pytest.raises(UserError) as error:
             datasets.load_dataset(folder_config(config, root))
@@ -51,17 +51,17 @@ def test_what_is_wrong_with_a_folder_is_named(config, image_folder, tmp_path):
     assert "there is no" in message(root)
     assert str(root / "val") in message(root)
     image_folder({"test/a": 1, "test/c": 1})
-    told = message(root)
-    assert f"{root / 'test'}: has no folder for class 'b'" in told
-    assert f"{root / 'train'}: has no folder for class 'c'" in told
+    output = message(root)
+    assert f"{root / 'test'}: has no folder for class 'b'" in output
+    assert f"{root / 'train'}: has no folder for class 'c'" in output
     image_folder({"test/b": 0, "train/c": 1})
     assert f"{root / 'test' / 'b'}: holds no images" in message(root)
     image_folder({"test/b": 1})
     for number in range(12):
         (root / "train" / "a" / f"note{number:02}.txt").write_text("hello")
-    told = message(root)
-    assert str(root / "train" / "a" / "note00.txt") in told
-    assert "and 2 more" in told
+    output = message(root)
+    assert str(root / "train" / "a" / "note00.txt") in output
+    assert "and 2 more" in output
 
 
 def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
-def test_a_pipe_or_a_format_that_starts_programs_is_no_image(config, image_folder):
+def test_pipes_and_postscript_files_are_refused(config, image_folder):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     os.mkfifo(root / "train" / "a" / "pipe.png")
     Image.new("RGB", (8, 8)).save(root / "train" / "a" / "program.eps")
@@ -91,7 +91,7 @@ def test_a_class_whose_name_is_not_utf8_is_refused(config, image_folder):
         datasets.load_dataset(replace(config, dataset=str(root)))
 
 
-def test_links_in_circles_end(config, image_folder):
+def test_circular_links_are_reported(config, image_folder):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     (root / "train" / "a" / "up").symlink_to(root, target_is_directory=True)
     with pytest.raises(UserError, match=r"train/a/up: cannot be read as an image"):
@@ -106,7 +106,7 @@ def test_links_in_circles_end(config, image_folder):
         datasets.load_dataset(replace(config, dataset=str(root)))
 
 
-def test_photographs_are_turned_upright(config, image_folder, tmp_path):
+def test_exif_orientation_is_applied(config, image_folder, tmp_path):
     """The same images, stored upright and as a camera that was held sideways stores them."""
     upright = image_folder({f"{s}/{c}": 2 for s in ("train", "test") for c in "ab"}, size=(9, 9))
     rotated = tmp_path / "rotated"
@@ -121,7 +121,7 @@ def test_photographs_are_turned_upright(config, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_are_white(tmp_path, mode):
+def test_transparent_pixels_become_white(tmp_path, mode):
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     image.putpixel((1, 0), (200, 0, 0, 0))  # its hidden colour is red
     if mode == "P":

@@ -28,12 +28,12 @@ def photographs() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [8, 16, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 160, 224, 256, 299, 331, 480])
-def test_resize_gives_the_bits_of_pil(size, photographs):
+def test_resize_is_bit_equal_to_pil(size, photographs):
     images = torch.cat([photographs[::20], random_images(10, 32, 32, seed=size)])
     assert torch.equal(resize(images, size), pil_resize(images, size))
 
 
-def test_resize_at_224_gives_the_bits_of_pil_over_ten_million_values(photographs):
+def test_resize_to_224_is_bit_equal_to_pil_over_ten_million_values(photographs):
     images = torch.cat([photographs[:40], random_images(40, 32, 32)])
     ours = resize(images, 224)
     assert ours.numel() > 10_000_000
@@ -41,25 +41,25 @@ def test_resize_at_224_gives_the_bits_of_pil_over_ten_million_values(photographs
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 200), (200, 5), (1, 1), (17, 224), (224, 224)])
-def test_resize_gives_the_bits_of_pil_for_images_of_any_shape_that_grow(height, width):
+def test_resize_is_bit_equal_to_pil_for_enlarged_images_of_any_shape(height, width):
     images = random_images(4, height, width)
     assert torch.equal(resize(images, 224), pil_resize(images, 224))
 
 
-def test_resize_does_not_depend_on_how_many_images_come_at_once():
+def test_resize_does_not_depend_on_the_number_of_images():
     images = random_images(13, 32, 32)
     one_by_one = torch.cat([resize(image[None], 224) for image in images])
     assert torch.equal(resize(images, 224), one_by_one)
     assert resize(images[:0], 224).shape == (0, 3, 224, 224)
 
 
-def test_resize_refuses_what_is_not_uint8():
+def test_resize_refuses_other_types_and_shapes():
     with pytest.raises(ValueError, match="uint8"):
         resize(torch.zeros(1, 3, 8, 8), 16)
 
 
 @pytest.mark.parametrize("size", [None, 48])
-def test_prepare_gives_the_bits_of_torchvisions_transforms(size, photographs):
+def test_prepare_is_bit_equal_to_torchvisions_transforms(size, photographs):
     steps = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     transform = transforms.Compose([transforms.Resize((size, size)), *steps] if size else steps)
     expected = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in photographs])
@@ -68,14 +68,14 @@ def test_prepare_gives_the_bits_of_torchvisions_transforms(size, photographs):
     assert torch.equal(ours, expected)
 
 
-def test_flip_mirrors_the_images_it_is_told_to():
+def test_flip_mirrors_the_selected_images():
     images = random_images(2, 4, 4)
     flipped = flip(images, torch.tensor([True, False]))
     assert torch.equal(flipped[0], images[0][:, :, [3, 2, 1, 0]])
     assert torch.equal(flipped[1], images[1])
 
 
-def test_shift_is_torchvisions_crop_out_of_a_padded_image():
+def test_shift_equals_torchvisions_pad_and_crop():
     images = random_images(25, 5, 7)
     down, right = (torch.tensor(t) for t in zip(*[(d, r) for d in range(-2, 3) for r in range(-2, 3)], strict=True))
     padded = transforms.functional.pad(images, [2, 2, 2, 2])

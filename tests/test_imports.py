@@ -63,7 +63,7 @@ def test_imports_run_in_one_direction(name):
     assert {other.split(".")[0] for other in OWN[name]} <= MAY_IMPORT[package]
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_circular_imports():
     order = list(graphlib.TopologicalSorter(OWN).static_order())  # raises CycleError
     assert set(order) == set(TREES)
 
@@ -73,7 +73,7 @@ def test_statistics_imports_nothing_of_this_repository():
     assert "scipy" in IMPORTS["report.statistics"]
 
 
-def test_what_is_imported_is_named_in_the_requirements():
+def test_every_imported_package_is_in_the_requirements():
     names = {name.split(".")[0] for names in IMPORTS.values() for name in names}
     packages = {"PIL": "pillow", "sklearn": "scikit-learn"}
     used = {packages.get(name, name) for name in names - set(sys.stdlib_module_names) - set(MAY_IMPORT)}

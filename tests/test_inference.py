@@ -20,7 +20,7 @@ def model() -> nn.Module:
     return model
 
 
-def test_predictions_are_made_in_evaluation_mode_and_leave_the_model_as_it_was(model):
+def test_predict_uses_evaluation_mode_and_leaves_the_model_unchanged(model):
     images = random_images(30, 8, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
@@ -37,7 +37,7 @@ def test_predictions_are_made_in_evaluation_mode_and_leave_the_model_as_it_was(m
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_folding_batchnorm_leaves_a_copy_without_it_that_says_the_same(arch):
+def test_folding_batchnorm_returns_an_equivalent_copy_without_it(arch):
     torch.manual_seed(0)
     model = build_resnet(arch, 10, pretrained=False)
     with torch.no_grad():
@@ -49,13 +49,13 @@ def test_folding_batchnorm_leaves_a_copy_without_it_that_says_the_same(arch):
     torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
 
 
-def test_float_images_are_taken_as_they_are(model):
+def test_predict_passes_float_images_on_unchanged(model):
     images = random_images(3, 16, 16)
     torch.testing.assert_close(predict(model, images), predict(model, prepare(images)))
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "efficientnet_b0"])
-def test_batchnorm_is_folded_in_other_convolutional_models_too(arch):
+def test_batchnorm_is_folded_in_other_convolutional_models(arch):
     torch.manual_seed(0)
     model = torchvision.models.get_model(arch).eval()
     folded, images = fold_batchnorm(model), torch.randn(2, 3, 64, 64)
@@ -63,12 +63,12 @@ def test_batchnorm_is_folded_in_other_convolutional_models_too(arch):
     torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
 
 
-def test_folded_weights_are_those_of_pytorchs_own_fusion(model):
+def test_folded_weights_equal_pytorchs_fuse_conv_bn_eval(model):
     conv = torch.nn.utils.fusion.fuse_conv_bn_eval(copy.deepcopy(model.conv1).eval(), copy.deepcopy(model.bn1).eval())
     assert torch.equal(fold_batchnorm(model).conv1.weight, conv.weight)
 
 
-def test_a_model_that_cannot_be_traced_is_left_unfolded_in_evaluation_mode():
+def test_an_untraceable_model_is_not_folded():
     class Untraceable(nn.Module):
         def __init__(self):
             super().__init__()

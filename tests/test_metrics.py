@@ -40,7 +40,7 @@ def test_expected_calibration_error():
     assert expected_calibration_error(torch.tensor(logits), torch.tensor(labels)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_calibrated_model_has_little_calibration_error_and_an_overconfident_one_much():
+def test_calibration_error_of_calibrated_and_overconfident_models():
     random = np.random.default_rng(0)
     probabilities = random.dirichlet(np.ones(10), size=20_000)
     labels = np.array([random.choice(10, p=p) for p in probabilities])
@@ -75,7 +75,7 @@ def test_reliability_is_accuracy_in_bins_of_equal_mass_with_the_interval_of_one_
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-def test_the_temperature_is_that_of_a_general_optimiser(scale):
+def test_fit_temperature_agrees_with_a_general_optimiser(scale):
     logits, labels = some_logits()
     found = fit_temperature(scale * logits, labels)
 
@@ -86,7 +86,7 @@ def test_the_temperature_is_that_of_a_general_optimiser(scale):
     assert found == pytest.approx(best.x, rel=1e-5)
 
 
-def test_an_overconfident_model_gets_its_temperature_back():
+def test_fit_temperature_recovers_a_known_temperature():
     random = np.random.default_rng(0)
     probabilities = random.dirichlet(np.ones(10), size=20_000)
     labels = np.array([random.choice(10, p=p) for p in probabilities])
@@ -101,14 +101,14 @@ def test_an_overconfident_model_gets_its_temperature_back():
     assert entry["temperature_scaled"]["negative_log_likelihood"] < entry["negative_log_likelihood"]
 
 
-def test_a_temperature_without_a_minimum_stays_within_bounds():
+def test_fit_temperature_without_a_minimum_stays_within_bounds():
     logits, labels = some_logits()
     assert fit_temperature(logits, logits.argmax(1)) == pytest.approx(0.01)  # all right: the surer the better
     assert fit_temperature(logits, logits.argmin(1)) == pytest.approx(100)
     assert math.isnan(fit_temperature(np.full((3, 2), np.nan), labels[:3] % 2))
 
 
-def test_divergence_and_entropy_are_those_of_a_plain_loop():
+def test_divergence_and_entropy_agree_with_a_plain_loop():
     teacher, student = some_logits(n=50, seed=1)[0], some_logits(n=50, seed=2)[0]
     for temperature in (1.0, 5.0):
         p, q = (probabilities_of(z / temperature) for z in (teacher, student))
@@ -133,7 +133,7 @@ def test_the_most_confused_pairs():
     assert most_confused(np.eye(3, dtype=int), ("a", "b", "c")) == []
 
 
-def test_a_model_whose_logits_are_nan_has_metrics_that_json_can_hold():
+def test_metrics_of_nan_logits_are_valid_json():
     labels = np.array([0, 1, 1])
     model = Evaluated(PRESETS["demo"].recipes["student"], {0: np.full((3, 2), np.nan, np.float32)}, {})
     entry = model_metrics(model, labels, ("a", "b"))

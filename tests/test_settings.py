@@ -25,12 +25,12 @@ from engine.errors import (
 from engine.settings import ARCHS, TRAINING_IMAGES, Config, Recipe
 
 
-def test_archs_are_those_of_torchvision():
+def test_archs_match_torchvision():
     known = torchvision.models.list_models(module=torchvision.models)
     assert set(ARCHS) == {name for name in known if "resne" in name}
 
 
-def test_the_default_is_the_experiment_of_the_original():
+def test_the_default_is_the_originals_experiment():
     config = parse([])
     assert (config.dataset, config.image_size, config.batch_size, config.horizontal_flip) == ("cifar10", 224, 100, 0.5)
     rows = {name: (r.arch, r.epochs, r.lr, r.momentum, r.pretrained) for name, r in config.recipes.items()}
@@ -44,7 +44,7 @@ def test_the_default_is_the_experiment_of_the_original():
     assert distilled.scale_soft_loss
 
 
-def test_the_preset_original_differs_from_the_default_only_in_the_factor_of_the_soft_loss():
+def test_the_original_preset_differs_only_in_scale_soft_loss():
     original, default = PRESETS["original"], PRESETS["cifar10"]
     assert not original.recipes["student_kd"].scale_soft_loss
     recipes = {name: dataclasses.replace(recipe, scale_soft_loss=True) for name, recipe in original.recipes.items()}
@@ -54,7 +54,7 @@ def test_the_preset_original_differs_from_the_default_only_in_the_factor_of_the_
 # The command line
 
 
-def test_a_flag_does_what_an_edit_does():
+def test_a_flag_equals_an_edit():
     flags = "--batch_size 64 --student_kd.temperature 4 --seeds 0 1 2 --student.nesterov true --overwrite"
     config = parse([*flags.split(), "--student.train_size=500", "--only", "student"])
     default = PRESETS["cifar10"]
@@ -73,7 +73,7 @@ def test_none_on_the_command_line_clears_an_optional_setting():
     assert recipes["student"].train_size is None
 
 
-def test_each_preset_has_a_run_of_its_own():
+def test_each_preset_has_its_own_run():
     assert {name: parse(["--preset", name]).run for name in PRESETS} == {name: name for name in PRESETS}
 
 
@@ -117,7 +117,7 @@ def test_each_preset_has_a_run_of_its_own():
         ("--precision fp8", ["precision = 'fp8'", "bf16"]),
     ],
 )
-def test_a_mistake_is_reported_with_its_field_its_value_and_what_it_takes(flags, messages):
+def test_a_mistake_is_reported_with_field_value_and_expected_value(flags, messages):
     with pytest.raises(UserError) as error:
         parse(flags.split())
     for message in messages:
@@ -147,7 +147,7 @@ def test_help_has_a_line_and_the_values_of_each_field(capsys):
     assert "%%" not in shown
 
 
-def test_a_script_may_have_flags_of_its_own(capsys):
+def test_scripts_can_have_their_own_flags(capsys):
     own = {"--predict IMAGE ...": "what the models predict for these files"}
     with pytest.raises(SystemExit):
         parse(["--help"], own)
@@ -188,7 +188,7 @@ def test_teachers_come_before_their_students():
 
 
 @pytest.mark.parametrize("flag", ["alpha 0.5", "temperature 4", "scale_soft_loss false"])
-def test_a_setting_of_the_distillation_is_refused_where_there_is_no_teacher(flag):
+def test_distillation_settings_without_a_teacher_are_refused(flag):
     field = flag.split()[0]
     with pytest.raises(UserError, match=rf"^student\.{field} = .*: has no effect without a teacher$"):
         parse([f"--student.{field}", flag.split()[1]])
@@ -236,7 +236,7 @@ def test_no_message_about_sizes_shows_a_negative_number():
 # config.py
 
 
-def test_the_tables_of_config_py_are_its_first_60_lines_below_imports_and_docstring_alone():
+def test_the_tables_are_in_the_first_60_lines_of_config_py():
     body = ast.parse((ROOT / "config.py").read_text()).body
     tables = {node.targets[0].id: node for node in body if isinstance(node, ast.Assign)}
     assert {"RECIPES", "ORIGINAL", "SCRATCH", "DEMO", "PRESETS"} <= set(tables)
@@ -278,9 +278,7 @@ def edit(tmp_path):
     ],
     ids=["value", "field", "name", "syntax", "in a comprehension", "type", "preset"],
 )
-def test_a_mistake_in_an_edited_config_py_is_one_line_with_its_place(
-    edit, tmp_path, monkeypatch, capsys, old, new, message
-):
+def test_a_mistake_in_config_py_is_reported_with_its_line(edit, tmp_path, monkeypatch, capsys, old, new, message):
     number = edit(old, new)
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("config", "utils"):
@@ -288,12 +286,12 @@ def test_a_mistake_in_an_edited_config_py_is_one_line_with_its_place(
     with pytest.raises(SystemExit) as exit:
         importlib.import_module("utils")
     assert exit.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: config.py, line {number}: {message}")
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: config.py, line {number}: {message}")
+    assert output.count("\n") == 1
 
 
-def test_a_script_with_a_mistake_in_config_py_ends_with_that_line_and_status_2(edit, script, tmp_path):
+def test_a_mistake_in_config_py_exits_with_status_2(edit, script, tmp_path):
     for name in ("utils.py", "custom_resnet.py"):
         shutil.copy(ROOT / name, tmp_path)
     number = edit(TEACHER, "arch=resnet50, epochs=0)")
@@ -303,7 +301,7 @@ def test_a_script_with_a_mistake_in_config_py_ends_with_that_line_and_status_2(e
     assert done.stdout == ""
 
 
-def test_several_mistakes_in_a_line_of_config_py_are_each_reported_with_it(tmp_path):
+def test_several_mistakes_on_one_line_of_config_py_are_all_reported(tmp_path):
     module = tmp_path / "edited.py"
     module.write_text("from engine.settings import Recipe\n\nROW = Recipe(\n    epochs=0,\n    lr=-1,\n)\n")
     spec = importlib.util.spec_from_file_location("edited", module)
@@ -315,7 +313,7 @@ def test_several_mistakes_in_a_line_of_config_py_are_each_reported_with_it(tmp_p
     ]
 
 
-def test_a_row_may_be_renamed_and_added(edit, tmp_path):
+def test_rows_can_be_renamed_and_added(edit, tmp_path):
     row = '"student_kd": Recipe(arch="resnet18", epochs=10, teacher="teacher", alpha=0.25, temperature=5.0),'
     edit(row, row.replace("student_kd", "pupil") + row.replace("student_kd", "second"))
     spec = importlib.util.spec_from_file_location("edited_config", tmp_path / "config.py")
@@ -330,7 +328,7 @@ def test_a_row_may_be_renamed_and_added(edit, tmp_path):
 # Errors
 
 
-def test_a_user_error_is_printed_in_one_line_each_without_control_characters(capsys):
+def test_user_errors_are_printed_one_per_line_without_control_characters(capsys):
     with pytest.raises(SystemExit) as exit, exit_on_error():
         raise UserError("\x1b[2Ja file\nof two lines", "class 名")
     assert exit.value.code == 2
@@ -345,31 +343,31 @@ def test_a_user_error_is_printed_in_one_line_each_without_control_characters(cap
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_other_ends_have_a_status_of_their_own(capsys, error, status, message):
+def test_exit_statuses_of_divergence_and_interruption(capsys, error, status, message):
     with pytest.raises(SystemExit) as exit, exit_on_error():
         raise error
     assert exit.value.code == status
     assert capsys.readouterr().err == message
 
 
-def test_an_error_that_is_a_bug_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), exit_on_error():
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError), locate_errors():
         raise ZeroDivisionError
 
 
-def test_an_unknown_name_is_answered_with_the_closest_or_with_all():
+def test_suggest_names_the_closest_or_all():
     assert suggest("studnet", ["teacher", "student"]) == "did you mean student?"
     assert suggest("x", ["teacher", "student"]) == "known: teacher, student"
 
 
-def test_of_many_messages_ten_are_shown_and_the_others_counted():
+def test_at_most_ten_messages_are_shown():
     messages = [str(number) for number in range(12)]
     assert at_most_ten(messages[:10]) == messages[:10]
     assert at_most_ten(messages) == [*messages[:10], "and 2 more"]
 
 
-def test_the_first_line_of_an_error_is_its_type_where_it_has_no_message():
+def test_first_line_of_an_error_without_a_message_is_its_type():
     assert first_line(RuntimeError("cause\ndetails")) == "cause"
     assert first_line(MemoryError()) == "MemoryError"

@@ -26,7 +26,7 @@ def test_wilson_interval(correct, n):
     assert wilson_interval(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_wilson_interval_refuses_what_is_no_proportion():
+def test_wilson_interval_refuses_invalid_proportions():
     for correct, n in ((1, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="wilson_interval takes"):
             wilson_interval(correct, n)
@@ -38,13 +38,13 @@ def test_mcnemar_p(pair):
     assert mcnemar_p(*pair) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_paired_t_test_is_scipys():
+def test_paired_t_p_agrees_with_scipy():
     differences = np.array([0.004, -0.001, 0.003])
     assert paired_t_p(differences) == pytest.approx(scipy.stats.ttest_1samp(differences, 0).pvalue)
     assert paired_t_p(np.array([0.96, 0.95]) - np.array([0.956, 0.946])) is None  # equal up to rounding
 
 
-def test_an_accuracy_interval_is_wilsons_for_one_seed_and_wider_for_several():
+def test_accuracy_interval_is_wilsons_for_one_seed_and_wider_for_several():
     random = np.random.default_rng(0)
     correct = random.random((3, 400)) < np.array([[0.80], [0.85], [0.88]])
     assert accuracy_interval(correct[:1]) == pytest.approx(wilson_interval(int(correct[0].sum()), 400))
@@ -58,7 +58,7 @@ def test_an_accuracy_interval_is_wilsons_for_one_seed_and_wider_for_several():
     assert accuracy_interval(same) == pytest.approx(accuracy_interval(same[:1]))
 
 
-def test_a_paired_interval_is_agresti_and_mins_for_one_seed():
+def test_paired_interval_is_agresti_and_mins_for_one_seed():
     random = np.random.default_rng(0)
     model, baseline = random.random((1, 60)) < 0.8, random.random((1, 60)) < 0.7
     b, c = int((model & ~baseline).sum()) + 0.5, int((baseline & ~model).sum()) + 0.5  # half an image in each cell
@@ -71,7 +71,7 @@ def test_a_paired_interval_is_agresti_and_mins_for_one_seed():
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_a_paired_interval_is_that_of_a_plain_bootstrap(seeds):
+def test_paired_interval_agrees_with_a_bootstrap(seeds):
     random = np.random.default_rng(0)
     model, baseline = random.random((seeds, 300)) < 0.8, random.random((seeds, 300)) < 0.7
     differences, draws = model.mean(1) - baseline.mean(1), []
@@ -89,7 +89,7 @@ def test_a_paired_interval_is_that_of_a_plain_bootstrap(seeds):
 
 @pytest.mark.parametrize("per_class", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize("difference", [0.0, 0.1])
-def test_paired_intervals_cover_the_truth_from_one_image_a_class_on(per_class, difference):
+def test_paired_intervals_have_nominal_coverage_from_one_image_per_class(per_class, difference):
     """50 classes; the two models share most of their errors."""
     random, n, covered = np.random.default_rng(0), 50 * per_class, 0
     for _ in range(1000):
@@ -100,7 +100,7 @@ def test_paired_intervals_cover_the_truth_from_one_image_a_class_on(per_class, d
     assert 930 <= covered <= 970
 
 
-def test_holm_is_the_step_down_procedure():
+def test_holm_agrees_with_the_step_down_procedure():
     random = np.random.default_rng(0)
     for _ in range(50):
         p = (random.random(5) ** 3).tolist()
@@ -113,7 +113,7 @@ def test_holm_is_the_step_down_procedure():
     assert holm([]) == []
 
 
-def test_the_detectable_difference_is_found_four_times_in_five():
+def test_the_detectable_difference_has_80_percent_power():
     n, discordant = 10_000, 0.04
     difference = detectable_difference(discordant, n)
     random = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_the_detectable_difference_is_found_four_times_in_five():
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 9, 20])
-def test_the_power_over_seeds_is_that_of_the_noncentral_t(seeds):
+def test_t_power_agrees_with_simulation(seeds):
     df, critical = seeds - 1, scipy.stats.t.ppf(0.975, seeds - 1)
     for effect in (0.0, 0.3, 1.0, 3.0, 9.0):
         t = scipy.stats.nct(df, effect * math.sqrt(seeds))
@@ -134,7 +134,7 @@ def test_the_power_over_seeds_is_that_of_the_noncentral_t(seeds):
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 20])
-def test_the_detectable_difference_over_seeds_is_found_four_times_in_five(seeds):
+def test_the_detectable_difference_over_seeds_has_80_percent_power(seeds):
     difference = detectable_over_seeds(0.0015, 0.0, seeds)
     random = np.random.default_rng(0)
     found = np.mean([paired_t_p(random.normal(difference, 0.0015, seeds)) < 0.05 for _ in range(3000)])
@@ -142,7 +142,7 @@ def test_the_detectable_difference_over_seeds_is_found_four_times_in_five(seeds)
     assert seeds_needed(difference, 0.0015, 0.0) == seeds
 
 
-def test_the_number_of_seeds_may_be_out_of_reach():
+def test_seeds_needed_is_none_when_out_of_reach():
     assert seeds_needed_after_one(0.0, 0.04, 10_000) is None
     assert seeds_needed_after_one(1e-9, 0.04, 10_000) is None
     assert seeds_needed(1e-9, 0.0015, 0.0) is None
@@ -151,13 +151,13 @@ def test_the_number_of_seeds_may_be_out_of_reach():
     assert seeds_needed(0.003, 0.0015, 0.001**2) > seeds_needed(0.003, 0.0015, 0.0)
 
 
-def test_what_cannot_be_said_is_not_said():
+def test_undetectable_differences_are_none():
     assert detectable_difference(0.0, 500) is None
     assert detectable_difference(4 / 500, 500) is None  # four images: no p below 0.05 can come of them
     assert detectable_over_seeds(0.0, 0.001, 3) is None
 
 
-def test_the_originals_own_figures_are_indistinguishable_unless_their_errors_hardly_differ():
+def test_the_originals_gain_is_significant_only_with_few_discordant_images():
     """9,420 of 10,000 right with the teacher and 9,410 without, for every possible overlap of their errors."""
     significant = [only for only in range(581) if mcnemar_p(only + 10, only) < 0.05]
     assert significant == [only for only in range(581) if scipy.stats.binomtest(only, 2 * only + 10).pvalue < 0.05]

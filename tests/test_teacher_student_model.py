@@ -53,7 +53,7 @@ grid = pytest.mark.parametrize(
 
 @grid
 @pytest.mark.parametrize("scale", [True, False])
-def test_the_loss_is_its_closed_form(logits, alpha, temperature, scale):
+def test_the_loss_agrees_with_its_closed_form(logits, alpha, temperature, scale):
     z, v, y = logits
     expected = closed_form(z, v, y, alpha, temperature, scale)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -63,7 +63,7 @@ def test_the_loss_is_its_closed_form(logits, alpha, temperature, scale):
 
 
 @grid
-def test_the_gradient_is_that_of_finite_differences(logits, alpha, temperature):
+def test_the_gradient_agrees_with_finite_differences(logits, alpha, temperature):
     z, v, y = logits
     student = torch.tensor(z, requires_grad=True)
     distillation_loss(student, torch.tensor(v), torch.tensor(y), alpha, temperature).backward()
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_finite_differences(logits, alpha, temperature):
         assert student.grad[row, column].item() == pytest.approx(slope, abs=1e-8)
 
 
-def test_a_student_that_says_what_the_teacher_says_has_no_soft_loss(logits):
+def test_the_soft_loss_is_zero_where_student_and_teacher_agree(logits):
     z, v, y = (torch.tensor(array) for array in logits)
     assert distillation_loss(v, v, y, 0.0, 5.0).item() == pytest.approx(0, abs=1e-12)
     assert distillation_loss(z, v, y, 0.0, 5.0) != distillation_loss(v, z, y, 0.0, 5.0)  # KL is not symmetric
@@ -102,7 +102,7 @@ def teacher() -> Teacher:
     return Teacher("teacher", model.eval().requires_grad_(False), checkpoints.tensors_digest(model.state_dict()))
 
 
-def test_logits_are_those_of_the_teacher_on_every_view(config, digits, teacher):
+def test_teacher_logits_agree_with_the_teacher_on_every_view(config, digits, teacher):
     subset = digits.subset(100)
     logits = teacher_logits(teacher, config, digits, subset)
     assert logits.shape == (2, 1297, C)
@@ -118,34 +118,34 @@ def test_logits_are_those_of_the_teacher_on_every_view(config, digits, teacher):
 
 
 @pytest.mark.parametrize(("share", "views"), [(0.0, [True, False]), (0.5, [True, True]), (1.0, [False, True])])
-def test_views_that_no_batch_shows_are_not_computed(config, digits, teacher, share, views):
+def test_unused_views_are_not_computed(config, digits, teacher, share, views):
     logits = teacher_logits(teacher, replace(config, horizontal_flip=share), digits, digits.subset(50))
     assert [not logits[view].isnan().all() for view in (0, 1)] == views
 
 
-def test_a_batch_is_taught_by_the_logits_of_its_own_images_and_views(config, digits, teacher):
+def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits, teacher):
     """The stored logits teach as the teacher itself would on the student's very batch; any others do not."""
     subset = digits.subset(100)
     lookup = stored_logits(teacher_logits(teacher, config, digits, subset))
-    ask = online_logits(teacher.model, config)
+    online = online_logits(teacher.model, config)
     loss_fn = distilled_loss(lookup, replace(config.recipes["student_kd"], alpha=0.0))
     for batch in datasets.batches(digits.train, subset, config, seed=0, epoch=0):
-        said = teacher.model(batch.images)
-        for logits in (lookup(batch), ask(batch)):
-            torch.testing.assert_close(logits, said, atol=1e-4, rtol=0)
-        assert loss_fn(said, batch)["soft loss"].item() == pytest.approx(0, abs=1e-5)
-        assert loss_fn(said, batch._replace(flipped=~batch.flipped))["soft loss"] > 1e-3
-        assert loss_fn(said, batch._replace(index=batch.index.roll(1)))["soft loss"] > 1e-3
+        expected = teacher.model(batch.images)
+        for logits in (lookup(batch), online(batch)):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert loss_fn(expected, batch)["soft loss"].item() == pytest.approx(0, abs=1e-5)
+        assert loss_fn(expected, batch._replace(flipped=~batch.flipped))["soft loss"] > 1e-3
+        assert loss_fn(expected, batch._replace(index=batch.index.roll(1)))["soft loss"] > 1e-3
 
 
 def computed(capsys) -> int:
-    """How many logits the last call said that it computed."""
-    told = capsys.readouterr().err
-    found = re.search(r"logits of teacher  ([\d,]+) computed", told)
+    """How many logits the last call logged as computed."""
+    output = capsys.readouterr().err
+    found = re.search(r"logits of teacher  ([\d,]+) computed", output)
     return int(found[1].replace(",", "")) if found else 0
 
 
-def test_logits_are_kept_and_only_what_is_missing_is_computed(config, digits, teacher, tmp_path, capsys):
+def test_stored_logits_are_reused_and_completed(config, digits, teacher, tmp_path, capsys):
     path = tmp_path / "teacher.logits"
     few, more = digits.subset(50), digits.subset(100)
     first = teacher_logits(teacher, config, digits, few, path)
@@ -157,7 +157,7 @@ def test_logits_are_kept_and_only_what_is_missing_is_computed(config, digits, te
     assert torch.equal(both[:, few], first[:, few])
 
 
-def test_logits_of_anything_else_are_computed_again(config, digits, teacher, tmp_path, capsys):
+def test_logits_of_other_inputs_are_recomputed(config, digits, teacher, tmp_path, capsys):
     path, subset = tmp_path / "teacher.logits", digits.subset(50)
     teacher_logits(teacher, config, digits, subset, path)
     for other_teacher, other_config, other_digits, reason in (
@@ -168,13 +168,13 @@ def test_logits_of_anything_else_are_computed_again(config, digits, teacher, tmp
     ):
         capsys.readouterr()
         teacher_logits(other_teacher, other_config, other_digits, subset, path)
-        told = capsys.readouterr().err
-        assert f"different {reason}); computing them again" in told
-        assert "100 computed" in told
+        output = capsys.readouterr().err
+        assert f"different {reason}); computing them again" in output
+        assert "100 computed" in output
         teacher_logits(teacher, config, digits, subset, path)
 
 
-def test_damaged_logits_are_never_used(config, digits, teacher, tmp_path, capsys):
+def test_damaged_logits_are_recomputed(config, digits, teacher, tmp_path, capsys):
     path, subset = tmp_path / "teacher.logits", digits.subset(25)
     right = teacher_logits(teacher, config, digits, subset, path)[:, subset]
     content, random = path.read_bytes(), np.random.default_rng(0)
@@ -204,24 +204,24 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     states = [checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
-    for plain, taught in zip(states[0]["history"], states[1]["history"], strict=True):
-        assert {**plain, "seconds": 0} == {**taught, "seconds": 0}
+    for plain, distilled in zip(states[0]["history"], states[1]["history"], strict=True):
+        assert {**plain, "seconds": 0} == {**distilled, "seconds": 0}
 
 
-def test_a_run_leaves_the_teacher_as_it_was_and_teaches_the_student(config, digits, monkeypatch):
+def test_distillation_leaves_the_teacher_unchanged(config, digits, monkeypatch):
     custom_resnet.train("teacher", 0, config, digits)
     before = checkpoints.checkpoint_path(config, "teacher", 0).read_bytes()
-    taught = load_teacher("teacher", 0, config, digits)
-    state = {name: tensor.clone() for name, tensor in taught.model.state_dict().items()}
-    assert not taught.model.training
-    assert not any(parameter.requires_grad for parameter in taught.model.parameters())
+    teacher = load_teacher("teacher", 0, config, digits)
+    state = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    assert not teacher.model.training
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
     def make_loss():
-        logits = teacher_logits(taught, config, digits, digits.subset(100))
+        logits = teacher_logits(teacher, config, digits, digits.subset(100))
         return distilled_loss(stored_logits(logits), config.recipes["student_kd"])
 
-    custom_resnet.train("student_kd", 0, config, digits, make_loss, taught.digest)
-    for name, tensor in taught.model.state_dict().items():
+    custom_resnet.train("student_kd", 0, config, digits, make_loss, teacher.digest)
+    for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert checkpoints.checkpoint_path(config, "teacher", 0).read_bytes() == before
 
@@ -237,7 +237,7 @@ def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
     assert capsys.readouterr().err.count("is finished") == 6
 
 
-def test_with_endless_views_the_teacher_is_asked_online(tmp_path, capsys):
+def test_with_crop_padding_the_teacher_runs_online(tmp_path, capsys):
     teacher_student_model.main([*flags(tmp_path), "--crop_padding", "1"])
     assert "logits of teacher" not in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
@@ -247,7 +247,7 @@ def test_with_endless_views_the_teacher_is_asked_online(tmp_path, capsys):
     }
 
 
-def test_the_chain_of_teachers_is_followed(tmp_path, capsys):
+def test_a_chain_of_teachers_is_trained_in_order(tmp_path, capsys):
     chain = ["--student.teacher", "teacher", "--student_kd.teacher", "student", "--only", "student_kd", "student"]
     with pytest.raises(SystemExit) as exit:
         teacher_student_model.main([*flags(tmp_path), *chain])
@@ -270,19 +270,19 @@ def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_
         teacher_student_model.main(other)
     assert "weights of the teacher was" in capsys.readouterr().err
     teacher_student_model.main([*other, "--overwrite"])
-    told = capsys.readouterr().err
-    assert [line for line in told.splitlines() if "is finished" in line] == [
+    output = capsys.readouterr().err
+    assert [line for line in output.splitlines() if "is finished" in line] == [
         f"{name} seed 0  is {what}: {tmp_path}/checkpoints/demo/seed0/{name}.pt"
         for name, what in (("teacher", "finished"), ("student", "finished"), ("student_kd", "finished"))
     ]
 
 
-def test_load_teacher_names_the_file_that_is_missing(config, digits):
+def test_load_teacher_reports_a_missing_file(config, digits):
     with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
         load_teacher("teacher", 0, config, digits)
 
 
-def test_a_teacher_with_other_settings_teaches_nobody(trained, tmp_path, capsys):
+def test_a_teacher_with_other_settings_is_refused(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(SystemExit):
         teacher_student_model.main(
@@ -295,7 +295,7 @@ def test_a_teacher_with_other_settings_teaches_nobody(trained, tmp_path, capsys)
     assert "teacher.lr was 0.01, is now 0.5" in capsys.readouterr().err
 
 
-def test_a_finished_student_does_not_need_its_teacher_any_more(trained, tmp_path, capsys):
+def test_a_finished_student_does_not_need_its_teacher(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/demo/seed0/teacher.pt").unlink()
     words = [*flags(tmp_path), "--only", "student", "student_kd"]
@@ -304,7 +304,7 @@ def test_a_finished_student_does_not_need_its_teacher_any_more(trained, tmp_path
     evaluate.main(words)
 
 
-def test_a_student_taught_online_ends_as_one_taught_by_stored_logits(config, digits, teacher):
+def test_online_and_stored_logits_train_the_same_student(config, digits, teacher):
     recipe, weights = config.recipes["student_kd"], []
     for lookup in (
         stored_logits(teacher_logits(teacher, config, digits, digits.subset(100))),
@@ -337,8 +337,8 @@ def test_the_original_set_up_runs_end_to_end(miniature_cifar10, hub, tmp_path, c
     words = [f"--{name}={value}" for name, value in {**paths, **small, "device": "cpu"}.items()]
     teacher_student_model.main(words)
     evaluate.main(words)
-    told = capsys.readouterr()
-    assert "cifar10, 100 training and 20 test images of 10 classes at 32 px" in told.err
-    assert "resnet50, 23.5 million parameters, from ImageNet weights" in told.err
-    assert [line.split("|")[1].strip() for line in told.out.splitlines()[2:5]] == ["plane", "car", "bird"]
+    output = capsys.readouterr()
+    assert "cifar10, 100 training and 20 test images of 10 classes at 32 px" in output.err
+    assert "resnet50, 23.5 million parameters, from ImageNet weights" in output.err
+    assert [line.split("|")[1].strip() for line in output.out.splitlines()[2:5]] == ["plane", "car", "bird"]
     assert (tmp_path / "i/cifar10/results.md").is_file()

@@ -16,7 +16,7 @@ from engine import checkpoints, datasets
 from engine.training import make_optimizer, make_scheduler
 
 
-def test_two_processes_train_as_the_plain_loop_over_both_parts_of_each_batch(tmp_path, config, digits, monkeypatch):
+def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config, digits, monkeypatch):
     """Gradients and BatchNorm's statistics, averaged; the second part of 25 images is larger by one."""
     words = [*small_flags(tmp_path), "--only=student", "--student.epochs=1", "--student.train_size=50"]
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "custom_resnet.py", *words]
@@ -54,7 +54,7 @@ def test_two_processes_train_as_the_plain_loop_over_both_parts_of_each_batch(tmp
         torch.testing.assert_close(found["model"][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_torchrun_with_one_process_is_plain_python_bit_for_bit(tmp_path, trained):
+def test_torchrun_with_one_process_is_bit_equal_to_plain_python(tmp_path, trained):
     flags = [*small_flags(tmp_path), "--only=student"]
     command = ["-m", "torch.distributed.run", "--nproc_per_node=1", "custom_resnet.py", *flags]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -65,7 +65,7 @@ def test_torchrun_with_one_process_is_plain_python_bit_for_bit(tmp_path, trained
     assert all(torch.equal(plain["model"][name], one["model"][name]) for name in plain["model"])
 
 
-def test_torchrun_leaves_run_to_the_script_after_two_dashes(tmp_path):
+def test_torchrun_passes_run_to_the_script_after_two_dashes(tmp_path):
     """Without them torchrun's own parser reads --run as an abbreviation of --run-path."""
     words = [*small_flags(tmp_path), "--only=student", "--student.epochs=1", "--run", "other"]
     command = ["-m", "torch.distributed.run", "--nproc_per_node=1", "--", "custom_resnet.py", *words]

@@ -34,7 +34,7 @@ def report(trained, device):
     return trained / "imgs" / "demo"
 
 
-def test_a_run_leaves_every_file_of_the_design(report):
+def test_the_report_writes_every_file(report):
     files = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
     of_models = ("confusion_matrix.png", "classification_report.png", "classification_report.txt")
     of_comparisons = ("class_differences.png", "confusion_difference.png", "disagreements.png")
@@ -45,7 +45,7 @@ def test_a_run_leaves_every_file_of_the_design(report):
     }
 
 
-def test_predictions_alone_reproduce_every_number(report):
+def test_every_number_can_be_recomputed_from_the_predictions(report):
     results = json.loads((report / "results.json").read_text())
     arrays = np.load(report / "predictions.npz")
     labels, models = arrays["labels"], ("teacher", "student", "student_kd")
@@ -88,16 +88,16 @@ def test_predictions_alone_reproduce_every_number(report):
         of_class = labels == int(name)
         by_class = right["student_kd"][:, of_class].mean() - right["student"][:, of_class].mean()
         assert entry["difference"] == pytest.approx(by_class)
-    said = np.array([predictions[model][0] for model in comparison["disagreements"]["models"]])
-    assert comparison["disagreements"]["count"] == (said != said[0]).any(0).sum()
-    assert (said != said[0]).any(0)[comparison["disagreements"]["shown"]].all()
-    taught, alone = results["fidelity"]
-    for row in (taught, alone):
+    predicted = np.array([predictions[model][0] for model in comparison["disagreements"]["models"]])
+    assert comparison["disagreements"]["count"] == (predicted != predicted[0]).any(0).sum()
+    assert (predicted != predicted[0]).any(0)[comparison["disagreements"]["shown"]].all()
+    distilled, alone = results["fidelity"]
+    for row in (distilled, alone):
         agreement = [(predictions["teacher"][s] == predictions[row["model"]][s]).mean() for s in (0, 1)]
         assert row["agreement"] == pytest.approx(np.mean(agreement))
 
 
-def test_the_cost_and_the_soft_targets_are_those_of_the_files(report, trained):
+def test_cost_and_soft_targets_agree_with_the_files(report, trained):
     results = json.loads((report / "results.json").read_text())
     for name, model in results["models"].items():
         path = trained / f"checkpoints/demo/seed0/{name}.pt"
@@ -120,7 +120,7 @@ def small(trained, *more: str):
     return config, load_dataset(config)
 
 
-def test_soft_targets_without_a_file_or_with_one_of_another_teacher_are_computed(trained, tmp_path):
+def test_soft_targets_are_computed_without_matching_stored_logits(trained, tmp_path):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     config, dataset = small(tmp_path)
     recipe, path = config.recipes["student_kd"], checkpoints.checkpoint_path(config, "teacher", 0)
@@ -160,7 +160,7 @@ def test_with_validation_images_the_report_scales_by_their_temperature(trained, 
     assert all((tmp_path / "imgs/demo" / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
 
 
-def test_the_table_is_printed_with_a_column_for_each_recipe(report, trained, capsys):
+def test_the_printed_table_has_a_column_for_each_recipe(report, trained, capsys):
     evaluate.main([*flags(trained), "--only", "student", "teacher", "--imgs_path", str(trained / "one_seed")])
     printed = capsys.readouterr().out.splitlines()
     assert [word.strip() for word in printed[0].strip("|").split("|")] == ["accuracy (%)", "teacher", "student"]
@@ -181,19 +181,19 @@ def test_the_markdown_report_shows_figures_that_exist(report):
     assert len(shown) == len(set(shown)) == 4 + 4
     assert all((report / path).is_file() for path in shown)
     assert text.splitlines()[2].startswith("- student_kd is ")  # the verdict, right under the title
-    kept = r"(retains [\d.]+% of|is [\d.]+ points more accurate than) teacher('s accuracy)?"
-    assert re.search(rf"student_kd {kept}, at \d+% of its inference time", text)
+    sentence = r"(retains [\d.]+% of|is [\d.]+ points more accurate than) teacher('s accuracy)?"
+    assert re.search(rf"student_kd {sentence}, at \d+% of its inference time", text)
     headings = ["Set-up", "Accuracy", "Cost", "Calibration", "Fidelity", "Where they differ", "Training", "Environment"]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
     assert not re.search(r"\bNone\b|\bnan\b", text)
 
 
-def test_missing_checkpoints_are_named_and_the_others_evaluated(trained, tmp_path, capsys):
+def test_missing_checkpoints_are_listed_and_the_others_evaluated(trained, tmp_path, capsys):
     evaluate.main([*flags(trained), "--seeds", "1", "2", "--imgs_path", str(tmp_path)])
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     for model in ("teacher", "student", "student_kd"):
-        assert f"not trained yet, skipped: {trained}/checkpoints/demo/seed2/{model}.pt" in told.err
-    assert "overall" in told.out
+        assert f"not trained yet, skipped: {trained}/checkpoints/demo/seed2/{model}.pt" in output.err
+    assert "overall" in output.out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["models"]["teacher"]["accuracy"]["seeds"]) == ["1"]
     assert len(results["missing"]) == 3
@@ -202,14 +202,14 @@ def test_missing_checkpoints_are_named_and_the_others_evaluated(trained, tmp_pat
     assert text.count("seed2") == 3
 
 
-def test_nothing_trained_is_an_error_that_says_what_to_run(tmp_path, capsys):
+def test_evaluating_before_training_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main(flags(tmp_path))
     assert exit.value.code == 2
     assert "train first: python teacher_student_model.py" in capsys.readouterr().err
 
 
-def test_a_checkpoint_with_other_settings_is_not_reported_under_these(trained, tmp_path, capsys):
+def test_a_checkpoint_with_other_settings_is_refused(trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([*flags(trained), "--student.epochs", "7", "--imgs_path", str(tmp_path)])
     assert exit.value.code == 2
@@ -217,11 +217,11 @@ def test_a_checkpoint_with_other_settings_is_not_reported_under_these(trained, t
     assert not list(tmp_path.iterdir())
 
 
-def test_a_column_of_one_character_is_a_column():
+def test_align_tables_accepts_columns_of_one_character():
     assert table(["", "a"], [[1, 2]]).splitlines()[1] == "| :-- | --: |"
 
 
-def test_a_table_keeps_its_shape_whatever_the_names_are():
+def test_a_table_keeps_its_shape_with_any_names():
     lines = table(["class", *HOSTILE], [[name, 1, 2, 3, 4] for name in HOSTILE]).splitlines()
     assert len(lines) == 6
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 6 for line in lines)
