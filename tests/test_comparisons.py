@@ -194,7 +194,7 @@ def test_the_reason_why_a_model_is_not_compared_is_the_right_one():
 def test_a_pair_without_common_seeds_does_not_lower_the_level_of_the_others():
     random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
     models = simulated_seeds(random, 3, 2000, 0.01, 0.005, 0.05)
-    (of_student,) = compare_all(models, labels)
+    (alone,) = compare_all(models, labels)
     elsewhere = models["student_kd"]._replace(logits={9: models["student_kd"].logits[0]})
     (beside,) = compare_all({**models, "other": elsewhere}, labels)
-    assert beside["detectable_difference"] == of_student["detectable_difference"]
+    assert beside["detectable_difference"] == alone["detectable_difference"]
