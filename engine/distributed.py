@@ -50,7 +50,11 @@ def process_group() -> Iterator[None]:
     if on_gpus:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     timeout = timedelta(hours=2)  # one process of a machine may be downloading
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timeout)
+    # torchrun keeps its store when it restarts the processes (--max-restarts): each attempt needs keys of its own.
+    store, this_rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=this_rank, world_size=size, timeout=timeout)
     try:
         yield
     except UserError as error:
@@ -140,6 +144,8 @@ def average_batchnorm_statistics(model: nn.Module, share: float) -> None:
     """Average BatchNorm's running statistics over the ranks, each weighted by its `share` of the batch."""
     if world_size() == 1:
         return
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    statistics = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if not statistics:
+        return
     averages = all_reduce_sum(torch.cat(statistics) * share).split([len(buffer) for buffer in statistics])
     torch._foreach_copy_(statistics, averages)

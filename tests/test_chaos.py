@@ -237,7 +237,7 @@ def test_signals_during_evaluation_leave_no_partial_files(undisturbed, evaluatio
         for array in np.load(tmp_path / "run/imgs/demo/predictions.npz").values():
             assert len(array) == 500
     print(f"\n{signal.Signals(number).name} {stops} times in {seconds:.0f} s of evaluation: every file whole")
-    assert stops >= 4
+    assert stops >= 2
 
 
 def test_a_save_killed_at_30_random_moments_leaves_the_old_state_or_the_new(tmp_path):
