@@ -17,8 +17,9 @@ train: .venv/installed
 evaluate: .venv/installed
 	$(PYTHON) evaluate.py $(ARGS)
 
+# A process per core, each with one thread
 test: .venv/installed-for-tests
-	$(PYTHON) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
 chaos: .venv/installed-for-tests
 	$(PYTHON) -m pytest tests/test_chaos.py -m chaos -s $(ARGS)

@@ -223,6 +223,7 @@ def torchrun(monkeypatch):
     joined = []
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: joined.append("joined"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: joined.append("left"))
 

@@ -177,7 +177,7 @@ def test_a_student_of_a_retrained_teacher_is_refused_even_with_only(trained, tmp
     assert "weights of the teacher was" in capsys.readouterr().err
 
 
-def test_evaluate_prints_to_an_ascii_stdout_and_a_closed_pipe(trained, image_folder, tmp_path, script):
+def test_evaluate_prints_to_an_ascii_stdout(trained, image_folder, tmp_path, script):
     root = image_folder({f"{split}/{name}": 4 for split in ("train", "test") for name in ("名前", "accuracy")})
     own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--batch_size=4"]
     own += ["--teacher.train_size=none", "--student_kd.train_size=none"]
