@@ -19,7 +19,7 @@ evaluate: .venv/installed
 
 # A process per core, each with one thread
 test: .venv/installed-for-tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile $(ARGS)
 
 chaos: .venv/installed-for-tests
 	$(PYTHON) -m pytest tests/test_chaos.py -m chaos -s $(ARGS)
