@@ -22,7 +22,7 @@ test: .venv/installed-for-tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile $(ARGS)
 
 chaos: .venv/installed-for-tests
-	$(PYTHON) -m pytest tests/test_chaos.py -m chaos -s $(ARGS)
+	$(PYTHON) -m pytest -m chaos -s $(ARGS)
 
 bench: .venv/installed
 	$(PYTHON) -m tests.benchmark $(ARGS)

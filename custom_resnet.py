@@ -1,4 +1,4 @@
-"""Train torchvision ResNets without a teacher: the model, and the training loop of all recipes.
+"""Train the models that have no teacher; the training loop of all recipes.
 
     python custom_resnet.py                     # teacher and student, as in the README's table
     python custom_resnet.py --preset demo       # two minutes on a CPU, nothing to download
@@ -8,18 +8,18 @@ Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
-from engine.checkpoints import checkpoint_path, load_matching, save_checkpoint, training_settings
+from engine.checkpoints import checkpoint_path, save_checkpoint
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
-from engine.device import autocast, compiled, environment, explain_device_errors, memory_format
+from engine.device import autocast, code_digest, compiled, environment, explain_device_errors, memory_format
 from engine.distributed import (
     all_reduce_max,
     average_batchnorm_statistics,
@@ -29,54 +29,24 @@ from engine.distributed import (
     shard,
     world_size,
 )
-from engine.errors import UserError, first_line
+from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
+from engine.fingerprints import load_or_adopt, training_settings
 from engine.inference import Stopped, predict
+from engine.models import build_model, initial_model
 from engine.settings import Config, Recipe
-from engine.training import Training, diverged
+from engine.training import Training, diverged, seed_dropout
 from utils import load_config, run_script, start_training
 
 # logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the batch; the loss is their sum
 LossFunction = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
 
-
-def build_resnet(arch: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """torchvision's `arch` with a new last layer `fc` for `num_classes`; the parameters keep torchvision's names.
-
-    Raises UserError if the ImageNet weights are neither in torch's cache nor can be downloaded.
-    """
-    model = torchvision.models.get_model(arch)
-    if pretrained:
-        weights = torchvision.models.get_model_weights(arch).DEFAULT
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        try:
-            # weights_only: no code in a file of the cache is executed
-            model.load_state_dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
-        except Exception as error:  # of many types, for a missing, damaged or foreign file
-            problem = "cannot be used" if file.exists() else "is missing and could not be downloaded"
-            raise UserError(
-                f"{file}: {problem} ({first_line(error)}). Put the file from {weights.url} there, or start from "
-                "random weights: --preset scratch, or --RECIPE.pretrained false"
-            ) from None
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
-    return model
+build_resnet = build_model  # (arch, num_classes, pretrained); any architecture by now
 
 
-def load_model(state: dict[str, Any], device: str) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode."""
-    model = build_resnet(state["arch"], len(state["classes"]))
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{state['name']}: the weights in its checkpoint do not fit a {state['arch']} ({error})"
-        ) from None
-    return model.to(device, memory_format=memory_format(device)).eval()
-
-
-def cross_entropy(logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+def cross_entropy(logits: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> dict[str, torch.Tensor]:
     """The loss of a recipe without a teacher."""
-    return {"hard loss": F.cross_entropy(logits, batch.labels)}
+    return {"hard loss": F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)}
 
 
 def fit(
@@ -104,9 +74,10 @@ def fit(
 
     for epoch in range(len(training.history), recipe.epochs):
         training.begin_epoch()
-        total, done = (count * (own.stop - own.start) for count in (training.steps, training.step))
+        total, done = training.steps * (own.stop - own.start), training.step * (own.stop - own.start)
         with Progress(f"{title} epoch {epoch + 1}/{recipe.epochs}", total, done) as progress:
             for batch in batches(dataset.train, subset, config, seed, epoch, training.step):
+                seed_dropout(seed, epoch, training.step)
                 with autocast(config.device, config.precision):
                     logits = forward(batch.images)
                 terms = loss_fn(logits.float(), batch)
@@ -130,30 +101,26 @@ def fit(
                 if stopping:
                     return training.history
 
-        try:
-            finish_epoch(training, dataset, stop)
-        except Stopped:  # while evaluating, which is repeated when training resumes
-            training.save(write)
-            return training.history
+        finished = finish_epoch(training, dataset, stop)
         training.save(write)
-        if all_reduce_max(stop())[0]:
+        if not finished or all_reduce_max(stop())[0]:
             break
     return training.history
 
 
-def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) -> None:
-    """Evaluate the model on the held-out images and add a record to the history. No model is selected by it."""
+def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) -> bool:
+    """Evaluate the model on the held-out images and add a record to the history. No model is selected by it.
+
+    Returns False if a signal interrupts the evaluation, which is repeated when training resumes.
+    """
     training.check()
     (loss, accuracy), seconds = training.averages, time.perf_counter() - training.started
     config, epochs = training.config, training.recipe.epochs
     title = f"{training.title}  epoch {len(training.history) + 1:>2}/{epochs}"
-    held_out, split = dataset.held_out
-    logits = predict(
-        training.model, split.images, config.image_size, config.precision, title=f"{title} {held_out}", stop=stop
-    )
-    if not logits.isfinite().all():
-        diverged(f"logits of the {held_out} images", title)
-    held_out_accuracy = (logits.argmax(1) == split.labels).float().mean().item()
+    try:
+        held_out, held_out_accuracy = evaluate_held_out(training.model, config, dataset, title, stop)
+    except Stopped:
+        return False
     record = {"epoch": len(training.history) + 1, "loss": loss, "train_accuracy": accuracy}
     training.history.append({**record, f"{held_out}_accuracy": held_out_accuracy, "seconds": seconds})
     rate = training.steps * config.batch_size / seconds
@@ -162,6 +129,21 @@ def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) 
         f"{rate:,.0f} images/s  {duration(seconds)}"
     )
     training.step = 0
+    return True
+
+
+def evaluate_held_out(
+    model: nn.Module, config: Config, dataset: Dataset, title: str, stop: Callable[[], int] = lambda: 0
+) -> tuple[str, float]:
+    """Which images are held out, "validation" or "test", and the accuracy on them.
+
+    Raises Diverged if the logits are not finite, and Stopped if `stop` returns a signal.
+    """
+    held_out, split = dataset.held_out
+    logits = predict(model, split.images, config.image_size, config.precision, title=f"{title} {held_out}", stop=stop)
+    if not logits.isfinite().all():
+        diverged(f"logits of the {held_out} images", title)
+    return held_out, (logits.argmax(1) == split.labels).float().mean().item()
 
 
 def train(
@@ -169,33 +151,39 @@ def train(
     seed: int,
     config: Config,
     dataset: Dataset,
-    make_loss: Callable[[], LossFunction] = lambda: cross_entropy,
-    teacher_digest: str | None = None,
+    make_loss: Callable[[], LossFunction] | None = None,
     estimate: Estimate = UNKNOWN,
 ) -> None:
     """Train one recipe with one seed, or resume it; a finished checkpoint is kept.
 
-    `make_loss` is called only if there is something to train. Raises UserError if the checkpoint is damaged or was
-    trained with different settings, unless config.overwrite is on, and SystemExit after a signal.
+    `make_loss` is called only if there is something to train; without it the loss is the cross-entropy. Raises
+    UserError if the checkpoint is damaged or was trained with different settings, unless config.overwrite is on, and
+    SystemExit after a signal.
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
-    settings = training_settings(name, seed, config, dataset, teacher_digest)
-    state = broadcast_from_rank0(lambda: load_matching(path, settings, config.overwrite))
+    state = broadcast_from_rank0(lambda: load_or_adopt(name, seed, config, dataset))
     if state and state["finished"]:
-        log.info(f"{title}  is finished: {path}")
+        other_code = "; it was trained by other code" * (state["environment"].get("code") != code_digest())
+        log.info(f"{title}  is finished: {path}{other_code}")
         return
+    settings = broadcast_from_rank0(lambda: training_settings(name, seed, config, dataset))
     model = start_model(recipe, seed, config, dataset, title, state)
 
     def write(state: dict[str, Any]) -> None:
         finished = len(state["history"]) == recipe.epochs
-        about = {"name": name, "seed": seed, "arch": recipe.arch, "classes": list(dataset.classes)}
+        about = {"name": name, "seed": seed, "arch": recipe.arch, "stem": recipe.stem, "classes": list(dataset.classes)}
         origin = {"settings": settings, "environment": environment(config), "finished": finished}
+        origin["config"] = asdict(config)
         if finished:
             state = {key: state[key] for key in ("model", "history")}
         weights = {key: tensor.cpu().contiguous() for key, tensor in state["model"].items()}
         broadcast_from_rank0(lambda: save_checkpoint(path, {**about, **origin, **state, "model": weights}))
 
-    loss_fn = make_loss()
+    if recipe.epochs == 0:
+        check_given_weights(model, recipe, config, dataset, title)
+        write({"model": model.state_dict(), "history": []})
+        return
+    loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
     with stop_requests() as stop:
         with explain_device_errors(config):
             history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, write, stop, estimate)
@@ -206,6 +194,19 @@ def train(
         raise SystemExit(128 + stopped)
 
 
+def check_given_weights(model: nn.Module, recipe: Recipe, config: Config, dataset: Dataset, title: str) -> None:
+    """Log the accuracy of weights that are used as they are, with a warning if it is low."""
+    held_out, accuracy = evaluate_held_out(model, config, dataset, title)
+    log.info(f"{title}  is used as it is; accuracy on the {held_out} images {accuracy:.2%}")
+    if recipe.weights_file and accuracy < 0.5:
+        log.info(
+            f"warning: {title} is right on only {accuracy:.0%}. The usual reasons are another normalisation (here "
+            "ImageNet's mean and standard deviation of RGB values from 0 to 1), another order of the classes (here "
+            f"{', '.join(dataset.classes[:10])}{', ...' * (len(dataset.classes) > 10)}) or another image size (here "
+            f"{config.image_size} px)"
+        )
+
+
 def start_model(
     recipe: Recipe, seed: int, config: Config, dataset: Dataset, title: str, state: dict[str, Any] | None
 ) -> nn.Module:
@@ -213,7 +214,9 @@ def start_model(
 
     def build() -> nn.Module:
         torch.manual_seed(seed)  # every recipe of this architecture starts from the same weights
-        return build_resnet(recipe.arch, len(dataset.classes), recipe.pretrained and state is None)
+        if state:
+            return build_model(recipe.arch, len(dataset.classes), stem=recipe.stem)
+        return initial_model(recipe, len(dataset.classes))
 
     model = main_process_first(build)
     if config.sync_batchnorm and world_size() > 1:
@@ -227,8 +230,8 @@ def start_model(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.info(
             f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from "
-            f"{'ImageNet' if recipe.pretrained else 'random'} weights, "
-            f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {len(dataset.subset(recipe.train_size)):,} images"
+            f"{recipe.weights_file or ('ImageNet' if recipe.imagenet_weights else 'random')} weights, "
+            f"{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} of {len(dataset.subset(recipe.train_size)):,} images"
             + (f", distilled from {recipe.teacher}" if recipe.teacher else "")
         )
     return model.to(config.device, memory_format=memory_format(config.device))
@@ -242,11 +245,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"only = {' '.join(distilled)}: is distilled from a teacher; use python teacher_student_model.py"
             )
-        names = [name for name in config.selected() if config.recipes[name].teacher is None]
-        with start_training(config, names, build_resnet) as (config, dataset, estimates):
-            for seed in config.seeds:
-                for name in names:
-                    train(name, seed, config, dataset, estimate=estimates.get((name, seed), UNKNOWN))
+        models = [(name, seed) for name, seed in config.models() if config.recipes[name].teacher is None]
+        with start_training(config, models) as (config, dataset, estimates):
+            for name, seed in models:
+                train(name, seed, config, dataset, estimate=estimates.get((name, seed), UNKNOWN))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Evaluate the trained models: accuracy, significance of the differences, calibration, fidelity and cost.
 
-    python evaluate.py                          # with the same flags as the training
-    python evaluate.py --preset demo
-    python evaluate.py --predict IMAGE ...      # instead: each model's prediction for your own image files
-    python evaluate.py --export                 # instead: checkpoints/RUN/seedS/MODEL.pt2, which needs only PyTorch
+    python evaluate.py                          # the default run, cifar10
+    python evaluate.py --run NAME               # any run; its settings are read from its checkpoints
+    python evaluate.py --run NAME --predict IMAGE ...   # instead: each model's prediction for your own images
+    python evaluate.py --run NAME --export      # instead: checkpoints/RUN/seedS/MODEL.pt2, which needs only PyTorch
 
 Writes imgs/RUN/results.md and its figures, results.json (every number) and predictions.npz (the logits behind them),
 and prints the table. Three layers: logits from checkpoints; metrics, functions of arrays; figures and text from them.
@@ -19,38 +19,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from custom_resnet import build_resnet, load_model
 from engine.checkpoints import (
     checkpoint_path,
     load_checkpoint,
     load_finished,
     load_logits,
-    logits_fingerprint,
     logits_path,
     recorded_precision,
-    refuse_other_settings,
     tensors_digest,
-    training_settings,
-    weights_digest,
 )
 from engine.console import log, print_result
 from engine.datasets import Dataset, load_dataset
 from engine.distributed import broadcast_from_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
+from engine.fingerprints import logits_fingerprint, refuse_other_settings, training_settings
 from engine.flags import Parser
-from engine.folder import open_image, to_array
+from engine.folder import find_images, open_image, to_array
 from engine.images import resize
 from engine.inference import predict
-from engine.settings import Config, Recipe
-from report.comparisons import Models, TrainingLogits, common_seeds, distilled
+from engine.models import load_model
+from engine.settings import Config
+from report.comparisons import Models, TrainingLogits, distilled
 from report.export import check_export, export_program
+from report.markdown import align_tables, escape_markdown, percent, summary
 from report.metrics import Evaluated
-from report.write import align_tables, escape_markdown, percent, summary, write_report
+from report.write import write_report
 from utils import load_config, run_script
 
 FLAGS = {
-    "--predict IMAGE ...": "no report: the class and the probabilities of these image files, from each trained model",
+    "--predict IMAGE ...": "no report: the class and the probabilities of these image files, and of those in these "
+    "folders, from each trained model",
     "--export": "no report: write MODEL.pt2, which needs only PyTorch, for each distilled model (or each in --only)",
 }
 TRAIN_FIRST = "train first: python teacher_student_model.py, with the same flags"
@@ -64,24 +63,17 @@ def finished_checkpoints(
     Raises UserError if a checkpoint is damaged, was trained with different settings, or was distilled from a teacher
     that has been retrained since.
     """
-    digests: dict[Path, str | None] = {}
-    for name, seed in itertools.product(config.selected(), config.seeds):
-        path, teacher = checkpoint_path(config, name, seed), config.recipes[name].teacher
+    for name, seed in config.models():
+        path = checkpoint_path(config, name, seed)
         state = broadcast_from_rank0(lambda path=path: load_finished(path))
         if not state:
             log.info(f"not trained yet, skipped: {path}")
             missing.append(path)
             continue
-        digests[path], of_teacher = tensors_digest(state["model"]), None
-        if teacher:
-            file = checkpoint_path(config, teacher, seed)
-            if file not in digests:  # the teacher is not among the selected recipes
-                digests[file] = broadcast_from_rank0(lambda file=file: weights_digest(file))
-            of_teacher = digests[file]
-        settings = training_settings(name, seed, config, dataset, of_teacher)
+        settings = broadcast_from_rank0(lambda n=name, s=seed: training_settings(n, s, config, dataset))
         del settings["precision"]  # the evaluation may use a different one
         refuse_other_settings(path, state, settings)
-        yield name, seed, state, digests[path]
+        yield name, seed, state, tensors_digest(state["model"])
 
 
 def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Evaluated], list[Path]]:
@@ -102,25 +94,25 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
 
 
 def logits_for_student(
-    config: Config, dataset: Dataset, recipe: Recipe, seed: int, digest: str, most: int = 2_000
+    name: str, seed: int, digest: str, config: Config, dataset: Dataset, most: int = 2_000
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's logits (M, C) on a student's training images, not mirrored, and the labels (M,).
 
     Those of all images if training has stored them for weights with this digest; otherwise at most `most` are computed.
     """
-    subset, labels = dataset.subset(recipe.train_size), dataset.train.labels.cpu()
-    path = checkpoint_path(config, recipe.teacher, seed)
+    subset, labels = dataset.subset(config.recipes[name].train_size), dataset.train.labels.cpu()
+    teacher = config.teacher_of(name, seed)
     fingerprint = logits_fingerprint(digest, config, dataset)
     del fingerprint["precision"]  # the evaluation may use a different one
     shape = (2, len(labels), len(dataset.classes))
-    stored = broadcast_from_rank0(lambda: load_logits(logits_path(config, recipe.teacher, seed), fingerprint, shape))
+    stored = broadcast_from_rank0(lambda: load_logits(logits_path(config, *teacher), fingerprint, shape))
     if not stored[0, subset].isnan().any():
         return stored[0, subset].numpy(), labels[subset].numpy()
     by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
-    model = load_model(broadcast_from_rank0(lambda: load_checkpoint(path)), config.device)
-    title = f"{recipe.teacher} on training images"
+    state = broadcast_from_rank0(lambda: load_checkpoint(checkpoint_path(config, *teacher)))
+    model, title = load_model(state, config.device), f"{teacher[0]} on training images"
     logits = predict(model, images, config.image_size, config.precision, title=title)
     return logits.cpu().numpy(), labels[chosen].numpy()
 
@@ -128,13 +120,9 @@ def logits_for_student(
 def training_logits(config: Config, dataset: Dataset, models: Models) -> TrainingLogits:
     """The teacher's logits on the training images of each distilled model."""
     logits = {}
-    for name in distilled(models):
-        recipe = models[name].recipe
-        teacher = models[recipe.teacher]
-        logits[name] = {
-            seed: logits_for_student(config, dataset, recipe, seed, teacher.digests[seed])
-            for seed in common_seeds(models[name], teacher)
-        }
+    for name, seeds in distilled(models).items():
+        digests = models[models[name].recipe.teacher].digests
+        logits[name] = {s: logits_for_student(name, s, digests[t], config, dataset) for s, t in seeds.items()}
     return logits
 
 
@@ -146,19 +134,20 @@ def evaluate(config: Config, dataset: Dataset) -> None:
             raise UserError(f"nothing to evaluate; {TRAIN_FIRST}")
         logits = training_logits(config, dataset, models)
         if rank() == 0:
-            results = write_report(config, dataset, models, logits, missing, build_resnet)
+            results = write_report(config, dataset, models, logits, missing)
             print_result(summary(results))
             log.info(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
 
 
 def predict_files(paths: list[str], config: Config) -> list[str]:
-    """A table for each image file: the class and the probabilities (%) by every trained model.
+    """A table for each image file, also of folders: the class and the probabilities (%) by every trained model.
 
     Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
     """
-    images = [torch.from_numpy(to_array(open_image(path), None)).permute(2, 0, 1).unsqueeze(0) for path in paths]
+    paths = [file for path in paths for file in find_images(path)]
+    images = [torch.tensor(to_array(open_image(path), None)).permute(2, 0, 1).unsqueeze(0) for path in paths]
     columns = []  # for each model its title, its classes and its probabilities (files, C)
-    for name, seed in itertools.product(config.selected(), config.seeds):
+    for name, seed in [(n, s) for n in config.selected() for s in config.seeds_of(n)]:
         path = checkpoint_path(config, name, seed)
         state = load_finished(path)
         if not state:

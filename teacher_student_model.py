@@ -17,18 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from custom_resnet import LossFunction, build_resnet, load_model, train
+from custom_resnet import LossFunction, train
 from engine.checkpoints import (
     checkpoint_path,
     load_finished,
     load_logits,
-    logits_fingerprint,
     logits_path,
-    refuse_other_settings,
     save_checkpoint,
     tensors_digest,
-    training_settings,
-    weights_digest,
 )
 from engine.console import log
 from engine.datasets import Batch, Dataset
@@ -36,7 +32,9 @@ from engine.device import autocast
 from engine.distributed import broadcast_from_rank0
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
+from engine.fingerprints import logits_fingerprint, refuse_other_settings, training_settings
 from engine.inference import fold_batchnorm, predict
+from engine.models import load_model
 from engine.settings import Config, Recipe
 from utils import load_config, run_script, start_training
 
@@ -66,9 +64,10 @@ def distillation_terms(
     alpha: float,
     temperature: float,
     scale_soft_loss: bool,
+    label_smoothing: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """The weighted hard loss and the weighted soft loss, by name; `distillation_loss` is their sum."""
-    hard_loss = F.cross_entropy(student_logits, labels)
+    hard_loss = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     soft_loss = F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits.detach() / temperature, dim=1),
@@ -92,7 +91,7 @@ def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teac
     state = broadcast_from_rank0(lambda: load_finished(path))
     if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it first: --only {name}")
-    refuse_other_settings(path, state, training_settings(name, seed, config, dataset, None))
+    refuse_other_settings(path, state, training_settings(name, seed, config, dataset))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
 
@@ -157,7 +156,13 @@ def distilled_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
 
     def loss_fn(student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         return distillation_terms(
-            student_logits, lookup(batch), batch.labels, recipe.alpha, recipe.temperature, recipe.scale_soft_loss
+            student_logits,
+            lookup(batch),
+            batch.labels,
+            recipe.alpha,
+            recipe.temperature,
+            recipe.scale_soft_loss,
+            recipe.label_smoothing,
         )
 
     return loss_fn
@@ -165,31 +170,29 @@ def distilled_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
 
 def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
     """Train a recipe that has a teacher, as `train` does; the teacher is loaded only if there is something to train."""
-    recipe = config.recipes[name]
-    path = checkpoint_path(config, recipe.teacher, seed)
+    recipe, of_teacher = config.recipes[name], config.teacher_of(name, seed)
 
     def make_loss() -> LossFunction:
-        teacher = load_teacher(recipe.teacher, seed, config, dataset)
+        teacher = load_teacher(*of_teacher, config, dataset)
         if config.crop_padding:  # too many views to store
             return distilled_loss(online_logits(teacher.model, config), recipe)
         subset = dataset.subset(recipe.train_size)
-        logits = teacher_logits(teacher, config, dataset, subset, logits_path(config, recipe.teacher, seed))
+        logits = teacher_logits(teacher, config, dataset, subset, logits_path(config, *of_teacher))
         return distilled_loss(stored_logits(logits), recipe)
 
-    digest = broadcast_from_rank0(lambda: weights_digest(path))
-    train(name, seed, config, dataset, make_loss, digest, estimate)
+    train(name, seed, config, dataset, make_loss, estimate)
 
 
 def main(argv: list[str] | None = None) -> None:
     with run_script():
         config = load_config(argv)
-        names = config.selected()
-        with start_training(config, names, build_resnet) as (config, dataset, estimates):
-            for seed in config.seeds:
-                for name in names:
-                    train_one = train_distilled if config.recipes[name].teacher else train
-                    train_one(name, seed, config, dataset, estimate=estimates.get((name, seed), UNKNOWN))
-        log.info("All models are trained. For the report: python evaluate.py, with the same flags")
+        models = config.models()
+        with start_training(config, models) as (config, dataset, estimates):
+            for name, seed in models:
+                train_one = train_distilled if config.recipes[name].teacher else train
+                train_one(name, seed, config, dataset, estimate=estimates.get((name, seed), UNKNOWN))
+        elsewhere = f" --checkpoints_path {config.checkpoints_path}" * (config.checkpoints_path != "checkpoints")
+        log.info(f"All models are trained. For the report: python evaluate.py --run {config.run}{elsewhere}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from engine.checkpoints import checkpoint_path, load_finished, load_matching, recorded_precision, training_settings
+from engine import flags
+from engine.checkpoints import checkpoint_path, load_finished, recorded_config, recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends, describe_precision, device_name, resolve_device
 from engine.distributed import broadcast_from_rank0, main_process_first, process_group, world_size
 from engine.errors import UserError, exit_on_error, locate_errors
-from engine.estimate import BuildModel, Estimate, Job, check_space, plan
+from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
+from engine.fingerprints import load_or_adopt
 from engine.settings import Config
 
 with exit_on_error(), locate_errors():  # a mistake in an edited config.py is one line, not a traceback
@@ -27,9 +29,25 @@ def run_script() -> Iterator[None]:
         yield
 
 
+def parse(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
+    """`config.parse`, except that --run without --preset means the settings recorded in that run's checkpoints."""
+    parser = flags.Parser(add_help=False, allow_abbrev=False, argument_default=None)
+    for name in ("run", "preset", "checkpoints_path"):
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(argv)
+    if given.run and not given.preset:
+        config = recorded_config(Path(given.checkpoints_path or "checkpoints", given.run).expanduser())
+        if config:
+            return flags.parse({"recorded": config}, argv, script_flags)
+    return settings.parse(argv, script_flags)
+
+
 def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:
-    """The config that config.py and the command line describe, its device resolved and configured."""
-    config = broadcast_from_rank0(lambda: settings.parse(argv, script_flags))
+    """The config that config.py and the command line describe, its device resolved and configured.
+
+    Scripts with flags of their own work on a run that exists, whose settings its checkpoints have recorded.
+    """
+    config = broadcast_from_rank0(lambda: settings.parse(argv) if script_flags is None else parse(argv, script_flags))
     config = main_process_first(lambda: resolve_device(config))
     configure_backends(config)
     return config
@@ -39,7 +57,7 @@ Estimates = dict[tuple[str, int], Estimate]  # (name, seed) -> how long its trai
 
 
 @contextlib.contextmanager
-def start_training(config: Config, names: list[str], build: BuildModel) -> Iterator[tuple[Config, Dataset, Estimates]]:
+def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tuple[Config, Dataset, Estimates]]:
     """Load the images, lock the run's folder, check what would otherwise fail hours later, log the data and the device.
 
     Yields the config with its precision resolved, the data set and the estimates of what is left to train.
@@ -48,10 +66,10 @@ def start_training(config: Config, names: list[str], build: BuildModel) -> Itera
     with lock(Path(config.checkpoints_path, config.run)):
 
         def check_and_plan() -> tuple[Config, Estimates]:
-            jobs = unfinished(names, config, dataset)
-            check_space(jobs, build, config, dataset)
+            jobs = unfinished(models, config, dataset)
+            check_space(jobs, check_models(jobs, config, dataset), config, dataset)
             recorded = recorded_precision(config) if config.precision == "auto" else None
-            return plan(jobs, recorded, build, config, dataset)
+            return plan(jobs, recorded, config, dataset)
 
         resolved, estimates = broadcast_from_rank0(check_and_plan)
         config = replace(config, precision=resolved.precision)  # each rank keeps its own device
@@ -59,29 +77,25 @@ def start_training(config: Config, names: list[str], build: BuildModel) -> Itera
         yield config, dataset, estimates
 
 
-def unfinished(names: list[str], config: Config, dataset: Dataset) -> list[Job]:
-    """What is left to train.
+def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) -> list[Job]:
+    """Which of the models (name, seed) are left to train.
 
     Raises UserError for a folder that cannot be written, a checkpoint that is damaged or was trained with different
     settings, and a teacher that is neither trained nor going to be.
     """
     jobs = []
-    for seed in config.seeds:
-        for name in names:
-            path, epochs = checkpoint_path(config, name, seed), config.recipes[name].epochs
-            probe = path.with_suffix(".probe")
-            write_durably(probe, b"")
-            probe.unlink()
-            settings = training_settings(name, seed, config, dataset, None)
-            if config.precision == "auto":  # not resolved yet
-                del settings["precision"]
-            state = load_matching(path, settings, config.overwrite)
-            if not (state and state["finished"]):
-                teacher = config.recipes[name].teacher
-                if teacher and teacher not in names and not load_finished(checkpoint_path(config, teacher, seed)):
-                    missing = checkpoint_path(config, teacher, seed)
-                    raise UserError(f"{missing}: the teacher {teacher!r} is not trained yet; add it to --only")
-                jobs.append(Job(name, seed, epochs - len(state["history"]) if state else epochs))
+    for name, seed in models:
+        probe = checkpoint_path(config, name, seed).with_suffix(".probe")
+        write_durably(probe, b"")
+        probe.unlink()
+        state = load_or_adopt(name, seed, config, dataset)
+        if not (state and state["finished"]):
+            teacher = config.teacher_of(name, seed)
+            if teacher and teacher not in models and not load_finished(checkpoint_path(config, *teacher)):
+                missing = checkpoint_path(config, *teacher)
+                raise UserError(f"{missing}: the teacher {teacher[0]!r} is not trained yet; add it to --only")
+            epochs = config.recipes[name].epochs
+            jobs.append(Job(name, seed, epochs - len(state["history"]) if state else epochs))
     return jobs
 
 

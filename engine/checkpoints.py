@@ -1,21 +1,21 @@
-"""Checkpoint files with a digest, and their compatibility with the current settings."""
+"""Checkpoint files with a digest: models, finished or not, and the stored logits of teachers."""
 
 import hashlib
 import io
 import os
-from dataclasses import asdict
+from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.console import log
-from engine.datasets import Dataset
 from engine.errors import UserError, first_line
 from engine.files import write_durably
-from engine.settings import ARCHS, DISTILLATION_FIELDS, Config, Recipe, settings_of
+from engine.settings import Config, Recipe
 
-FORMAT = 1
+FORMAT = 2
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -51,7 +51,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not content.startswith(b"PK"):
         raise UserError(f"{path}: is not a checkpoint; {RETRAIN}")
     if length != comment_length.to_bytes(2, "little") or not comment.startswith(COMMENT):
-        raise UserError(f"{path}: is damaged, or was not written by this program (it has no sha256); {RETRAIN}")
+        raise UserError(
+            f"{path}: is damaged, or was not written by this program (it has no sha256); {RETRAIN}. To use weights of "
+            "your own, keep them elsewhere and set RECIPE.weights to their path"
+        )
     if comment[len(COMMENT) :].decode(errors="replace") != hashlib.sha256(body).hexdigest():
         raise UserError(f"{path}: is damaged (its content does not match its sha256); {RETRAIN}")
     try:
@@ -69,14 +72,22 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether `save_checkpoint` wrote this file, which may be damaged since."""
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(COMMENT) - 64))
+        return file.read(len(COMMENT)) == COMMENT
+
+
 def load_training(path: Path) -> dict[str, Any] | None:
     """The state of a training run, finished or not; None if there is no file. Raises UserError if it is not ours."""
     if not path.exists():
         return None
     state = load_checkpoint(path)
-    types = {"name": str, "settings": dict, "environment": dict, "finished": bool, "model": dict, "history": list}
-    wrong = [key for key, type_ in {**types, "classes": list}.items() if not isinstance(state.get(key), type_)]
-    wrong += ["arch"] * (state.get("arch") not in ARCHS)
+    types = {"name": str, "arch": str, "stem": str, "classes": list, "config": dict, "settings": dict}
+    types |= {"environment": dict, "finished": bool, "model": dict, "history": list}
+    wrong = [key for key, type_ in types.items() if not isinstance(state.get(key), type_)]
     if wrong:
         raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")
     return state
@@ -88,14 +99,36 @@ def load_finished(path: Path) -> dict[str, Any] | None:
     return state if state and state["finished"] else None
 
 
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The state of a training run, its tensors not read and its digest not verified; None if that is impossible."""
+    try:
+        state = torch.load(path, "cpu", mmap=True, weights_only=True)
+        return state if state["format"] == FORMAT and state["settings"] is not None else None
+    except Exception:  # of many types, for a damaged or foreign file; it is reported when it is needed
+        return None
+
+
 def recorded_precision(config: Config) -> str | None:
     """The precision of the first checkpoint of the run; None if there is none, or none that can be read."""
-    for path in sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt")):
-        try:
-            return load_training(path)["settings"].get("precision")
-        except UserError:
-            continue  # it is reported when it is needed
-    return None
+    paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
+    return next((state["settings"].get("precision") for path in paths if (state := read_metadata(path))), None)
+
+
+def recorded_config(folder: Path) -> Config | None:
+    """The settings of a run, from its checkpoints in `folder`: the last ones, with the seeds of all; None if none."""
+    paths = sorted(folder.glob("seed*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    recorded = [state["config"] for path in paths if (state := read_metadata(path))]
+    if not recorded:
+        return None
+
+    def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:  # by this version of the program
+        return {field.name: values[field.name] for field in fields(cls) if field.name in values}
+
+    last = known(Config, recorded[-1])
+    last["recipes"] = {name: Recipe(**known(Recipe, recipe)) for name, recipe in last["recipes"].items()}
+    last["seeds"] = tuple(sorted({seed for config in recorded for seed in config["seeds"]}))
+    here = {"run": folder.name, "checkpoints_path": str(folder.parent), "device": "auto"}
+    return Config(**{**last, **here, "only": (), "overwrite": False})
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -109,77 +142,16 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def weights_digest(path: Path) -> str | None:
     """The digest of the weights in a checkpoint; None if there is no file."""
-    state = load_training(path)
-    return tensors_digest(state["model"]) if state else None
+    return digest_of_version(path, path.stat().st_mtime_ns) if path.exists() else None
 
 
-def training_settings(
-    name: str, seed: int, config: Config, dataset: Dataset, teacher_digest: str | None
-) -> dict[str, Any]:
-    """The fingerprint of a model: every setting that its weights depend on.
-
-    Without a digest the teacher's weights are left out: there is no teacher, or its checkpoint is gone.
-    """
-    recipe = asdict(config.recipes[name])
-    for unused in ("baseline", *(() if recipe["teacher"] else DISTILLATION_FIELDS)):
-        del recipe[unused]
-    shared = ("image_size", "horizontal_flip", "crop_padding", "validation_size", "batch_size")
-    return {
-        "seed": seed,
-        **{f"{name}.{field}": value for field, value in recipe.items()},
-        **{field: getattr(config, field) for field in (*shared, "precision", "sync_batchnorm")},
-        "images of the data set": dataset.digest,
-        **({"weights of the teacher": teacher_digest} if teacher_digest else {}),
-    }
-
-
-def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise UserError, naming what differs, if a checkpoint was trained with different settings."""
-
-    def abbreviate(value: Any) -> Any:
-        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
-
-    # A checkpoint older than a setting was trained with its default.
-    trained_with = {field.name: field.default for field in settings_of(Config)}
-    trained_with |= {f"{state['name']}.{field.name}": field.default for field in settings_of(Recipe)}
-    trained_with |= {"seed": state.get("seed"), **state["settings"]}
-    differing = [
-        f"{field} was {abbreviate(trained_with.get(field))}, is now {abbreviate(value)}"
-        for field, value in settings.items()
-        if trained_with.get(field) != value
-    ]
-    if differing:
-        raise UserError(
-            f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
-            "name for this experiment (--run NAME), or retrain in place (--overwrite)"
-        )
-
-
-def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The state to resume from; None if there is none, or one that `overwrite` discards.
-
-    Raises UserError if the file is damaged or was trained with different settings, unless `overwrite` is on.
-    """
-    try:
-        state = load_training(path)
-        if state:
-            refuse_other_settings(path, state, settings)
-    except UserError:
-        if not overwrite:
-            raise
-        return None
-    return state
+@lru_cache
+def digest_of_version(path: Path, modified: int) -> str:
+    return tensors_digest(load_training(path)["model"])
 
 
 def logits_path(config: Config, teacher: str, seed: int) -> Path:
     return checkpoint_path(config, teacher, seed).with_suffix(".logits")
-
-
-def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Every input that a teacher's stored logits depend on."""
-    fields = ("validation_size", "image_size", "precision")
-    settings = {field: getattr(config, field) for field in fields}
-    return {"teacher": teacher_digest, "images": dataset.digest, **settings}
 
 
 def load_logits(path: Path, fingerprint: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,21 +2,20 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10
 
+from engine.console import log
 from engine.distributed import RankError, broadcast_from_rank0, main_process_first, rank, shard
-from engine.errors import UserError
-from engine.folder import Arrays, read_folder
+from engine.errors import UserError, suggest
+from engine.folder import read_folder
 from engine.images import flip, prepare, shift
-from engine.settings import TRAINING_IMAGES, Config
-
-CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+from engine.settings import Config
+from engine.sources import NAMES, TORCHVISION, read_digits, read_torchvision
+from engine.splits import stratified
 
 
 class Split(NamedTuple):
@@ -92,16 +91,25 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def read_dataset(config: Config) -> Dataset:
-    read = {"cifar10": read_cifar10, "digits": read_digits}.get(config.dataset, read_folder)
-    classes, *parts = read(config)
-    train, test = (to_split(*part) for part in parts)
+    if config.dataset not in NAMES and not Path(config.dataset).is_dir():
+        raise UserError(
+            f"dataset = {config.dataset!r}: no such folder ({suggest(config.dataset, NAMES)}); must be "
+            f"{', '.join(NAMES)} or a folder with train/CLASS/*"
+        )
+    read = read_torchvision if config.dataset in TORCHVISION else read_folder
+    read = read_digits if config.dataset == "digits" else read
+    classes, train, validation, test = read(config)
+    train, validation, test = (arrays and to_split(*arrays) for arrays in (train, validation, test))
+    if test is None:
+        train, test = split_off_test_images(train, config)
+    if validation and config.validation_size:
+        raise UserError(f"validation_size = {config.validation_size}: {config.dataset} has a folder val/ for that")
     digest = hashlib.sha256(repr(classes).encode())
-    for split in (train, test):
+    for split in filter(None, (train, test, validation)):
         for tensor in split:
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())
     refuse_sizes(config, train)
-    validation = None
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
         validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
@@ -113,6 +121,16 @@ def read_dataset(config: Config) -> Dataset:
     on_host = on_cuda and total > torch.cuda.mem_get_info(config.device)[0] / 2
     splits = [split and to_device(split, config.device, on_host) for split in splits]
     return Dataset(classes, *splits, digest.hexdigest())
+
+
+def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
+    """A folder without test images: a fifth of each class, always the same, becomes the test set."""
+    kept, held_out = stratified(train.labels, len(train.labels) * 4 // 5, "training images")
+    log.info(
+        f"{config.dataset}: has no folder test/ or val/, so {len(held_out):,} of its {len(train.labels):,} images, "
+        "stratified by class, are the test images"
+    )
+    return tuple(Split(train.images[index], train.labels[index]) for index in (kept, held_out))
 
 
 def refuse_sizes(config: Config, train: Split) -> None:
@@ -139,43 +157,6 @@ def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
     return Split(images, split.labels.to(device))
 
 
-def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of `size` images, stratified by class, and of the others; both sorted, and always the same."""
-    labels = labels.cpu().numpy()
-    if size == len(labels):
-        return torch.arange(size), torch.arange(0)
-    try:
-        parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
-    except ValueError:  # a class would have no image on one of the sides
-        classes = len(np.unique(labels))
-        raise UserError(
-            f"{setting} = {size}: must select and leave an image of each class; with {classes} classes and "
-            f"{len(labels)} images that is {classes} to {len(labels) - classes}, and two images of each class or more"
-        ) from None
-    return tuple(torch.from_numpy(np.sort(part)) for part in parts)
-
-
 def to_split(images: np.ndarray, labels: list[int]) -> Split:
     """From images (N, H, W, 3), as PIL and torchvision have them."""
     return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels))
-
-
-def read_cifar10(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
-    """CIFAR-10 through torchvision, which downloads it once and verifies it."""
-    try:
-        splits = [CIFAR10(config.data_path, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # OSError: no network, space or permission; RuntimeError: damaged
-        raise UserError(
-            f"CIFAR-10 is not in {config.data_path}/ and could not be downloaded ({error}). Put {CIFAR10.filename} "
-            f"(md5 {CIFAR10.tgz_md5}, from {CIFAR10.url}) into {config.data_path}/ and run this again, or run the "
-            "demo, which needs no download: python teacher_student_model.py --preset demo"
-        ) from None
-    return CIFAR10_CLASSES, *((split.data, split.targets) for split in splits)
-
-
-def read_digits(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
-    """The 1,797 handwritten digits, 8 x 8 pixels of 0 to 16, that come with scikit-learn; 500 are the test set."""
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)  # (N, 8, 8, 3)
-    parts = stratified(torch.as_tensor(digits.target), TRAINING_IMAGES["digits"], "train_size")
-    return tuple("0123456789"), *((images[index], digits.target[index].tolist()) for index in parts)

@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -130,9 +133,20 @@ def describe_precision(config: Config) -> str:
     return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
 
 
+@cache
+def code_digest() -> str:
+    """sha256, shortened, of the source that training runs: the two training scripts and this package."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in [root / "custom_resnet.py", root / "teacher_student_model.py", *sorted(root.glob("engine/*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def environment(config: Config) -> dict[str, str]:
     """What a result depends on besides the settings."""
     return {
+        "code": code_digest(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),

@@ -1,15 +1,13 @@
-"""Before a run starts: which precision is faster, how long it will take, and whether the disk has room."""
+"""Before a run starts: whether its models fit, which precision is faster, how long it takes, and the room on disk."""
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
-from torch import nn
 
 from engine.checkpoints import checkpoint_path
 from engine.console import duration, log
@@ -18,9 +16,8 @@ from engine.device import autocast, explain_device_errors, memory_format, suppor
 from engine.distributed import world_size
 from engine.errors import UserError
 from engine.images import prepare
+from engine.models import Architecture, check_image_size, initial_model
 from engine.settings import Config
-
-BuildModel = Callable[[str, int], nn.Module]  # (arch, number of classes) -> model with random weights
 
 
 class Job(NamedTuple):
@@ -42,18 +39,18 @@ UNKNOWN = Estimate()
 
 
 def time_training(
-    build: BuildModel, archs: Iterable[str], config: Config, dataset: Dataset, precisions: Iterable[str]
-) -> dict[tuple[str, str], float]:
-    """Seconds per training image for each (arch, precision): the fastest of a few steps, after one to warm up.
+    archs: Iterable[Architecture], config: Config, dataset: Dataset, precisions: Iterable[str]
+) -> dict[tuple[Architecture, str], float]:
+    """Seconds per training image for each (architecture, precision): the fastest of a few steps, after a warm-up.
 
     The precisions alternate, so that drift in the machine's speed affects all. On a CPU a step has at most 32 images.
     """
     count = min(config.batch_size, 32) if config.device == "cpu" else config.batch_size
     images = dataset.train.images[:count].to(config.device)
     images, labels = prepare(images, config.image_size), dataset.train.labels[:count]
-    fastest: dict[tuple[str, str], float] = {}
+    fastest: dict[tuple[Architecture, str], float] = {}
     for arch in archs:
-        model = build(arch, len(dataset.classes)).to(config.device, memory_format=memory_format(config.device))
+        model = arch.build(len(dataset.classes)).to(config.device, memory_format=memory_format(config.device))
         started = time.perf_counter()
         for turn in range(10):
             for precision in precisions:
@@ -72,7 +69,7 @@ def time_training(
 
 
 def plan(
-    jobs: list[Job], recorded: str | None, build: BuildModel, config: Config, dataset: Dataset
+    jobs: list[Job], recorded: str | None, config: Config, dataset: Dataset
 ) -> tuple[Config, dict[tuple[str, int], Estimate]]:
     """Resolve `precision` = auto, and estimate the time of each job (name, seed).
 
@@ -81,15 +78,15 @@ def plan(
     precisions = [recorded or "fp32"] if config.precision == "auto" else [config.precision]
     if config.precision == "auto" and recorded is None and supports_bf16(config.device):
         precisions = ["fp32", "bf16"]
-    archs = dict.fromkeys(config.recipes[job.name].arch for job in jobs)
+    archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
     with explain_device_errors(config):
-        per_image = time_training(build, archs, config, dataset, precisions)
+        per_image = time_training(archs, config, dataset, precisions)
 
     def seconds(job: Job, precision: str) -> float:
         recipe = config.recipes[job.name]
         trained, evaluated = len(dataset.subset(recipe.train_size)), len(dataset.held_out[1].labels)
         images = job.epochs * (trained + evaluated / 3)  # a forward pass costs about a third of a step
-        return images * per_image[recipe.arch, precision] / world_size()
+        return images * per_image[Architecture.of(recipe), precision] / world_size() if images else 0.0
 
     chosen = min(precisions, key=lambda precision: sum(seconds(job, precision) for job in jobs))
     if jobs and len(precisions) > 1:
@@ -110,29 +107,37 @@ def plan(
     return replace(config, precision=chosen), estimates
 
 
-def space_needed(jobs: list[Job], build: BuildModel, config: Config, dataset: Dataset) -> int:
+def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str, int]:
+    """Build the model that each job starts from; returns the bytes of its weights by recipe.
+
+    Raises UserError, before anything is trained, if weights are missing or do not fit, or if the images do not.
+    """
+    sizes = {}
+    for name in dict.fromkeys(job.name for job in jobs):
+        recipe = config.recipes[name]
+        model = initial_model(recipe, len(dataset.classes))
+        check_image_size(model, recipe.arch, config.image_size)
+        sizes[name] = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return sizes
+
+
+def space_needed(jobs: list[Job], sizes: dict[str, int], config: Config, dataset: Dataset) -> int:
     """Upper bound on the bytes on disk that the jobs take, including what is there already."""
-
-    def weights(name: str) -> int:
-        with torch.device("meta"):
-            return sum(
-                tensor.nbytes for tensor in build(config.recipes[name].arch, len(dataset.classes)).state_dict().values()
-            )
-
-    sizes = {job.name: weights(job.name) for job in jobs}
     logits = 2 * len(dataset.train.labels) * len(dataset.classes) * 4
     distilled = sum(config.recipes[job.name].teacher is not None for job in jobs)
-    # A checkpoint of an unfinished model includes the momentum, and the old and the new file coexist.
-    return sum(sizes[job.name] for job in jobs) + 4 * max(sizes.values()) + (distilled + (distilled > 0)) * logits
+    # A checkpoint of an unfinished model includes the optimizer's state, and the old and the new file coexist.
+    moments = max(2 if config.recipes[name].optimizer == "adamw" else 1 for name in sizes)
+    unfinished = 2 * (1 + moments) * max(sizes.values())
+    return sum(sizes[job.name] for job in jobs) + unfinished + (distilled + (distilled > 0)) * logits
 
 
-def check_space(jobs: list[Job], build: BuildModel, config: Config, dataset: Dataset) -> None:
+def check_space(jobs: list[Job], sizes: dict[str, int], config: Config, dataset: Dataset) -> None:
     """Raise UserError, before anything is trained, if the disk is too full for the jobs."""
     if not jobs:
         return
     there = sum(p.stat().st_size for job in jobs if (p := checkpoint_path(config, job.name, job.seed)).exists())
     free = shutil.disk_usage(Path(config.checkpoints_path, config.run)).free + there
-    needed = space_needed(jobs, build, config, dataset)
+    needed = space_needed(jobs, sizes, config, dataset)
     if free < needed:
         raise UserError(
             f"{config.checkpoints_path}: this run needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free "

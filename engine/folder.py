@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.console import Progress
-from engine.errors import UserError, at_most_ten, first_line, suggest
-from engine.settings import TRAINING_IMAGES, Config
+from engine.console import Progress, log
+from engine.errors import UserError, at_most_ten, first_line
+from engine.settings import Config
 
 # Formats that Pillow decodes itself; for some others it starts a program, such as Ghostscript for EPS.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -17,35 +17,66 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 Arrays = tuple[np.ndarray, list[int]]  # images (N, H, W, 3) uint8, labels (N)
 
 
-def read_folder(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays]:
-    """train/CLASS/* and test/CLASS/* (or val/CLASS/*), in one of IMAGE_FORMATS; hidden files are skipped."""
+def read_folder(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays | None, Arrays | None]:
+    """The classes, and the training, validation and test images of a folder; None for those that it does not have.
+
+    It holds train/CLASS/*, test/CLASS/* and val/CLASS/*; without test/, val/ is the test set; without train/ it holds
+    CLASS/*. Files are in one of IMAGE_FORMATS; others are skipped, which is logged, as are hidden ones, silently.
+    """
     root = Path(config.dataset)
-    if not root.is_dir():
-        hint = f"no such folder ({suggest(config.dataset, TRAINING_IMAGES)})"
-        raise UserError(f"dataset = {config.dataset!r}: {hint}; must be cifar10, digits or a folder with train/CLASS/*")
-    test = root / "test" if (root / "test").is_dir() else root / "val"
-    folders = [root / "train", test]
-    if missing := [f"{folder}" for folder in folders if not folder.is_dir()]:
-        raise UserError(f"{root}: needs the folders train/ and test/ (or val/); there is no {' and no '.join(missing)}")
+    folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
+    if not folders:
+        folders = {"train": root}
+    if "train" not in folders:
+        raise UserError(f"{root}: has {' and '.join(f'{name}/' for name in folders)}, but no folder train/")
     try:
-        files = [{d.name: visible(d) for d in visible(folder) if d.is_dir()} for folder in folders]  # [train, test]
+        found = {split: image_files(folder) for split, folder in folders.items()}
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    classes = tuple(sorted(files[0].keys() | files[1].keys()))
-    problems = [f"{root}: the name of class {c!r} is not UTF-8; rename the folder" for c in classes if not is_utf8(c)]
-    problems += [
-        f"{folder}: has no folder for class {name!r}" if name not in found else f"{folder / name}: holds no images"
-        for folder, found in zip(folders, files, strict=True)
-        for name in classes
-        if not found.get(name)
-    ]
+    classes = tuple(sorted(set().union(*found.values())))
+    check_classes(classes, folders, found)
+    parts = {name: read_images(folders[name], files, classes, config.image_size) for name, files in found.items()}
+    if "test" not in parts:
+        return classes, parts["train"], None, parts.get("val")
+    return classes, parts["train"], parts.get("val"), parts["test"]
+
+
+def image_files(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class; other files are skipped, and named in a log line."""
+    files, skipped = {}, [path for path in visible(folder) if not path.is_dir()]
+    for name in (path for path in visible(folder) if path.is_dir()):
+        files[name.name] = [path for path in visible(name) if is_image(path)]
+        skipped += [path for path in visible(name) if not is_image(path)]
+    if skipped:
+        log.info(f"{folder}: skipped, as they are no images: " + ", ".join(at_most_ten([*map(str, skipped)])))
+    return files
+
+
+def check_classes(classes: tuple[str, ...], folders: dict[str, Path], found: dict[str, dict[str, list[Path]]]) -> None:
+    """Raise UserError unless there are two classes or more, each with images in every folder."""
+    train = folders["train"]
+    problems = [f"{train}: the name of class {c!r} is not UTF-8; rename the folder" for c in classes if not is_utf8(c)]
+    for split, folder in folders.items():
+        problems += [f"{folder}: has no folder for class {name!r}" for name in classes if name not in found[split]]
+        problems += [f"{folder / name}: holds no images" for name, files in found[split].items() if not files]
     if len(classes) < 2:
-        problems.append(f"{folders[0]}: needs a folder of images for each of two or more classes; has {len(classes)}")
+        problems.append(f"{train}: needs a folder of images for each of two or more classes; has {len(classes)}")
     if problems:
         raise UserError(*at_most_ten(problems))
-    return classes, *(
-        read_images(folder, found, classes, config.image_size) for folder, found in zip(folders, files, strict=True)
-    )
+
+
+def is_image(path: Path) -> bool:
+    return Image.registered_extensions().get(path.suffix.lower()) in IMAGE_FORMATS and not path.is_dir()
+
+
+def find_images(path: str | os.PathLike) -> list[Path]:
+    """The file itself, or the images in a folder and its subfolders. Raises UserError if there are none."""
+    if not Path(path).is_dir():
+        return [Path(path)]
+    found = sorted(file for file in Path(path).rglob("*") if is_image(file) and not file.name.startswith("."))
+    if not found:
+        raise UserError(f"{path}: holds no images")
+    return found
 
 
 def is_utf8(name: str) -> bool:
@@ -72,9 +103,14 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
                 progress.describe()
     if unreadable:
         raise UserError(*at_most_ten(unreadable), "repair or remove these files")
+    return stack(arrays, size), labels
+
+
+def stack(arrays: list[np.ndarray], size: int) -> np.ndarray:
+    """(N, H, W, 3); if the shapes differ, all images are resized to `size`."""
     if len({array.shape for array in arrays}) > 1:
         arrays = [to_array(Image.fromarray(array), size) for array in arrays]
-    return np.stack(arrays), labels
+    return np.stack(arrays)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:

@@ -1,106 +1,56 @@
 """The fields of Recipe and Config, what each accepts, and their validation."""
 
 import dataclasses
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from engine.errors import UserError, suggest
-
-# torchvision's ResNet family, listed here so that reading the settings does not import torch.
-ARCHS = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-    *("wide_resnet50_2", "wide_resnet101_2"),
+from engine.fields import (
+    FLAG,
+    FRACTION,
+    NAME,
+    PATH,
+    POSITIVE,
+    Kind,
+    choice,
+    integer,
+    invalid_fields,
+    number,
+    optional,
+    setting,
+    settings_of,
+    several,
+    text,
 )
+from engine.names import ARCHS, RESNETS
 
-# Training images of the data sets whose size is known before they are read.
-TRAINING_IMAGES = {"cifar10": 50_000, "digits": 1_297}
-
-
-class Kind(NamedTuple):
-    """What a field accepts, in words and as a test, how a command line's word is converted, and argparse's nargs."""
-
-    expected: str
-    accepts: Callable[[Any], bool]
-    convert: Callable[[str], Any] = str
-    nargs: str | None = None
-
-
-def number(expected: str, accepts: Callable[[float], bool]) -> Kind:
-    return Kind(expected, lambda value: type(value) in (int, float) and math.isfinite(value) and accepts(value), float)
-
-
-def integer(minimum: int, maximum: int = 2**31 - 1) -> Kind:
-    upper = f" to {maximum}" if maximum < 2**31 - 1 else " or more"
-    expected = f"an integer, {minimum}{upper}"
-    return Kind(expected, lambda value: type(value) is int and minimum <= value <= maximum, int)
-
-
-def choice(*names: str) -> Kind:
-    return Kind("one of " + ", ".join(names), lambda value: value in names)
-
-
-def text(expected: str, pattern: str) -> Kind:
-    return Kind(expected, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None)
-
-
-def optional(kind: Kind) -> Kind:
-    return kind._replace(
-        expected=f"{kind.expected}, or none",
-        accepts=lambda value: value is None or kind.accepts(value),
-        convert=lambda word: None if word.lower() == "none" else kind.convert(word),
-    )
-
-
-def several(kind: Kind, expected: str) -> Kind:
-    expected += "; separated by spaces on the command line, a tuple such as (0, 1) or (0,) in config.py"
-    return Kind(expected, lambda values: type(values) is tuple and all(map(kind.accepts, values)), kind.convert, "+")
-
-
-FLAG = Kind("true or false", lambda v: isinstance(v, bool), lambda w: {"true": True, "false": False}[w.lower()], "?")
-NAME = text("of letters, digits, '.', '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RECIPE_NAME = text(
     "of letters, digits, '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
 )
-PATH = text("the path of a folder", r"[^\0\n]+")
-FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
-POSITIVE = number("a number above 0", lambda value: value > 0)
-
-
-def setting(default: Any, kind: Kind, help: str) -> Any:
-    """A dataclass field that carries what it accepts and its line in --help."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
-
-
-def settings_of(cls: type) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(cls) if field.metadata]
-
-
-def invalid_fields(settings: Any) -> dict[str, str]:
-    """A message for each field of a Recipe or Config whose value it does not accept."""
-    values = {field: getattr(settings, field.name) for field in settings_of(type(settings))}
-    return {
-        field.name: f"{field.name} = {value!r}: must be {field.metadata['kind'].expected}"
-        for field, value in values.items()
-        if not field.metadata["kind"].accepts(value)
-    }
+ARCH = Kind(
+    "a classification model of torchvision, or timm:NAME",
+    lambda value: value in ARCHS or (isinstance(value, str) and re.fullmatch(r"timm:[\w.-]+", value) is not None),
+    names=ARCHS,
+)
+SEED = integer(0, 2**32 - 1)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How one model is trained. Raises UserError, naming every field that is wrong."""
 
-    arch: str = setting("resnet18", choice(*ARCHS), "torchvision model")
-    epochs: int = setting(5, integer(1), "passes over the training images")
+    arch: str = setting("resnet18", ARCH, "torchvision model, or timm:NAME if timm is installed")
+    stem: str = setting(
+        "imagenet", choice("imagenet", "cifar"), "cifar: a ResNet with a 3 x 3 first convolution, without pooling"
+    )
+    epochs: int = setting(5, integer(0), "passes over the training images; 0: use `weights` as they are")
+    optimizer: str = setting("sgd", choice("sgd", "adamw"), "sgd, or adamw with PyTorch's betas")
     lr: float = setting(0.001, POSITIVE, "learning rate, the peak of the schedule")
     momentum: float = setting(0.9, number("a number from 0 to below 1", lambda v: 0 <= v < 1), "SGD momentum")
     weight_decay: float = setting(
-        0.0, number("a number, 0 or more", lambda v: v >= 0), "SGD weight decay, on all parameters"
+        0.0, number("a number, 0 or more", lambda v: v >= 0), "weight decay, on all parameters"
     )
     nesterov: bool = setting(False, FLAG, "Nesterov momentum")
     schedule: str = setting(
@@ -108,12 +58,19 @@ class Recipe:
         choice("constant", "cosine", "onecycle"),
         "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0",
     )
-    pretrained: bool = setting(True, FLAG, "start from torchvision's ImageNet weights")
+    label_smoothing: float = setting(0.0, FRACTION, "share of the hard labels that is spread over all classes")
+    pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
+    weights: str | None = setting(
+        None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
+    )
     teacher: str | None = setting(None, optional(NAME), "recipe to distil from")
     alpha: float = setting(0.25, FRACTION, "weight of the hard loss; the soft loss gets 1 - alpha")
     temperature: float = setting(5.0, POSITIVE, "T of the soft loss, softens the probabilities of both models")
     scale_soft_loss: bool = setting(
         True, FLAG, "multiply the soft loss by T^2; otherwise its gradients shrink by 1/T^2"
+    )
+    teacher_seed: int | None = setting(
+        None, optional(SEED), "seed of the teacher, for one teacher of all seeds; none: the student's own"
     )
     baseline: str | None = setting(
         None, optional(NAME), "recipe to compare this one with; none: the one of the same arch without a teacher"
@@ -129,15 +86,38 @@ class Recipe:
         problems = list(invalid.values())
         if self.nesterov is True and self.momentum == 0:
             problems.append("nesterov = True: needs a momentum above 0")
+        if self.epochs == 0 and self.weights is None:
+            problems.append("epochs = 0: needs weights, a file or random")
+        if self.epochs == 0 and self.teacher is not None:
+            problems.append("epochs = 0: has no effect with a teacher; a distilled model must be trained")
+        if self.stem == "cifar" and (self.arch not in RESNETS or self.imagenet_weights):
+            problems.append(
+                "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
+            )
+        unused = {name: "without a teacher" for name in DISTILLATION_FIELDS if self.teacher is None}
+        unused |= {name: "with optimizer = adamw" for name in ("momentum", "nesterov") if self.optimizer == "adamw"}
         for field in dataclasses.fields(Recipe):
-            value, unused = getattr(self, field.name), self.teacher is None and field.name in DISTILLATION_FIELDS
-            if unused and field.name not in invalid and value != field.default:
-                problems.append(f"{field.name} = {value!r}: has no effect without a teacher")
+            value = getattr(self, field.name)
+            if field.name in unused and field.name not in invalid and value != field.default:
+                problems.append(f"{field.name} = {value!r}: has no effect {unused[field.name]}")
         if problems:
             raise UserError(*problems)
+        if self.weights not in (None, "random"):
+            object.__setattr__(self, "weights", os.path.expanduser(self.weights))
+
+    @property
+    def imagenet_weights(self) -> bool:
+        """Whether training starts from ImageNet weights."""
+        return self.pretrained and self.weights is None
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file of weights that training starts from."""
+        return None if self.weights == "random" else self.weights
 
 
-DISTILLATION_FIELDS = ("alpha", "temperature", "scale_soft_loss")  # have no effect without a teacher
+# These have no effect without a teacher.
+DISTILLATION_FIELDS = ("alpha", "temperature", "scale_soft_loss", "teacher_seed")
 
 
 @dataclass(frozen=True)
@@ -148,8 +128,8 @@ class Config:
     run: str = setting("run", NAME, "name of the folders under checkpoints_path and imgs_path")
     dataset: str = setting(
         "cifar10",
-        text("cifar10, digits or a folder", r"[^\0\n]+"),
-        "cifar10, digits, or a folder with train/CLASS/* and test/CLASS/* images",
+        text("the name of a data set or a folder", r"[^\0\n]+"),
+        "cifar10, cifar100, svhn, digits, or a folder with train/CLASS/* and test/CLASS/* images",
     )
     image_size: int = setting(224, integer(8), "images are resized to this many pixels a side")
     horizontal_flip: float = setting(0.5, FRACTION, "probability that a training image is mirrored")
@@ -164,7 +144,7 @@ class Config:
     batch_size: int = setting(100, integer(2), "images per step; the last incomplete batch of an epoch is dropped")
     seeds: tuple[int, ...] = setting(
         (0,),
-        several(integer(0, 2**32 - 1), "integers from 0 to 2^32 - 1"),
+        several(SEED, "integers from 0 to 2^32 - 1"),
         "random seeds; every recipe is trained once with each",
     )
     only: tuple[str, ...] = setting((), several(NAME, "names of recipes"), "train or evaluate just these recipes")
@@ -191,7 +171,7 @@ class Config:
     sync_batchnorm: bool = setting(
         False, FLAG, "with several processes, BatchNorm over the whole batch instead of each process's part; CUDA only"
     )
-    data_path: str = setting("data", PATH, "where CIFAR-10 is kept")
+    data_path: str = setting("data", PATH, "where downloaded data sets are kept")
     checkpoints_path: str = setting("checkpoints", PATH, "where models are written: RUN/seedS/MODEL.pt")
     imgs_path: str = setting("imgs", PATH, "where reports are written: RUN/results.md and figures")
 
@@ -200,13 +180,14 @@ class Config:
         # Conflicts between fields are checked with the default in place of a value that is itself wrong.
         values = {field.name: getattr(self, field.name) for field in settings_of(Config)}
         values |= {field.name: field.default for field in settings_of(Config) if field.name in invalid}
-        problems = [*invalid.values(), *self._conflicts(**values), *self._recipe_conflicts(**values)]
+        problems = [*invalid.values(), *self._conflicts(values["seeds"], values["only"])]
+        problems += self._recipe_conflicts(values["batch_size"])
         if problems:
             raise UserError(*problems)
         for name in ("dataset", "data_path", "checkpoints_path", "imgs_path"):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))  # "~" in config.py or after "="
 
-    def _conflicts(self, *, seeds, only, dataset, validation_size, batch_size, **_) -> list[str]:
+    def _conflicts(self, seeds: tuple[int, ...], only: tuple[str, ...]) -> list[str]:
         problems = []
         if not self.recipes:
             problems.append("recipes = {}: must hold one recipe or more")
@@ -215,18 +196,11 @@ class Config:
         for name in only:
             if name not in self.recipes:
                 problems.append(f"only = {name!r}: no such recipe; {suggest(name, self.recipes)}")
-        available = TRAINING_IMAGES.get(dataset, math.inf) - validation_size
-        if available <= 0:
-            problems.append(f"validation_size = {validation_size}: leaves no training images")
-        elif batch_size > available:
-            problems.append(f"batch_size = {batch_size}: must be at most {available}, the number of training images")
         return problems
 
-    def _recipe_conflicts(self, *, dataset, validation_size, batch_size, **_) -> list[str]:
+    def _recipe_conflicts(self, batch_size: int) -> list[str]:
         problems = []
         same_file = Counter(str(name).casefold() for name in self.recipes)  # on file systems that ignore case
-        available = TRAINING_IMAGES.get(dataset, math.inf) - validation_size
-        upper = f" to the {available} training images" if available < math.inf else " up"
         for name, recipe in self.recipes.items():
             if not RECIPE_NAME.accepts(name):
                 problems.append(f"recipe {name!r}: its name must be {RECIPE_NAME.expected}")
@@ -234,9 +208,8 @@ class Config:
                 problems.append(
                     f"recipe {name!r}: its name must differ from the others in more than upper and lower case"
                 )
-            size = recipe.train_size
-            if size is not None and batch_size <= available and not batch_size <= size <= available:
-                problems.append(f"{name}.train_size = {size}: must be from batch_size = {batch_size}{upper}")
+            if recipe.train_size is not None and recipe.train_size < batch_size:
+                problems.append(f"{name}.train_size = {recipe.train_size}: must be batch_size = {batch_size} or more")
             for field, other in (("teacher", recipe.teacher), ("baseline", recipe.baseline)):
                 if other is not None and other not in self.recipes:
                     problems.append(f"{name}.{field} = {other!r}: no such recipe; {suggest(other, self.recipes)}")
@@ -257,3 +230,31 @@ class Config:
     def selected(self) -> list[str]:
         """The selected recipes (those in `only`, or all), every teacher before its students."""
         return sorted(self.only or self.recipes, key=lambda name: len(self.teachers_of(name)))
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds that a recipe is trained with: all, but only the `teacher_seed`s if every student names one."""
+        chosen = [recipe.teacher_seed for recipe in self.recipes.values() if recipe.teacher == name]
+        return sorted(set(chosen)) if chosen and None not in chosen else list(self.seeds)
+
+    def models(self) -> list[tuple[str, int]]:
+        """Name and seed of every selected model, seed by seed, each teacher before its students."""
+        names, ordered = self.selected(), {}
+
+        def add(name: str, seed: int) -> None:
+            teacher = self.teacher_of(name, seed)
+            if teacher and teacher[0] in names:
+                add(*teacher)
+            ordered[name, seed] = None
+
+        for seed in dict.fromkeys([*self.seeds, *(seed for name in names for seed in self.seeds_of(name))]):
+            for name in names:
+                if seed in self.seeds_of(name):
+                    add(name, seed)
+        return list(ordered)
+
+    def teacher_of(self, name: str, seed: int) -> tuple[str, int] | None:
+        """Name and seed of the teacher of a model, if it has one."""
+        recipe = self.recipes[name]
+        if recipe.teacher is None:
+            return None
+        return recipe.teacher, seed if recipe.teacher_seed is None else recipe.teacher_seed

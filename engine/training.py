@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
@@ -15,14 +16,10 @@ from engine.settings import Config, Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        model.parameters(),
-        recipe.lr,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-        fused=torch.device(device).type in ("cpu", "cuda"),
-    )
+    shared = {"weight_decay": recipe.weight_decay, "fused": torch.device(device).type in ("cpu", "cuda")}
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), recipe.lr, **shared)
+    return torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.nesterov, **shared)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
@@ -32,6 +29,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     if recipe.schedule == "onecycle":
         return OneCycleLR(optimizer, recipe.lr, total_steps=steps, cycle_momentum=False)
     return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def seed_dropout(*position: int) -> None:
+    """Seed torch's generators for a step, by its seed, epoch and number, so that a resumed run draws the same masks."""
+    torch.manual_seed(int(np.random.SeedSequence((*position, rank())).generate_state(1, np.uint64)[0]))
 
 
 class Meter:

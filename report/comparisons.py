@@ -1,10 +1,12 @@
 """Metrics of several models together: verdicts against a baseline, agreement with the teacher, disagreements."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from engine.settings import DISTILLATION_FIELDS, Recipe
 from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
 from report.statistics import (
     detectable_difference,
@@ -25,6 +27,17 @@ def common_seeds(*models: Evaluated) -> list[int]:
     return sorted(set.intersection(*(set(model.logits) for model in models)))
 
 
+def seeds_with_teacher(name: str, teacher: str, models: Models, teacher_seed: int | None) -> dict[int, int]:
+    """The seeds of a model, each with that of the teacher's model beside it, where both have been evaluated.
+
+    `teacher_seed` is the teacher's, if all seeds of the model have the same.
+    """
+    if teacher not in models:
+        return {}
+    pairs = {seed: seed if teacher_seed is None else teacher_seed for seed in sorted(models[name].logits)}
+    return {seed: of_teacher for seed, of_teacher in pairs.items() if of_teacher in models[teacher].logits}
+
+
 def baseline_of(name: str, models: Models) -> str | None:
     """A model's `baseline`, else the first model of its architecture without a teacher, if it has a teacher itself.
 
@@ -36,6 +49,13 @@ def baseline_of(name: str, models: Models) -> str | None:
     alone = [other for other, m in models.items() if not m.recipe.teacher and m.recipe.arch == recipe.arch]
     alone.sort(key=lambda other: other == recipe.teacher)
     return alone[0] if recipe.teacher and alone else None
+
+
+def differing_settings(recipe: Recipe, baseline: Recipe) -> dict[str, list[Any]]:
+    """The settings in which a recipe and its baseline differ, besides the teacher: [recipe's, baseline's]."""
+    first, second = asdict(recipe), asdict(baseline)
+    teaching = {"teacher", "baseline", *DISTILLATION_FIELDS}
+    return {key: [first[key], second[key]] for key in first if key not in teaching and first[key] != second[key]}
 
 
 def compare(
@@ -67,6 +87,7 @@ def compare(
     return {
         "model": name,
         "baseline": baseline,
+        "differs_in": differing_settings(models[name].recipe, models[baseline].recipe),
         "seeds": seeds,
         "difference": difference,
         "std": std,
@@ -122,10 +143,14 @@ def not_compared(models: Models) -> dict[str, str]:
     return reasons
 
 
-def distilled(models: Models) -> list[str]:
-    """The models whose teacher has been evaluated too, with a seed in common."""
-    teachers = {name: model.recipe.teacher for name, model in models.items()}
-    return [name for name, t in teachers.items() if t in models and common_seeds(models[name], models[t])]
+def distilled(models: Models) -> dict[str, dict[int, int]]:
+    """The models whose teacher has been evaluated too, with their seeds and those of the teacher."""
+    pairs = {
+        name: seeds_with_teacher(name, model.recipe.teacher, models, model.recipe.teacher_seed)
+        for name, model in models.items()
+        if model.recipe.teacher
+    }
+    return {name: seeds for name, seeds in pairs.items() if seeds}
 
 
 def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -136,19 +161,22 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for name in distilled(models):
-        teacher, temperature = models[name].recipe.teacher, models[name].recipe.temperature
+        recipe = models[name].recipe
+        teacher, temperature = recipe.teacher, recipe.temperature
         for student in (name, baseline_of(name, models)):
-            seeds = common_seeds(models[student], models[teacher]) if student in models and student != teacher else []
+            if student not in models or student == teacher:
+                continue
+            seeds = seeds_with_teacher(student, teacher, models, recipe.teacher_seed)
             if not seeds:
                 continue
-            logits = [(models[teacher].logits[seed], models[student].logits[seed]) for seed in seeds]
+            logits = [(models[teacher].logits[t], models[student].logits[s]) for s, t in seeds.items()]
             agree = np.stack([v.argmax(1) == z.argmax(1) for v, z in logits])  # (S, n)
-            wrong = ~models[teacher].correct(labels, seeds)
+            wrong = ~models[teacher].correct(labels, seeds.values())
             kl = {"kl": 1.0, "kl_at_temperature": temperature}
             rows[student, teacher, temperature] = {
                 "model": student,
                 "teacher": teacher,
-                "seeds": seeds,
+                "seeds": list(seeds),
                 "temperature": temperature,
                 "agreement": float(agree.mean()),
                 "agreement_where_teacher_wrong": float(agree[wrong].mean()) if wrong.any() else None,
@@ -185,13 +213,27 @@ def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]
 def disagreements(name: str, models: Models, most: int = 12) -> dict[str, Any] | None:
     """Test images on which teacher, baseline and model do not all agree, for their first common seed; None if none.
 
-    `shown` are at most `most` of them, drawn at random with a fixed seed.
+    `seed` is that of the model, `seeds` those of all three; `shown` are at most `most` of the images, drawn at random
+    with a fixed seed.
     """
-    trio = list(dict.fromkeys([models[name].recipe.teacher, baseline_of(name, models), name]))
-    if not set(trio) <= models.keys() or not (seeds := common_seeds(*(models[m] for m in trio))):
+    baseline, recipe = baseline_of(name, models), models[name].recipe
+    if baseline not in models:
         return None
-    predictions = np.stack([models[m].predictions[seeds[0]] for m in trio])  # (3, n)
+    seeds = {seed: {baseline: seed, name: seed} for seed in common_seeds(models[name], models[baseline])}
+    if recipe.teacher:
+        pairs = seeds_with_teacher(name, recipe.teacher, models, recipe.teacher_seed)
+        seeds = {seed: {recipe.teacher: pairs[seed]} | of for seed, of in seeds.items() if seed in pairs}
+    if not seeds:
+        return None
+    seed_of = next(iter(seeds.values()))
+    predictions = np.stack([models[m].predictions[seed] for m, seed in seed_of.items()])  # (3, n)
     images = np.flatnonzero((predictions != predictions[0]).any(0))
     shown = np.sort(np.random.default_rng(0).choice(images, min(most, len(images)), replace=False))
-    about = {"models": trio, "seed": seeds[0], "count": len(images), "shown": shown.tolist()}
+    about = {
+        "models": list(seed_of),
+        "seed": seed_of[name],
+        "seeds": seed_of,
+        "count": len(images),
+        "shown": shown.tolist(),
+    }
     return about if len(images) else None

@@ -12,22 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.checkpoints import checkpoint_path
 from engine.datasets import Dataset
 from engine.device import autocast, memory_format, synchronize
-from engine.estimate import BuildModel
 from engine.images import prepare
 from engine.inference import fold_batchnorm
+from engine.models import Architecture
 from engine.settings import Config
-from report.comparisons import Models, common_seeds, distilled
+from report.comparisons import Models, distilled
 
 
-def count_cost(build: BuildModel, arch: str, classes: int, image_size: int) -> dict[str, int]:
-    """Parameters, and multiply-accumulates (two FLOPs each) of one image in convolutions and linear layers.
-
-    Counted by PyTorch on the meta device, where nothing is computed.
-    """
-    with torch.device("meta"):
-        model, image = build(arch, classes).eval(), torch.empty(1, 3, image_size, image_size)
+def count_cost(arch: Architecture, classes: int, image_size: int) -> dict[str, int]:
+    """Parameters, and multiply-accumulates (two FLOPs each) of one image in convolutions and matrix products."""
+    model = arch.build(classes).eval()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(image)
+        model(torch.zeros(1, 3, image_size, image_size))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "multiply_accumulates": counter.get_total_flops() // 2}
 
@@ -38,13 +34,8 @@ def quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 def time_inference(
-    build: BuildModel,
-    archs: Iterable[str],
-    config: Config,
-    dataset: Dataset,
-    batch_size: int = 100,
-    seconds: float = 5.0,
-) -> dict[str, dict[str, Any]]:
+    archs: Iterable[Architecture], config: Config, dataset: Dataset, batch_size: int = 100, seconds: float = 5.0
+) -> dict[Architecture, dict[str, Any]]:
     """Latency of one image and throughput of a large batch for each architecture, from uint8 images to logits.
 
     The architectures alternate, so that drift in the machine's speed affects all, for 3 to 20 rounds within about these
@@ -53,11 +44,11 @@ def time_inference(
     count, device = len(dataset.test.images), config.device
     images = dataset.test.images[torch.arange(batch_size, device=dataset.test.images.device) % count].to(device)
     models = {
-        arch: fold_batchnorm(build(arch, len(dataset.classes)).to(device, memory_format=memory_format(device)))
+        arch: fold_batchnorm(arch.build(len(dataset.classes)).to(device, memory_format=memory_format(device)))
         for arch in archs
     }
 
-    def timed(arch: str, batch: torch.Tensor) -> float:
+    def timed(arch: Architecture, batch: torch.Tensor) -> float:
         synchronize(device)
         started = time.perf_counter()
         with torch.inference_mode(), autocast(device, config.precision):
@@ -83,28 +74,26 @@ def time_inference(
     }
 
 
-def costs(build: BuildModel, config: Config, dataset: Dataset, models: Models) -> dict[str, dict[str, Any]]:
+def costs(config: Config, dataset: Dataset, models: Models) -> dict[str, dict[str, Any]]:
     """The cost of each model, measured once for each architecture."""
-    archs = dict.fromkeys(model.recipe.arch for model in models.values())
-    counted = {arch: count_cost(build, arch, len(dataset.classes), config.image_size) for arch in archs}
-    timed = time_inference(build, archs, config, dataset)
+    arch_of = {name: Architecture.of(model.recipe) for name, model in models.items()}
+    archs = dict.fromkeys(arch_of.values())
+    counted = {arch: count_cost(arch, len(dataset.classes), config.image_size) for arch in archs}
+    timed = time_inference(archs, config, dataset)
 
     def size(name: str) -> int:
         return checkpoint_path(config, name, next(iter(models[name].logits))).stat().st_size
 
-    return {
-        name: {**counted[m.recipe.arch], "bytes_on_disk": size(name), **timed[m.recipe.arch]}
-        for name, m in models.items()
-    }
+    return {name: {**counted[arch], "bytes_on_disk": size(name), **timed[arch]} for name, arch in arch_of.items()}
 
 
 def versus_teacher(models: Models, cost: dict[str, dict[str, Any]], labels: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy, over the seeds that both have, and relative cost of each distilled model and its teacher."""
     rows = []
-    for name in distilled(models):
+    for name, seeds in distilled(models).items():
         teacher = models[name].recipe.teacher
-        seeds = common_seeds(models[name], models[teacher])
-        accuracy, of_teacher = (float(models[m].correct(labels, seeds).mean()) for m in (name, teacher))
+        accuracy = float(models[name].correct(labels, seeds).mean())
+        of_teacher = float(models[teacher].correct(labels, seeds.values()).mean())
         speed, speed_of_teacher = (cost[m]["images_per_second"]["median"] for m in (name, teacher))
         relative = {key: cost[name][key] / cost[teacher][key] for key in ("parameters", "multiply_accumulates")}
         about = {"model": name, "teacher": teacher, "accuracy": accuracy, "accuracy_of_teacher": of_teacher}

@@ -216,7 +216,9 @@ def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]],
     figure = blank_figure(9, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for name, by_seed in histories.items():
-        records = list(by_seed.values())
+        records = [history for history in by_seed.values() if history]  # none for weights used as they are
+        if not records:
+            continue
         held_out = next(key for key in ("validation_accuracy", "test_accuracy") if key in records[0][0])
         epochs = [record["epoch"] for record in records[0]]
         for axes, key, scale, style in (
@@ -230,10 +232,11 @@ def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]],
     loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
     loss_axes.set_title("training loss (not comparable between recipes)", fontsize="medium")
     accuracy_axes.set(xlabel="epoch", ylabel="accuracy (%)")
-    accuracy_axes.set_title(f"solid: {held_out.split('_')[0]} images, dotted: training images", fontsize="medium")
+    accuracy_axes.set_title("solid: test or validation images, dotted: training images", fontsize="medium")
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     lines, names = loss_axes.get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    if lines:
+        figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
     return figure

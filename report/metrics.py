@@ -182,6 +182,12 @@ def most_confused(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> 
     ]
 
 
+def only_class(model: Evaluated, classes: Sequence[str]) -> str | None:
+    """The class that the model of some seed predicts for every image; None if there is no such seed."""
+    predicted = [np.unique(labels) for labels in model.predictions.values()]
+    return next((classes[labels[0]] for labels in predicted if len(labels) == 1), None)
+
+
 def model_metrics(
     model: Evaluated, labels: np.ndarray, classes: tuple[str, ...], temperatures: Mapping[int, float] = NONE
 ) -> dict[str, Any]:
@@ -202,6 +208,8 @@ def model_metrics(
             "ci95": accuracy_interval(correct),
             "seeds": {str(seed): float(a) for seed, a in zip(model.logits, accuracies, strict=True)},
         },
+        "balanced_accuracy": float(np.mean([of_class.mean() for of_class in by_class.values()])),
+        "only_class": only_class(model, classes),
         "per_class": {name: float(of_class.mean()) for name, of_class in by_class.items()},
         "per_class_ci95": {name: accuracy_interval(of_class) for name, of_class in by_class.items()},
         "confusion_matrix": counts.tolist(),

@@ -46,6 +46,7 @@ from engine.errors import exit_on_error
 from engine.estimate import time_training
 from engine.images import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference import predict
+from engine.models import Architecture
 from engine.settings import Config, Recipe
 from teacher_student_model import distilled_loss, stored_logits
 
@@ -194,8 +195,9 @@ VARIANTS = {  # name -> a method of Benchmark and its arguments
 
 def choose_precision(config: Config) -> Config:
     """The config in the precision that `auto` chooses for training a ResNet50 and a ResNet18 equally long."""
-    precisions, archs = ["fp32", *["bf16"] * supports_bf16(config.device)], ("resnet50", "resnet18")
-    per_image = time_training(build_resnet, archs, config, Benchmark(config, 1).dataset, precisions)
+    precisions = ["fp32", *["bf16"] * supports_bf16(config.device)]
+    archs = [Architecture(arch, "imagenet") for arch in ("resnet50", "resnet18")]
+    per_image = time_training(archs, config, Benchmark(config, 1).dataset, precisions)
     return replace(config, precision=min(precisions, key=lambda p: sum(per_image[arch, p] for arch in archs)))
 
 
@@ -212,27 +214,44 @@ def run(bench: Benchmark, name: str) -> dict[str, float]:
     return record
 
 
-def start_plain(config: Config, steps: int) -> None:
-    global plain_bench
-    plain_bench = Benchmark(config, steps)
+def start(config: Config, steps: int, ours: bool) -> None:
+    global bench
+    if ours:
+        configure_backends(config)
+    bench = Benchmark(config, steps)
 
 
-def run_plain(name: str) -> dict[str, float]:
-    return run(plain_bench, name)
+def run_in_process(name: str) -> dict[str, float]:
+    return run(bench, name)
 
 
 def measure(config: Config, steps: int, rounds: int, enough: float) -> dict[str, list[dict[str, float]]]:
-    """Each variant once, cold, and then in turn until it was measured `rounds` times or `enough` seconds."""
-    variants = [name for name in VARIANTS if "other precision" not in name or supports_bf16(config.device)]
+    """Each variant once, cold, and then in turn until it was measured `rounds` times or `enough` seconds.
+
+    The two ways run in processes of their own; then the two precisions of ours, when the memory of these is free again.
+    """
+    times = in_turn([n for n in VARIANTS if "other precision" not in n], config, steps, rounds, enough)
+    if supports_bf16(config.device):
+        both = in_turn([name for name in VARIANTS if "training, ours" in name], config, steps, rounds, enough)
+        times |= {f"{name} (alternating)": records for name, records in both.items()}
+    return times
+
+
+def in_turn(
+    variants: list[str], config: Config, steps: int, rounds: int, enough: float
+) -> dict[str, list[dict[str, float]]]:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    configure_backends(config)
-    bench = Benchmark(config, steps)
-    with ProcessPoolExecutor(1, get_context("spawn"), start_plain, (config, steps)) as plain:
+    spawn = get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = {
+            ours: stack.enter_context(ProcessPoolExecutor(1, spawn, start, (config, steps, ours)))
+            for ours in {"ours" in name for name in variants}
+        }
         for number in range(1 + rounds):
             for name, records in times.items():
                 if number > 1 and sum(record["seconds"] for record in records[1:]) > enough:
                     continue
-                record = run(bench, name) if "ours" in name else plain.submit(run_plain, name).result()
+                record = pools["ours" in name].submit(run_in_process, name).result()
                 records.append(record)
                 print(f"{'warm' if number else 'cold'}: {name}: {record['seconds']:.2f} s", file=sys.stderr)
     return times
@@ -267,7 +286,7 @@ def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
     return {
         "rates": rates,
         "other_over_chosen_precision": {
-            n: s / per_image[n.removesuffix(" in the other precision")] for n, s in others.items()
+            name: seconds / per_image[name.replace(" in the other precision", "")] for name, seconds in others.items()
         },
         "ratios": [{"ours": a, "plain": b, "ratio": per_image[b] / per_image[a]} for a, b in pairs],
         "distilled_over_plain_epoch": stored / per_image["ResNet18 training, ours"],

@@ -27,6 +27,7 @@ SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "trai
 SMALL_FLAGS = [
     *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32"),
     *(f"--{name}.{field}={value}" for name in ("teacher", "student", "student_kd") for field, value in SMALL.items()),
+    "--teacher.weight_decay=0.001",  # otherwise teacher and student would be the same model
 ]
 
 
@@ -55,7 +56,7 @@ def logging_to_stderr():
 def config(tmp_path, device) -> Config:
     """The small experiment as a Config, with half of the images mirrored."""
     recipes = {
-        "teacher": Recipe(**SMALL),
+        "teacher": Recipe(**SMALL, weight_decay=0.001),
         "student": Recipe(**SMALL),
         "student_kd": Recipe(**SMALL, teacher="teacher"),
     }

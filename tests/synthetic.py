@@ -9,7 +9,7 @@ from report.metrics import Evaluated
 def simulated_seeds(random, seeds: int, n: int, difference: float, seed_std: float, shared: float) -> dict:
     """Two models over several seeds: a true difference, how much seeds differ, and images that are harder for one."""
     easier = random.normal(0, shared, n)  # in points of probability, the same in every seed
-    recipes, logits = PRESETS["cifar10"].recipes, {"student": {}, "student_kd": {}}
+    recipes, logits = PRESETS["scratch"].recipes, {"student": {}, "student_kd": {}}
     for seed in range(seeds):
         gain = difference + random.normal(0, seed_std) + easier
         luck = random.random(n)
@@ -24,7 +24,7 @@ def simulated(random, n: int, discordant: float, difference: float) -> Evaluated
     kinds = random.choice(
         [1, -1, 0], n, p=[(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
     )
-    recipes = PRESETS["cifar10"].recipes
+    recipes = PRESETS["scratch"].recipes
     right = {"student": kinds != 1, "student_kd": kinds != -1}  # logits of two classes, the label always 0
     return {
         name: Evaluated(recipes[name], {0: np.stack([right[name], ~right[name]], 1).astype(np.float32)}, {})
@@ -49,7 +49,7 @@ def three_models(n: int = 200) -> tuple[dict[str, Evaluated], np.ndarray]:
     labels = some_logits(n)[1]
     models = {
         name: Evaluated(
-            PRESETS["cifar10"].recipes[name],
+            PRESETS["scratch"].recipes[name],
             {seed: some_logits(n, seed=10 * number + seed)[0] + 2 * np.eye(4)[labels] for seed in of_model},
             {},
         )

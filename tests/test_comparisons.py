@@ -148,7 +148,7 @@ def test_the_gallery_shows_images_on_which_the_models_disagree():
     ],
 )
 def test_a_distilled_model_is_compared_with_its_architecture_without_a_teacher(changes, baseline):
-    recipes = PRESETS["cifar10"].recipes
+    recipes = PRESETS["scratch"].recipes
     models = {
         name: Evaluated(dataclasses.replace(recipe, **changes.get(name, {})), {}, {})
         for name, recipe in recipes.items()
@@ -161,7 +161,7 @@ def test_two_seeds_with_the_same_difference_are_indistinguishable():
     right = np.ones((2, 500), dtype=bool)
     worse = right.copy()
     worse[:, :2] = False
-    recipes = PRESETS["cifar10"].recipes
+    recipes = PRESETS["scratch"].recipes
     models = {
         name: Evaluated(recipes[name], {s: np.stack([r[s], ~r[s]], 1).astype(float) for s in (0, 1)}, {})
         for name, r in (("student", worse), ("student_kd", right))
@@ -173,7 +173,7 @@ def test_two_seeds_with_the_same_difference_are_indistinguishable():
 
 
 def test_the_reason_why_a_model_is_not_compared_is_the_right_one():
-    recipes = PRESETS["cifar10"].recipes
+    recipes = PRESETS["scratch"].recipes
 
     def evaluated(seeds, **changes):
         models = {name: Evaluated(recipes[name], dict.fromkeys(of, np.eye(2)), {}) for name, of in seeds.items()}

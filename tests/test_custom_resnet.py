@@ -20,10 +20,11 @@ from torchvision import transforms
 
 import custom_resnet
 import teacher_student_model
-from custom_resnet import build_resnet, fit, load_model, train
+from custom_resnet import build_resnet, fit, train
 from engine import checkpoints, console, datasets, estimate
 from engine.errors import UserError
 from engine.inference import predict
+from engine.models import load_model
 from engine.settings import Recipe
 from engine.training import make_scheduler
 
@@ -77,7 +78,7 @@ def test_a_checkpoint_is_a_plain_torchvision_model(trained):
     images = torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(theirs.eval()(images), predict(load_model(state, "cpu"), images), atol=1e-5, rtol=0)
     assert state["classes"] == list("0123456789")
-    assert state["settings"]["student.lr"] == 0.01
+    assert state["settings"]["lr"] == 0.01
     assert len(state["history"]) == 2
     assert state["environment"]["torch"] == torch.__version__
     assert "optimizer" not in state
@@ -316,7 +317,7 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
         custom_resnet.main(small)
     assert "is damaged" in capsys.readouterr().err
     custom_resnet.main([*small, "--student.lr", "0.02", "--overwrite"])
-    assert checkpoints.load_checkpoint(path)["settings"]["student.lr"] == 0.02
+    assert checkpoints.load_checkpoint(path)["settings"]["lr"] == 0.02
 
 
 def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
@@ -411,7 +412,7 @@ def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         estimate,
         "time_training",
-        lambda build, archs, config, dataset, precisions: {(a, p): faster[p] for a in archs for p in precisions},
+        lambda archs, config, dataset, precisions: {(a, p): faster[p] for a in archs for p in precisions},
     )
     words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1"]
     custom_resnet.main([*words, "--only=teacher"])

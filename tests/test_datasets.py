@@ -5,9 +5,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.io
 import torch
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from config import PRESETS
 from engine import datasets, distributed
@@ -120,6 +122,45 @@ def test_without_network_the_error_says_which_file_to_put_where(tmp_path, monkey
         datasets.load_dataset(cifar10(tmp_path / "data" / "x"))
     for part in ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", f"{tmp_path}/data", "--preset demo"):
         assert part in str(error.value)
+
+
+def test_cifar100_and_svhn_are_read_through_torchvision(tmp_path, monkeypatch):
+    """Miniatures with torchvision's file formats."""
+    random, files = np.random.default_rng(0), {}
+    coarse = {"data": random.integers(0, 256, (6, 3072), dtype=np.uint8), "fine_labels": [0, 1, 2] * 2}
+    names = [f"class{n}" for n in range(3)]
+    (tmp_path / CIFAR100.base_folder).mkdir()
+    for name, content in (("train", coarse), ("test", coarse), ("meta", {"fine_label_names": names})):
+        path = tmp_path / CIFAR100.base_folder / name
+        path.write_bytes(pickle.dumps(content))
+        files[name] = [name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(CIFAR100, "train_list", [files["train"]])
+    monkeypatch.setattr(CIFAR100, "test_list", [files["test"]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": files["meta"][1]})
+    images = random.integers(0, 256, (32, 32, 3, 10), dtype=np.uint8)
+    labels = np.arange(1, 11).reshape(-1, 1)  # MATLAB's, in which 10 is the digit 0
+    splits = {}
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}_32x32.mat"
+        scipy.io.savemat(path, {"X": images, "y": labels})
+        splits[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", splits)
+    config = replace(PRESETS["scratch"], data_path=str(tmp_path), batch_size=2, device="cpu")
+    cifar100 = datasets.load_dataset(replace(config, dataset="cifar100"))
+    assert cifar100.classes == ("class0", "class1", "class2")
+    assert torch.equal(cifar100.train.images.flatten(1), torch.from_numpy(coarse["data"]))
+    svhn = datasets.load_dataset(replace(config, dataset="svhn"))
+    assert svhn.classes == tuple("0123456789")
+    assert svhn.test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert torch.equal(svhn.test.images[3], torch.from_numpy(images[..., 3]).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar100", "cifar-100-python.tar.gz"), ("svhn", "test_32x32.mat")])
+def test_other_data_sets_offline_say_which_file_to_put_where(tmp_path, monkeypatch, name, file):
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/x")
+    monkeypatch.setattr(SVHN, "split_list", {s: ["http://127.0.0.1:9/x", *v[1:]] for s, v in SVHN.split_list.items()})
+    with pytest.raises(UserError, match=rf"{name} is not in .*{file}"):
+        datasets.load_dataset(replace(PRESETS["scratch"], dataset=name, data_path=str(tmp_path), device="cpu"))
 
 
 def test_a_batch_size_above_the_number_of_images_is_refused(miniature_cifar10):

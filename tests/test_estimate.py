@@ -11,25 +11,30 @@ from torch import nn
 
 import custom_resnet
 import utils
-from custom_resnet import build_resnet
 from engine import estimate
-from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint, training_settings
+from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
 from engine.errors import UserError
-from engine.estimate import Estimate, Job, check_space, plan, space_needed, time_training
+from engine.estimate import Estimate, Job, check_models, check_space, plan, space_needed, time_training
+from engine.fingerprints import training_settings
+from engine.models import Architecture
 from engine.settings import Recipe
 from utils import start_training, unfinished
 
+RESNET18, RESNET50 = (Architecture(arch, "imagenet") for arch in ("resnet18", "resnet50"))
 RESNET18_BYTES = 11_181_642 * 4
+STUDENTS = [("student", 0), ("student", 1)]
+BUFFERS = 9_600 * 4 + 20 * 8  # BatchNorm's running statistics, and its counters
+SIZES = {"student": RESNET18_BYTES, "student_kd": RESNET18_BYTES}
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Replace the timing by a table of seconds per image: timed({("resnet18", "fp32"): 0.1}); returns what it timed."""
+    """Replace the timing by a table of seconds per image: timed({(RESNET18, "fp32"): 0.1}); returns what it timed."""
 
-    def by(table: dict[tuple[str, str], float]) -> list[tuple[str, str]]:
+    def by(table: dict[tuple[Architecture, str], float]) -> list[tuple[Architecture, str]]:
         timed_pairs = []
 
-        def fake(build, archs, config, dataset, precisions):
+        def fake(archs, config, dataset, precisions):
             pairs = list(itertools.product(archs, precisions))
             timed_pairs.extend(pairs)
             return {pair: table[pair] for pair in pairs}
@@ -58,7 +63,7 @@ def images_of(job: Job, config, dataset) -> float:
 def test_the_estimate_follows_from_the_time_of_a_step(config, digits, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a step is 1 s
-    _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], None, build_resnet, config, digits)
+    _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], None, config, digits)
     each = 2 * (100 + 500 / 3) / config.batch_size  # epochs, training images, and a third of a step for each test image
     assert estimates[("student", 0)] == pytest.approx((each, each))
     assert estimates[("student", 1)] == pytest.approx((each, 0.0))
@@ -67,28 +72,28 @@ def test_the_estimate_follows_from_the_time_of_a_step(config, digits, monkeypatc
 def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed):
     recipes = {**config.recipes, "teacher": Recipe(arch="resnet50", train_size=None)}
     config = replace(config, recipes=recipes)
-    table = {("resnet50", "fp32"): 0.5, ("resnet18", "fp32"): 0.125}
+    table = {(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125}
     timed(table)
     jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 2)]
-    _, estimates = plan(jobs, None, build_resnet, config, digits)
-    each = [images_of(job, config, digits) * table[config.recipes[job.name].arch, "fp32"] for job in jobs]
+    _, estimates = plan(jobs, None, config, digits)
+    each = [images_of(job, config, digits) * table[Architecture.of(config.recipes[job.name]), "fp32"] for job in jobs]
     assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
     for number, found in enumerate(estimates.values()):
         assert found == pytest.approx((each[number], sum(each[number + 1 :])))
 
 
 def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypatch):
-    timed({("resnet18", "fp32"): 1.0})
+    timed({(RESNET18, "fp32"): 1.0})
     job = Job("student", 0, 2)
     monkeypatch.setattr(estimate, "world_size", lambda: 4)
-    _, estimates = plan([job], None, build_resnet, config, digits)
+    _, estimates = plan([job], None, config, digits)
     assert estimates[("student", 0)].model == pytest.approx(images_of(job, config, digits) / 4)
 
 
 def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
     config = replace(config, validation_size=100)
-    timed({("resnet18", "fp32"): 1.0})
-    _, estimates = plan([Job("student", 0, 1)], None, build_resnet, config, utils.load_dataset(config))
+    timed({(RESNET18, "fp32"): 1.0})
+    _, estimates = plan([Job("student", 0, 1)], None, config, utils.load_dataset(config))
     assert estimates[("student", 0)].model == pytest.approx(100 + 100 / 3)
 
 
@@ -97,8 +102,8 @@ def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
 )
 def test_a_run_above_an_hour_is_announced(config, digits, timed, capsys, hours, announced):
     jobs = [Job("student", 0, 2), Job("student", 1, 2)]
-    timed({("resnet18", "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
-    plan(jobs, None, build_resnet, config, digits)
+    timed({(RESNET18, "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
+    plan(jobs, None, config, digits)
     output = capsys.readouterr().err
     if announced:
         assert output.startswith("This will take " + announced)
@@ -116,18 +121,18 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
     config = replace(config, precision="auto", recipes=recipes)
     bf16(True)
     table = {
-        ("resnet50", "fp32"): 0.1,
-        ("resnet50", "bf16"): 0.2,
-        ("resnet18", "fp32"): 0.05,
-        ("resnet18", "bf16"): 0.04,
+        (RESNET50, "fp32"): 0.1,
+        (RESNET50, "bf16"): 0.2,
+        (RESNET18, "fp32"): 0.05,
+        (RESNET18, "bf16"): 0.04,
     }
     timed_pairs = timed(table)
     jobs = [Job("teacher", 0, 2), Job("student", 0, student_epochs)]
-    resolved, estimates = plan(jobs, None, build_resnet, config, digits)
+    resolved, estimates = plan(jobs, None, config, digits)
     assert set(timed_pairs) == set(table)
     assert resolved == replace(config, precision=faster)
     for job in jobs:
-        expected = images_of(job, config, digits) * table[config.recipes[job.name].arch, faster]
+        expected = images_of(job, config, digits) * table[Architecture.of(config.recipes[job.name]), faster]
         assert estimates[job.name, 0].model == pytest.approx(expected)
     rates = {"fp32": ("10.0", "20.0", "5.0", "25.0", "bf16"), "bf16": ("5.0", "25.0", "10.0", "20.0", "fp32")}
     first, second, other_first, other_second, other = rates[faster]
@@ -141,11 +146,11 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
 @pytest.mark.parametrize("recorded", ["fp32", "bf16"])
 def test_auto_keeps_the_precision_of_the_run_without_timing_the_other(config, digits, timed, bf16, capsys, recorded):
     bf16(True)
-    timed_pairs = timed({("resnet18", "fp32"): 0.1, ("resnet18", "bf16"): 0.1})
+    timed_pairs = timed({(RESNET18, "fp32"): 0.1, (RESNET18, "bf16"): 0.1})
     jobs = [Job("student", 0, 1)]
-    resolved, estimates = plan(jobs, recorded, build_resnet, replace(config, precision="auto"), digits)
+    resolved, estimates = plan(jobs, recorded, replace(config, precision="auto"), digits)
     assert resolved.precision == recorded
-    assert timed_pairs == [("resnet18", recorded)]
+    assert timed_pairs == [(RESNET18, recorded)]
     assert estimates[("student", 0)].model > 0
     assert capsys.readouterr().err == ""
 
@@ -153,24 +158,24 @@ def test_auto_keeps_the_precision_of_the_run_without_timing_the_other(config, di
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_fixed_precision_is_kept(config, digits, timed, bf16, precision):
     bf16(True)
-    timed_pairs = timed({("resnet18", "fp32"): 1.0 + (precision == "fp32"), ("resnet18", "bf16"): 1.5})
+    timed_pairs = timed({(RESNET18, "fp32"): 1.0 + (precision == "fp32"), (RESNET18, "bf16"): 1.5})
     config = replace(config, precision=precision)
-    assert plan([Job("student", 0, 1)], None, build_resnet, config, digits)[0] == config
-    assert timed_pairs == [("resnet18", precision)]
+    assert plan([Job("student", 0, 1)], None, config, digits)[0] == config
+    assert timed_pairs == [(RESNET18, precision)]
 
 
 def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
     bf16(False)
-    timed_pairs = timed({("resnet18", "fp32"): 1.0})
-    resolved, _ = plan([Job("student", 0, 1)], None, build_resnet, replace(config, precision="auto"), digits)
+    timed_pairs = timed({(RESNET18, "fp32"): 1.0})
+    resolved, _ = plan([Job("student", 0, 1)], None, replace(config, precision="auto"), digits)
     assert resolved.precision == "fp32"
-    assert timed_pairs == [("resnet18", "fp32")]
+    assert timed_pairs == [(RESNET18, "fp32")]
 
 
 def test_nothing_is_timed_without_jobs(config, digits, timed, bf16, capsys):
     bf16(True)
     timed_pairs = timed({})
-    assert plan([], "bf16", build_resnet, replace(config, precision="auto"), digits) == (
+    assert plan([], "bf16", replace(config, precision="auto"), digits) == (
         replace(config, precision="bf16"),
         {},
     )
@@ -197,16 +202,19 @@ class Scripted(nn.Module):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """A model builder whose models share a clock and a script of seconds per step."""
-    now, models = SimpleNamespace(seconds=0.0), {}
+    """Architectures whose models share a clock and have a script of seconds per step, and the models they build."""
+    now, models, scripts = SimpleNamespace(seconds=0.0), {}, {}
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
 
-    def make(scripts: dict[str, list[float]]):
-        def build(arch: str, classes: int) -> nn.Module:
-            models[arch] = Scripted(classes, now, iter(scripts[arch]))
-            return models[arch]
+    def build(arch: Architecture, classes: int) -> nn.Module:
+        models[arch.arch] = Scripted(classes, now, iter(scripts[arch.arch]))
+        return models[arch.arch]
 
-        return build
+    monkeypatch.setattr(Architecture, "build", build)
+
+    def make(steps: dict[str, list[float]]) -> list[Architecture]:
+        scripts.update(steps)
+        return [Architecture(name, "imagenet") for name in steps]
 
     return make, models
 
@@ -214,30 +222,29 @@ def scripted(monkeypatch):
 def test_timing_alternates_precisions_and_takes_the_fastest_step_after_warm_up(config, digits, scripted):
     make, models = scripted
     # fp32, bf16, fp32, ...: each warms up in 0.1 s, quicker than any step, and has an outlier
-    build = make({"a": [0.1, 0.1, 0.4, 9.0, 7.0, 0.3]})
-    found = time_training(build, ["a"], config, digits, ["fp32", "bf16"])
-    assert found == {("a", "fp32"): pytest.approx(0.4 / 25), ("a", "bf16"): pytest.approx(0.3 / 25)}
+    (a,) = make({"a": [0.1, 0.1, 0.4, 9.0, 7.0, 0.3]})
+    found = time_training([a], config, digits, ["fp32", "bf16"])
+    assert found == {(a, "fp32"): pytest.approx(0.4 / 25), (a, "bf16"): pytest.approx(0.3 / 25)}
     assert models["a"].seen == [(25, torch.float32), (25, torch.bfloat16)] * 3  # two seconds have passed by then
 
 
 def test_timing_takes_three_to_ten_rounds(config, digits, scripted):
     make, models = scripted
-    found = time_training(
-        make({"quick": [0.01] * 9 + [0.005], "slow": [60.0] * 3}), ["quick", "slow"], config, digits, ["fp32"]
-    )
-    assert found == {("quick", "fp32"): pytest.approx(0.005 / 25), ("slow", "fp32"): pytest.approx(60 / 25)}
+    quick, slow = make({"quick": [0.01] * 9 + [0.005], "slow": [60.0] * 3})
+    found = time_training([quick, slow], config, digits, ["fp32"])
+    assert found == {(quick, "fp32"): pytest.approx(0.005 / 25), (slow, "fp32"): pytest.approx(60 / 25)}
     assert [len(model.seen) for model in models.values()] == [10, 3]
 
 
 def test_the_time_limit_is_per_architecture(config, digits, scripted):
     make, models = scripted
-    time_training(make({"slow": [60.0] * 3, "quick": [0.01] * 10}), ["slow", "quick"], config, digits, ["fp32"])
+    time_training(make({"slow": [60.0] * 3, "quick": [0.01] * 10}), config, digits, ["fp32"])
     assert [len(model.seen) for model in models.values()] == [3, 10]
 
 
 def test_a_timed_step_on_a_cpu_has_at_most_32_images(config, digits, scripted):
     make, models = scripted
-    time_training(make({"a": [1.0] * 3}), ["a"], replace(config, batch_size=100), digits, ["fp32"])
+    time_training(make({"a": [1.0] * 3}), replace(config, batch_size=100), digits, ["fp32"])
     assert {count for count, _ in models["a"].seen} == {32 if config.device == "cpu" else 100}
 
 
@@ -246,7 +253,8 @@ def test_a_timed_step_on_a_cpu_has_at_most_32_images(config, digits, scripted):
 
 def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys, monkeypatch):
     jobs = [Job("student", 0, 2), Job("student_kd", 0, 2)]
-    needed = space_needed(jobs, build_resnet, config, digits)
+    assert check_models(jobs, config, digits) == {name: size + BUFFERS for name, size in SIZES.items()}
+    needed = space_needed(jobs, SIZES, config, digits)
     # two finished models; one in training and its copy, both with momentum; the logits of a teacher, and their copy
     assert 6 * RESNET18_BYTES < needed < 6.1 * RESNET18_BYTES
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
@@ -260,14 +268,14 @@ def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys,
 def test_space_needed_includes_stored_logits_for_distilled_models(config, digits):
     views = 2 * len(digits.train.labels) * 10 * 4
     plain, distilled = (
-        space_needed([Job(name, 0, 1)], build_resnet, config, digits) for name in ("student", "student_kd")
+        space_needed([Job(name, 0, 1)], {name: SIZES[name]}, config, digits) for name in ("student", "student_kd")
     )
     assert distilled - plain == 2 * views
 
 
 def test_files_to_be_replaced_count_as_free_space(config, digits, monkeypatch):
     jobs = [Job("student", 0, 1)]
-    needed = space_needed(jobs, build_resnet, config, digits)
+    needed = space_needed(jobs, SIZES, config, digits)
     path = checkpoint_path(config, "student", 0)
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
@@ -275,11 +283,11 @@ def test_files_to_be_replaced_count_as_free_space(config, digits, monkeypatch):
     for free, fits in ((needed - 1000, True), (needed - 1001, False)):
         monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if fits:
-            check_space(jobs, build_resnet, config, digits)
+            check_space(jobs, SIZES, config, digits)
         else:
             with pytest.raises(UserError, match="Free some space or choose another folder"):
-                check_space(jobs, build_resnet, config, digits)
-    check_space([], build_resnet, config, digits)  # nothing to train needs nothing
+                check_space(jobs, SIZES, config, digits)
+    check_space([], {}, config, digits)  # nothing to train needs nothing
 
 
 # The start of a training
@@ -292,7 +300,7 @@ def partial(config, trained, digits):
     for seed in (0, 1):
         path = checkpoint_path(config, "student", seed)
         state = copy.deepcopy(load_checkpoint(trained / "checkpoints" / "demo" / f"seed{seed}" / "student.pt"))
-        state["settings"] = training_settings("student", seed, replace(config, precision="bf16"), digits, None)
+        state["settings"] = training_settings("student", seed, replace(config, precision="bf16"), digits)
         if seed == 1:
             state["history"], state["finished"] = state["history"][:1], False
         save_checkpoint(path, state)
@@ -300,11 +308,12 @@ def partial(config, trained, digits):
 
 
 def test_only_unfinished_epochs_are_estimated(partial, digits):
-    both, left = ["student", "teacher"], [Job("teacher", 0, 2), Job("student", 1, 1), Job("teacher", 1, 2)]
+    both = [(name, seed) for seed in (0, 1) for name in ("student", "teacher")]
+    left = [Job("teacher", 0, 2), Job("student", 1, 1), Job("teacher", 1, 2)]
     assert unfinished(both, partial, digits) == left
     assert unfinished(both, replace(partial, overwrite=True), digits) == left  # what matches is kept
     smaller = replace(partial, overwrite=True, batch_size=20)
-    assert unfinished(both, smaller, digits) == [Job(name, seed, 2) for seed in (0, 1) for name in both]
+    assert unfinished(both, smaller, digits) == [Job(*model, 2) for model in both]
     with pytest.raises(UserError, match="batch_size was 25, is now 20"):
         unfinished(both, replace(smaller, overwrite=False), digits)
     assert not [path for path in os.listdir(checkpoint_path(partial, "student", 0).parent) if "probe" in path]
@@ -313,20 +322,17 @@ def test_only_unfinished_epochs_are_estimated(partial, digits):
 def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, digits):
     path = checkpoint_path(partial, "student", 1)
     path.write_bytes(path.read_bytes()[:1000])
-    with (
-        pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"),
-        start_training(partial, ["student"], build_resnet),
-    ):
+    with pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"), start_training(partial, STUDENTS):
         pass
-    assert Job("student", 1, 2) in unfinished(["student"], replace(partial, overwrite=True), digits)
+    assert Job("student", 1, 2) in unfinished(STUDENTS, replace(partial, overwrite=True), digits)
 
 
 def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, timed, bf16, capsys):
     bf16(True)
-    timed_pairs = timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
-    with start_training(partial, ["student"], build_resnet) as (config, dataset, estimates):
+    timed_pairs = timed({(RESNET18, "bf16"): 0.5, (RESNET18, "fp32"): 0.1})
+    with start_training(partial, STUDENTS) as (config, dataset, estimates):
         assert config == replace(partial, precision="bf16")
-        assert timed_pairs == [("resnet18", "bf16")]
+        assert timed_pairs == [(RESNET18, "bf16")]
         assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * (100 + 500 / 3)), 0.0)}
         output = capsys.readouterr().err
         assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px" in output
@@ -336,16 +342,17 @@ def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, tim
 
 def test_a_new_run_uses_the_faster_precision(partial, timed, bf16):
     bf16(True)
-    timed({("resnet18", "bf16"): 0.5, ("resnet18", "fp32"): 0.1})
-    with start_training(replace(partial, run="new"), ["student"], build_resnet) as (config, _, estimates):
+    timed({(RESNET18, "bf16"): 0.5, (RESNET18, "fp32"): 0.1})
+    recipes = {**partial.recipes, "student": replace(partial.recipes["student"], lr=0.05)}  # not that of the other run
+    with start_training(replace(partial, run="new", recipes=recipes), STUDENTS) as (config, _, estimates):
         assert config.precision == "fp32"
         assert list(estimates) == [("student", 0), ("student", 1)]
 
 
 @pytest.mark.parametrize("hours", [31.4, 0.9])
 def test_start_training_announces_a_long_run(config, timed, capsys, hours):
-    timed({("resnet18", "fp32"): hours * 3600 / (2 * (100 + 500 / 3))})
-    with start_training(config, ["student"], build_resnet):
+    timed({(RESNET18, "fp32"): hours * 3600 / (2 * (100 + 500 / 3))})
+    with start_training(config, STUDENTS[:1]):
         output = capsys.readouterr().err
     assert ("This will take about 31 h 24 min" in output) == (hours > 1)
     assert ("--preset demo" in output) == (hours > 1)

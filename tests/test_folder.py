@@ -47,10 +47,9 @@ def test_problems_of_a_folder_are_reported(config, image_folder, tmp_path):
 
     assert "no such folder" in message(tmp_path / "nowhere")
     assert "did you mean cifar10?" in message("cifra10")
-    root = image_folder({"train/a": 2, "train/b": 2})
-    assert "there is no" in message(root)
-    assert str(root / "val") in message(root)
-    image_folder({"test/a": 1, "test/c": 1})
+    root = image_folder({"test/a": 1, "test/c": 1})
+    assert "has test/, but no folder train/" in message(root)
+    image_folder({"train/a": 2, "train/b": 2})
     output = message(root)
     assert f"{root / 'test'}: has no folder for class 'b'" in output
     assert f"{root / 'train'}: has no folder for class 'c'" in output
@@ -58,10 +57,41 @@ def test_problems_of_a_folder_are_reported(config, image_folder, tmp_path):
     assert f"{root / 'test' / 'b'}: holds no images" in message(root)
     image_folder({"test/b": 1})
     for number in range(12):
-        (root / "train" / "a" / f"note{number:02}.txt").write_text("hello")
+        (root / "train" / "a" / f"broken{number:02}.png").write_text("hello")
     output = message(root)
-    assert str(root / "train" / "a" / "note00.txt") in output
+    assert str(root / "train" / "a" / "broken00.png") in output
     assert "and 2 more" in output
+
+
+def test_files_that_are_no_images_are_skipped_and_named(config, image_folder, capsys):
+    root = image_folder({f"{split}/{name}": 2 for split in ("train", "test") for name in "ab"})
+    (root / "train" / "notes.txt").write_text("hello")
+    (root / "train" / "b" / "Thumbs.db").write_bytes(b"\0")
+    (root / "train" / "b" / "more").mkdir()
+    assert len(datasets.load_dataset(folder_config(config, root)).train.labels) == 4
+    output = capsys.readouterr().err
+    for name in ("notes.txt", "b/Thumbs.db", "b/more"):
+        assert str(root / "train" / name) in output
+    assert f"{root / 'train'}: skipped, as they are no images" in output
+
+
+def test_val_holds_the_validation_images_if_there_is_a_test_folder(config, image_folder):
+    root = image_folder({f"{split}/{c}": n for split, n in (("train", 3), ("val", 2), ("test", 1)) for c in "ab"})
+    dataset = datasets.load_dataset(folder_config(config, root))
+    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [6, 4, 2]
+    assert dataset.held_out[0] == "validation"
+    with pytest.raises(UserError, match=r"validation_size = 2: .* has a folder val/ for that"):
+        datasets.load_dataset(replace(folder_config(config, root), validation_size=2))
+
+
+@pytest.mark.parametrize("parent", ["train/", ""])
+def test_a_folder_without_test_images_is_split(config, image_folder, capsys, parent):
+    root = image_folder({f"{parent}a": 20, f"{parent}b": 10})
+    first, second = (datasets.load_dataset(folder_config(config, root)) for _ in range(2))
+    assert first.train.labels.bincount().tolist() == [16, 8]
+    assert first.test.labels.bincount().tolist() == [4, 2]
+    assert torch.equal(first.test.images, second.test.images)
+    assert "6 of its 30 images, stratified by class, are the test images" in capsys.readouterr().err
 
 
 def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
@@ -73,14 +103,15 @@ def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
-def test_pipes_and_postscript_files_are_refused(config, image_folder):
+def test_pipes_and_postscript_files_are_refused(config, image_folder, capsys):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     os.mkfifo(root / "train" / "a" / "pipe.png")
     Image.new("RGB", (8, 8)).save(root / "train" / "a" / "program.eps")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"pipe.png: cannot be read as an image \(not a file\)"):
         datasets.load_dataset(replace(config, dataset=str(root)))
-    assert "pipe.png: cannot be read as an image (not a file)" in str(error.value)
-    assert "program.eps: cannot be read as an image" in str(error.value)
+    assert "program.eps" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"program.eps: cannot be read as an image"):
+        folder.open_image(root / "train" / "a" / "program.eps")
 
 
 def test_a_class_whose_name_is_not_utf8_is_refused(config, image_folder):
@@ -91,11 +122,11 @@ def test_a_class_whose_name_is_not_utf8_is_refused(config, image_folder):
         datasets.load_dataset(replace(config, dataset=str(root)))
 
 
-def test_circular_links_are_reported(config, image_folder):
+def test_circular_links_are_reported(config, image_folder, capsys):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     (root / "train" / "a" / "up").symlink_to(root, target_is_directory=True)
-    with pytest.raises(UserError, match=r"train/a/up: cannot be read as an image"):
-        datasets.load_dataset(replace(config, dataset=str(root)))
+    datasets.load_dataset(folder_config(config, root))
+    assert "skipped, as they are no images: " + str(root / "train" / "a" / "up") in capsys.readouterr().err
     (root / "train" / "a" / "up").unlink()
     (root / "train" / "a" / "self.png").symlink_to(root / "train" / "a" / "self.png")
     with pytest.raises(UserError, match=r"self.png: cannot be read as an image"):

@@ -198,9 +198,7 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     config = replace(config, recipes=recipes)
     anything = stored_logits(torch.full((2, 1297, C), 0.5))
     custom_resnet.train("student", 0, config, digits)
-    custom_resnet.train(
-        "student_kd", 0, config, digits, lambda: distilled_loss(anything, recipes["student_kd"]), "digest"
-    )
+    custom_resnet.train("student_kd", 0, config, digits, lambda: distilled_loss(anything, recipes["student_kd"]))
     states = [checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
@@ -220,7 +218,7 @@ def test_distillation_leaves_the_teacher_unchanged(config, digits, monkeypatch):
         logits = teacher_logits(teacher, config, digits, digits.subset(100))
         return distilled_loss(stored_logits(logits), config.recipes["student_kd"])
 
-    custom_resnet.train("student_kd", 0, config, digits, make_loss, teacher.digest)
+    custom_resnet.train("student_kd", 0, config, digits, make_loss)
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert checkpoints.checkpoint_path(config, "teacher", 0).read_bytes() == before

@@ -1,0 +1,132 @@
+"""Fingerprints: every input that a model or stored logits depend on, and what follows if they differ or agree."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints import (
+    checkpoint_path,
+    load_checkpoint,
+    load_training,
+    read_metadata,
+    save_checkpoint,
+    tensors_digest,
+    weights_digest,
+)
+from engine.console import log
+from engine.datasets import Dataset
+from engine.errors import UserError
+from engine.files import write_durably
+from engine.models import read_weights
+from engine.settings import DISTILLATION_FIELDS, Config, Recipe
+
+# The fields of Config that no weights depend on; the images of the data set have a digest of their own.
+IRRELEVANT = {
+    *("recipes", "run", "dataset", "seeds", "only", "overwrite", "checkpoint_minutes", "device", "compile"),
+    *("deterministic", "data_path", "checkpoints_path", "imgs_path"),
+}
+
+
+def training_settings(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The fingerprint of a model: every setting that its weights depend on.
+
+    The weights of its teacher and the file of weights that it starts from are represented by their digests, which are
+    left out if that file is missing.
+    """
+    recipe = asdict(config.recipes[name])
+    for unused in ("baseline", "teacher_seed", *(() if recipe["teacher"] else DISTILLATION_FIELDS)):
+        recipe.pop(unused, None)
+    if file := config.recipes[name].weights_file:
+        del recipe["weights"]
+        if Path(file).exists():
+            recipe["weights"] = tensors_digest(read_weights(file))
+    settings = {"seed": seed, **recipe}
+    settings |= {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in IRRELEVANT}
+    settings["images of the data set"] = dataset.digest
+    teacher = config.teacher_of(name, seed)
+    if teacher and (digest := weights_digest(checkpoint_path(config, *teacher))):
+        settings["weights of the teacher"] = digest
+    return settings
+
+
+def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise UserError, naming what differs, if a checkpoint was trained with different settings."""
+
+    def abbreviate(value: Any) -> Any:
+        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
+
+    # A checkpoint older than a setting was trained with its default.
+    of_recipe = {field.name: field.default for field in fields(Recipe)}
+    trained_with = {**{field.name: field.default for field in fields(Config)}, **of_recipe, **state["settings"]}
+    prefix = f"{state['name']}."
+    differing = [
+        f"{prefix * (field in of_recipe)}{field} was {abbreviate(trained_with.get(field))}, is now {abbreviate(value)}"
+        for field, value in settings.items()
+        if trained_with.get(field) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
+            "name for this experiment (--run NAME), or retrain in place (--overwrite)"
+        )
+
+
+def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The state to resume from; None if there is none, or one that `overwrite` discards.
+
+    Raises UserError if the file is damaged or was trained with different settings, unless `overwrite` is on.
+    """
+    try:
+        state = load_training(path)
+        if state:
+            refuse_other_settings(path, state, settings)
+    except UserError:
+        if not overwrite:
+            raise
+        return None
+    return state
+
+
+def load_or_adopt(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any] | None:
+    """The state of a model, finished or not; that of a finished model with the same settings elsewhere; or None.
+
+    Raises UserError as `load_matching` does.
+    """
+    path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
+    if config.precision == "auto":  # not resolved yet
+        del settings["precision"]
+    state = load_matching(path, settings, config.overwrite)
+    if state is None and (source := same_model(name, settings, config)):
+        adopt(source, path, name)
+        state = load_training(path)
+    return state
+
+
+def same_model(name: str, settings: dict[str, Any], config: Config) -> Path | None:
+    """The checkpoint of a finished model, in any run under `checkpoints_path`, with exactly these settings.
+
+    One of the same name is preferred. Without a "precision" among them, a model of either precision will do.
+    """
+    paths = Path(config.checkpoints_path).glob(f"*/seed{settings['seed']}/*.pt")
+    for path in sorted(paths, key=lambda path: (path.stem != name, path)):
+        state = read_metadata(path)
+        if state and state["finished"]:
+            found = {key: value for key, value in state["settings"].items() if key in settings or key != "precision"}
+            if found == settings:
+                return path
+    return None
+
+
+def adopt(source: Path, path: Path, name: str) -> None:
+    """Copy the model in `source`, which another row or run has trained, to `path`, with its stored logits, if any."""
+    save_checkpoint(path, {**load_checkpoint(source), "name": name})
+    logits = source.with_suffix(".logits")
+    if logits.exists():
+        write_durably(path.with_suffix(".logits"), logits.read_bytes())
+    log.info(f"{path}: has the settings of {source}, which is used instead of training it again")
+
+
+def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Every input that a teacher's stored logits depend on."""
+    settings = {field: getattr(config, field) for field in ("validation_size", "image_size", "precision")}
+    return {"teacher": teacher_digest, "images": dataset.digest, **settings}

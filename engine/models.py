@@ -1,0 +1,172 @@
+"""Models by name, torchvision's and timm's, with a new last layer; and the weights that they start from."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+
+from engine.checkpoints import is_checkpoint, load_checkpoint
+from engine.device import memory_format
+from engine.errors import UserError, first_line, suggest
+from engine.settings import Recipe
+
+
+class Architecture(NamedTuple):
+    """What a model's cost depends on, besides the size of the images."""
+
+    arch: str
+    stem: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Architecture":
+        return cls(recipe.arch, recipe.stem)
+
+    def build(self, num_classes: int) -> nn.Module:
+        return build_model(self.arch, num_classes, stem=self.stem)
+
+    def __str__(self) -> str:
+        return self.arch + f" ({self.stem} stem)" * (self.stem != "imagenet")
+
+
+def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str = "imagenet") -> nn.Module:
+    """A classification model of torchvision, or of timm as "timm:NAME", with a new last layer for `num_classes`.
+
+    The parameters keep the library's names. stem="cifar" replaces a ResNet's 7 x 7 convolution of stride 2 by one of
+    3 x 3 and stride 1, and removes the pooling after it (He et al. 2015, arXiv 1512.03385, section 4.2). Raises
+    UserError if the ImageNet weights are neither in the library's cache nor can be downloaded, or timm is missing.
+    """
+    if arch.startswith("timm:"):
+        return build_timm(arch.removeprefix("timm:"), num_classes, pretrained)
+    auxiliary = arch in ("googlenet", "inception_v3")  # they have further classifiers, for losses that we do not use
+    options = {"aux_logits": False, "init_weights": not pretrained, "transform_input": True} if auxiliary else {}
+    model = torchvision.models.get_model(arch, **options)
+    if pretrained:
+        weights = load_imagenet_weights(arch)
+        model.load_state_dict({k: v for k, v in weights.items() if not (auxiliary and k.lower().startswith("aux"))})
+    name, last = last_layer(model)
+    if isinstance(last, nn.Linear):
+        new = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
+    else:  # SqueezeNet
+        new = nn.Conv2d(last.in_channels, num_classes, kernel_size=1)
+    model.set_submodule(name, new)
+    if stem == "cifar":
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        model.maxpool = nn.Identity()
+    return model
+
+
+def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the layer that computes the logits."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+
+
+def load_imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
+    """torchvision's default weights. Raises UserError if they are neither in torch's cache nor can be downloaded."""
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        # weights_only: no code in a file of the cache is executed
+        return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except Exception as error:  # of many types, for a missing, damaged or foreign file
+        problem = "cannot be used" if file.exists() else "is missing and could not be downloaded"
+        raise UserError(
+            f"{file}: {problem} ({first_line(error)}). Put the file from {weights.url} there, or start from "
+            "random weights: --preset scratch, or --RECIPE.pretrained false"
+        ) from None
+
+
+def build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"arch = 'timm:{name}': timm is not installed; pip install timm") from None
+    if not timm.is_model(name):
+        raise UserError(f"arch = 'timm:{name}': no such model; {suggest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except Exception as error:  # of many types, for missing weights
+        raise UserError(f"arch = 'timm:{name}': its weights could not be loaded ({first_line(error)})") from None
+
+
+def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
+    """Raise UserError if a model on the CPU cannot be applied to images of this size."""
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if arch.startswith("timm:"):
+            size = model.default_cfg["input_size"][-1]
+        else:
+            (size,) = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size
+        raise UserError(
+            f"image_size = {image_size}: {arch} cannot be applied to images of this size ({first_line(error)}); it is "
+            f"made for {size} px"
+        ) from None
+
+
+def initial_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The model that a recipe starts from, on the CPU; random weights are drawn from torch's generator.
+
+    Raises UserError if its weights cannot be read or do not fit.
+    """
+    model = build_model(recipe.arch, num_classes, recipe.imagenet_weights, recipe.stem)
+    if recipe.weights_file:
+        load_weights(model, read_weights(recipe.weights_file), recipe, num_classes)
+    return model
+
+
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file: plain, or under "state_dict" or "model", with or without DataParallel's prefix.
+
+    No code in the file is executed. Raises UserError if it cannot be read or holds no state dict.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"weights = {path!r}: no such file")
+    try:
+        found = load_checkpoint(path) if is_checkpoint(path) else torch.load(path, "cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # of many types, for a foreign file
+        raise UserError(
+            f"{path}: cannot be read as weights ({first_line(error)}). It must be a file that torch.save wrote from a "
+            "state dict, or from a dict that holds one as 'state_dict' or 'model'"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        raise UserError(f"{path}: holds no state dict, neither by itself nor as 'state_dict' or 'model'")
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], recipe: Recipe, num_classes: int) -> None:
+    """Load the weights of `recipe.weights_file` into its model; a recipe that trains may have a new last layer.
+
+    Raises UserError if they belong to another architecture, or to another number of classes and are not trained.
+    """
+    path, (last, _) = recipe.weights_file, last_layer(model)
+    classes = len(weights.get(f"{last}.weight", range(num_classes)))  # if it is missing, load_state_dict says so
+    if classes != num_classes:
+        if recipe.epochs == 0:
+            raise UserError(f"{path}: classifies into {classes} classes, and the data set has {num_classes}")
+        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
+        weights = {**weights, **of_last}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit a {recipe.arch} ({' '.join(str(error).split())[:300]})") from None
+
+
+def load_model(state: dict[str, Any], device: str) -> nn.Module:
+    """The model of a checkpoint, in evaluation mode."""
+    model = build_model(state["arch"], len(state["classes"]), stem=state["stem"])
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{state['name']}: the weights in its checkpoint do not fit a {state['arch']} ({error})"
+        ) from None
+    return model.to(device, memory_format=memory_format(device)).eval()

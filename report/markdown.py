@@ -1,0 +1,152 @@
+"""results.md from its template, and the tables for the terminal."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+
+from engine.errors import escape_control
+from engine.settings import DISTILLATION_FIELDS, Recipe
+
+
+def escape_markdown(text: Any) -> str:
+    """A name as a cell of a Markdown table."""
+    return escape_control(" ".join(str(text).split())).replace("\\", r"\\").replace("|", r"\|")
+
+
+def format_or_none(value: float | None, spec: str) -> str:
+    return "none" if value is None else format(value, spec)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "none" if share is None else f"{100 * share:.{digits}f}"
+
+
+def interval(bounds: tuple[float, float], digits: int = 1, signed: bool = False) -> str:
+    return " to ".join(f"{100 * bound:{'+' * signed}.{digits}f}" for bound in bounds)
+
+
+def spread(entry: dict[str, Any], spec: str) -> str:
+    low, high = entry["quartiles"]
+    return f"{entry['median']:{spec}} ({low:{spec}} to {high:{spec}})"
+
+
+def value(of_setting: Any) -> str:
+    return escape_markdown(of_setting if isinstance(of_setting, str) else str(of_setting).lower())
+
+
+def setting(recipe: dict[str, Any], field: str) -> str:
+    if field in DISTILLATION_FIELDS and not recipe["teacher"]:
+        return ""
+    return "all" if field == "train_size" and recipe[field] is None else value(recipe[field])
+
+
+def significant_classes(per_class: dict[str, dict[str, Any]]) -> str:
+    """The classes, ten at most, whose interval excludes 0, each with its difference in points."""
+    clear = [
+        f"{escape_markdown(name)} ({100 * entry['difference']:+.1f})"
+        for name, entry in per_class.items()
+        if not entry["ci95"][0] <= 0 <= entry["ci95"][1]
+    ]
+    return ", ".join(clear[:10]) + f" and {len(clear) - 10} more" * (len(clear) > 10)
+
+
+def unbalanced(confusion_matrix: list[list[int]]) -> bool:
+    """Whether the largest class has half as many test images again as the smallest."""
+    images = [sum(row) for row in confusion_matrix]
+    return max(images) > 1.5 * min(images)
+
+
+def worse_when_scaled(model: dict[str, Any]) -> bool:
+    key, scaled = "expected_calibration_error", model["temperature_scaled"] or {}
+    return scaled.get(key) is not None and scaled[key] > model[key] + 0.005
+
+
+def align_tables(markdown: str) -> str:
+    """Pad the cells of every table in a Markdown text, so that its columns line up."""
+
+    def align(table: re.Match) -> str:
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[0].splitlines()]
+        widths = [max(3, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            if row[0] == ":--":
+                cells = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+            lines.append(f"| {' | '.join(cells)} |\n")
+        return "".join(lines)
+
+    return re.sub(r"(?:^\|.*\n)+", align, markdown, flags=re.MULTILINE)
+
+
+def render(results: dict[str, Any]) -> ModuleType:
+    """The rendered template: str() gives its text, and its macros are attributes."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "escape": escape_markdown,
+        "number": format_or_none,
+        "percent": percent,
+        "interval": interval,
+        "spread": spread,
+        "setting": setting,
+        "value": value,
+        "significant_classes": significant_classes,
+        "one_line": lambda text: " ".join(text.split()),
+        "pairs": lambda entries: ", ".join(f"{key} {value}" for key, value in entries.items()),
+    }
+    models = results["models"]
+    confused = [
+        [
+            f"{escape_markdown(c['true'])} as {escape_markdown(c['predicted'])} ({percent(c['share'])}%)"
+            for c in confusions
+        ]
+        for confusions in (model["most_confused"] for model in models.values())
+    ]
+    trained: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for name, model in models.items():
+        for seed, found in model["environments"].items():
+            trained.setdefault(json.dumps(found), ([], found))[0].append(f"{name} seed {seed}")
+    everything = len(trained) == 1
+    return env.get_template("results.md.jinja").make_module(
+        {
+            **results,
+            "seeds": sorted({seed for model in models.values() for seed in model["accuracy"]["seeds"]}, key=int),
+            "recipe_fields": [field.name for field in dataclasses.fields(Recipe) if field.name != "baseline"],
+            "most_confused": list(itertools.zip_longest(*confused, fillvalue="")),
+            "training_environments": [
+                ("All models were" if everything else ", ".join(names) + " were", found)
+                for names, found in trained.values()
+            ],
+            "worse_when_scaled": worse_when_scaled,
+            "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
+            "other_code": [
+                f"{name} seed {seed}"
+                for name, model in models.items()
+                for seed, found in model["environments"].items()
+                if found.get("code") != results["environment"]["code"]
+            ],
+            "ln": math.log,
+        }
+    )
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    return align_tables(re.sub(r"\n{3,}", "\n\n", str(render(results))).strip() + "\n")
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table of accuracies and the verdicts, for the terminal."""
+    report = render(results)
+    verdicts = [str(report.verdict(comparison)).strip() for comparison in results["comparisons"]]
+    return "\n".join([align_tables(str(report.accuracy_table()).lstrip()).rstrip(), *verdicts])

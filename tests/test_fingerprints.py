@@ -1,0 +1,157 @@
+"""Models that other runs have trained are used, and the evaluation knows a run."""
+
+import copy
+import json
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, flags
+
+import custom_resnet
+import evaluate
+import teacher_student_model
+from engine import device as engine_device
+from engine.checkpoints import load_checkpoint
+from engine.models import build_model
+from engine.settings import Recipe
+
+
+def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    words = [*flags(tmp_path), "--run=warmer", "--student_kd.temperature=4"]
+    teacher_student_model.main(words)
+    output = capsys.readouterr().err
+    for name in ("teacher", "student"):
+        source = tmp_path / f"checkpoints/demo/seed0/{name}.pt"
+        assert f"warmer/seed0/{name}.pt: has the settings of {source}, which is used" in output
+        assert f"{name} seed 0  epoch" not in output
+    assert output.count("student_kd seed 0  epoch") == 2
+    assert "logits of teacher  read from" in output  # they came along
+    for name in ("teacher", "student"):
+        one, other = (load_checkpoint(tmp_path / f"checkpoints/{run}/seed0/{name}.pt") for run in ("demo", "warmer"))
+        assert all(torch.equal(tensor, other["model"][key]) for key, tensor in one["model"].items())
+    evaluate.main(words)
+
+
+def test_other_settings_are_trained_again(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    teacher_student_model.main([*flags(tmp_path), "--run=other", "--only=student", "--student.lr=0.02"])
+    output = capsys.readouterr().err
+    assert "which is used" not in output
+    assert output.count("student seed 0  epoch") == 2
+
+
+def test_auto_precision_follows_a_model_that_is_used(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    teacher_student_model.main([*flags(tmp_path), "--run=auto", "--precision=auto", "--only", "teacher", "student"])
+    output = capsys.readouterr().err
+    assert output.count("which is used") == 2
+    assert output.count("is finished") == 2
+
+
+def test_one_teacher_teaches_students_of_several_seeds(tmp_path, capsys):
+    words = [*flags(tmp_path), "--seeds", "0", "1", "--student_kd.teacher_seed=5", "--student_kd.epochs=1"]
+    words += ["--student.epochs=1"]
+    teacher_student_model.main(words)
+    assert capsys.readouterr().err.count("teacher seed 5  epoch") == 2
+    evaluate.main(words)
+    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+    assert list(results["models"]["teacher"]["accuracy"]["seeds"]) == ["5"]
+    (row, _) = results["fidelity"]
+    assert (row["model"], row["seeds"]) == ("student_kd", [0, 1])
+    assert results["versus_teacher"][0]["accuracy_of_teacher"] == results["models"]["teacher"]["accuracy"]["mean"]
+    arrays = np.load(tmp_path / "imgs/demo/predictions.npz")
+    teacher, first = (arrays[key].argmax(1) for key in ("teacher/seed5", "student_kd/seed0"))
+    second = arrays["student_kd/seed1"].argmax(1)
+    assert row["agreement"] == pytest.approx(((teacher == first).mean() + (teacher == second).mean()) / 2)
+    assert results["comparisons"][0]["disagreements"]["seeds"] == {"teacher": 5, "student": 0, "student_kd": 0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "momentum": 0.9, "lr": 0.001, "label_smoothing": 0.1},
+        {"stem": "cifar"},
+        {"arch": "mobilenet_v3_small"},  # has dropout
+        {"arch": "efficientnet_b0"},  # has dropout and stochastic depth
+    ],
+    ids=["adamw", "stem", "dropout", "stochastic depth"],
+)
+def test_resuming_is_bit_exact_with_every_feature(config, digits, changes):
+    recipe = Recipe(**{**SMALL, "train_size": 50, **changes})
+    config = replace(config, image_size=16 if recipe.arch == "resnet18" else 32)
+
+    def run(every: int | None) -> dict:
+        calls, saved, history = 0, [], []
+
+        def stop() -> int:
+            nonlocal calls
+            calls += 1
+            return signal.SIGINT if every and calls % every == 0 else 0
+
+        while len(history) < recipe.epochs:
+            torch.manual_seed(0 if not saved else 99)
+            model = build_model(recipe.arch, 10, stem=recipe.stem).to(memory_format=torch.channels_last)
+            state = copy.deepcopy(saved[-1]) if saved else None
+            loss = custom_resnet.cross_entropy
+            history = custom_resnet.fit(model, recipe, config, 0, digits, loss, "test", state, saved.append, stop)
+            saved[-1] = copy.deepcopy(saved[-1])
+        return saved[-1]["model"]
+
+    whole, interrupted = run(None), run(3)
+    assert all(torch.equal(tensor, interrupted[name]) for name, tensor in whole.items())
+
+
+# The evaluation knows the run
+
+
+def test_evaluate_needs_only_the_name_of_a_run(tmp_path, capsys):
+    words = [*flags(tmp_path), "--run=warmer", "--only=student", "--student.lr=0.03", "--student.epochs=1"]
+    custom_resnet.main([*words, "--seeds", "3"])
+    custom_resnet.main([*words, "--seeds", "4"])
+    checkpoints = f"--checkpoints_path={tmp_path / 'checkpoints'}"
+    evaluate.main(["--run", "warmer", checkpoints])
+    results = json.loads((tmp_path / "imgs/warmer/results.json").read_text())
+    assert results["settings"]["recipes"]["student"]["lr"] == 0.03
+    assert list(results["models"]["student"]["accuracy"]["seeds"]) == ["3", "4"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main(["--run", "nowhere", checkpoints, "--dataset=digits"])
+    assert "nothing to evaluate" in capsys.readouterr().err
+
+
+def test_models_trained_by_other_code_are_named(tmp_path, monkeypatch, capsys):
+    words = [*flags(tmp_path), "--only=student", "--student.epochs=1"]
+    monkeypatch.setattr(engine_device, "code_digest", lambda: "other")
+    monkeypatch.setattr(custom_resnet, "code_digest", lambda: "other")
+    teacher_student_model.main(words)
+    evaluate.main(words)
+    assert "other code" not in (tmp_path / "imgs/demo/results.md").read_text()
+    monkeypatch.undo()
+    capsys.readouterr()
+    teacher_student_model.main(words)
+    assert "it was trained by other code" in capsys.readouterr().err
+    evaluate.main(words)
+    assert "Trained by other code than this: student seed 0" in (tmp_path / "imgs/demo/results.md").read_text()
+
+
+def test_the_code_digest_changes_with_the_loss_but_not_with_the_settings(monkeypatch, tmp_path):
+    engine_device.code_digest.cache_clear()
+    before = engine_device.code_digest()
+    for name in ("custom_resnet.py", "teacher_student_model.py", "config.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "engine", tmp_path / "engine")
+    monkeypatch.setattr(engine_device, "__file__", str(tmp_path / "engine/device.py"))
+    digests = []
+    for name in ("config.py", "teacher_student_model.py", "engine/training.py"):
+        with open(tmp_path / name, "a") as file:
+            file.write("\n# edited\n")
+        engine_device.code_digest.cache_clear()
+        digests.append(engine_device.code_digest())
+    engine_device.code_digest.cache_clear()
+    assert digests[0] == before
+    assert len({before, *digests}) == 3

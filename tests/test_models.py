@@ -1,0 +1,257 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from conftest import flags, random_images
+from torch import nn
+
+import evaluate
+import teacher_student_model
+from custom_resnet import build_resnet, train
+from engine.checkpoints import checkpoint_path, load_checkpoint
+from engine.errors import UserError
+from engine.inference import predict
+from engine.models import build_model, check_image_size, initial_model, load_model
+from engine.names import ARCHS, RESNETS
+from engine.settings import Recipe
+
+FAMILIES = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "maxvit_t", "mnasnet0_5"),
+    *("mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t"),
+    *("vgg11_bn", "vit_b_32", "inception_v3"),
+]
+
+
+def check_arch(arch: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(arch, 7)
+    try:
+        check_image_size(model, arch, 32)
+        size = 32
+    except UserError as error:  # it says which size would do
+        size = int(str(error).rpartition("made for ")[2].removesuffix(" px"))
+        check_image_size(model, arch, size)
+    with torch.inference_mode():
+        assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 7)
+    options = {"aux_logits": False, "init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+    theirs = torchvision.models.get_model(arch, num_classes=7, **options)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_builds_with_torchvisions_names(arch):
+    check_arch(arch)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("arch", sorted(set(ARCHS) - set(FAMILIES)))
+def test_every_other_architecture_builds_with_torchvisions_names(arch):
+    check_arch(arch)
+
+
+def test_an_image_size_that_does_not_fit_is_an_error_before_training(tmp_path, capsys):
+    words = [*flags(tmp_path), "--only=student", "--student.arch=vit_b_16"]
+    with pytest.raises(SystemExit) as exit:
+        teacher_student_model.main(words)
+    assert exit.value.code == 2
+    output = capsys.readouterr().err
+    assert "image_size = 16: vit_b_16 cannot be applied to images of this size" in output
+    assert "it is made for 224 px" in output
+
+
+def test_the_cifar_stem_keeps_the_resolution():
+    model = build_model("resnet18", 10, stem="cifar")
+    assert model.conv1(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    assert model.layer4(model.layer3(model.layer2(model.layer1(torch.zeros(1, 64, 32, 32))))).shape == (1, 512, 4, 4)
+    assert isinstance(model.maxpool, nn.Identity)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962  # as kuangliu's and weiaicunzai's ResNet18
+    assert set(RESNETS) < set(ARCHS)
+
+
+def distil_evaluate_and_export(tmp_path, teacher: str, student: str, image_size: int) -> None:
+    words = [*flags(tmp_path), f"--image_size={image_size}"]
+    words += [f"--teacher.arch={teacher}", f"--student_kd.arch={student}"]
+    words += [f"--{name}.epochs=1" for name in ("teacher", "student_kd")] + ["--only", "teacher", "student_kd"]
+    teacher_student_model.main(words)
+    evaluate.main(words)
+    assert f"no {student} without a teacher has been evaluated" in (tmp_path / "imgs/demo/results.md").read_text()
+    evaluate.main([*words, "--export"])
+    assert (tmp_path / "checkpoints/demo/seed0/student_kd.pt2").exists()
+    model = load_model(load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt"), "cpu")
+    assert not any(module.training for module in model.modules())
+
+
+def test_another_architecture_is_distilled_evaluated_and_exported(tmp_path):
+    distil_evaluate_and_export(tmp_path, "squeezenet1_1", "mobilenet_v3_small", 32)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("teacher", "student", "image_size"),
+    [("resnet50", "mobilenet_v3_small", 32), ("convnext_tiny", "resnet18", 32), ("vit_b_16", "efficientnet_b0", 224)],
+)
+def test_other_architectures_are_distilled_evaluated_and_exported(tmp_path, teacher, student, image_size):
+    distil_evaluate_and_export(tmp_path, teacher, student, image_size)
+
+
+def test_timm_models_train_if_timm_is_installed(tmp_path):
+    pytest.importorskip("timm")
+    words = [*flags(tmp_path), "--only=student", "--student.arch=timm:resnet10t", "--student.epochs=1"]
+    teacher_student_model.main(words)
+    evaluate.main(words)
+    state = load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
+    assert state["arch"] == "timm:resnet10t"
+    with pytest.raises(UserError, match=r"no such model; did you mean resnet10t\?"):
+        build_model("timm:resnet10tt", 7)
+
+
+def test_timm_missing_is_an_error(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UserError, match="timm is not installed; pip install timm"):
+        build_model("timm:resnet10t", 7)
+
+
+# Weights
+
+
+@pytest.fixture
+def theirs() -> nn.Module:
+    """A torchvision model of ten classes, with statistics as after some training."""
+    torch.manual_seed(3)
+    model = torchvision.models.resnet50(num_classes=10)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 32, 32))
+    return model.eval()
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module."])
+def test_a_file_of_weights_is_used_as_it_is(tmp_path, theirs, wrap):
+    state = theirs.state_dict()
+    if wrap == "module.":
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({wrap: state, "epoch": 3} if wrap in ("state_dict", "model") else state, tmp_path / "teacher.pth")
+    recipe = Recipe(arch="resnet50", weights=str(tmp_path / "teacher.pth"), epochs=0)
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(initial_model(recipe, 10).eval()(images), theirs(images))
+
+
+def test_weights_named_as_timm_names_them_are_used(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet50", num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "teacher.pth")
+    recipe = Recipe(arch="resnet50", weights=str(tmp_path / "teacher.pth"), epochs=0)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(initial_model(recipe, 10).eval()(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not weights", "cannot be read as weights"),
+        (pickle.dumps(Payload()), "cannot be read as weights"),
+        ({"epoch": 3}, "holds no state dict"),
+        ({}, "holds no state dict"),
+        ([1, 2], "holds no state dict"),
+        ({"fc.weight": torch.zeros(10, 3)}, "does not fit a resnet18"),
+        ({"fc.weight": torch.zeros(1000, 512)}, "classifies into 1000 classes, and the data set has 10"),
+        (None, "no such file"),
+    ],
+)
+def test_unusable_weights_are_one_error_and_nothing_is_trained(tmp_path, capsys, content, message):
+    path = tmp_path / "teacher.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(SystemExit) as exit:
+        teacher_student_model.main([*flags(tmp_path), f"--teacher.weights={path}", "--teacher.epochs=0"])
+    assert exit.value.code == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "executed" not in output.out
+    assert "epoch" not in output.err
+    assert not list(tmp_path.rglob("*.pt"))
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_a_foreign_file_in_a_checkpoints_place_is_not_called_damaged_without_advice(tmp_path, config):
+    path = checkpoint_path(config, "teacher", 0)
+    path.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    with pytest.raises(UserError, match=r"set RECIPE\.weights to their path") as error:
+        load_checkpoint(path)
+    assert "delete" not in str(error.value)
+
+
+def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits):
+    path = tmp_path / "teacher.pth"
+    theirs = torchvision.models.resnet18(num_classes=10).eval()
+    torch.save(theirs.state_dict(), path)
+    words = [*flags(tmp_path), f"--teacher.weights={path}", "--teacher.epochs=0", "--student_kd.epochs=1"]
+    words += ["--only", "teacher", "student_kd"]
+    teacher_student_model.main(words)
+    output = capsys.readouterr().err
+    accuracy = (predict(theirs, digits.test.images.cpu(), 16).argmax(1) == digits.test.labels.cpu()).float().mean()
+    assert f"accuracy on the test images {accuracy:.2%}" in output
+    assert f"warning: teacher seed 0 is right on only {accuracy:.0%}" in output
+    assert "normalisation" in output
+    evaluate.main([*words, "--export", "--only", "teacher"])
+    state = load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in theirs.state_dict().items())
+    teacher_student_model.main(words)
+    assert capsys.readouterr().err.count("is finished") == 2
+    path.unlink()  # what was made of it is still there
+    evaluate.main(words)
+
+
+def test_other_weights_at_the_same_path_are_noticed(tmp_path, capsys):
+    path = tmp_path / "teacher.pth"
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
+    words = [*flags(tmp_path), f"--teacher.weights={path}", "--teacher.epochs=0", "--only=teacher"]
+    teacher_student_model.main(words)
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(words)
+    assert "teacher.weights was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [10, 5])
+def test_weights_with_epochs_are_fine_tuned_with_a_new_last_layer_where_classes_differ(tmp_path, classes):
+    torch.manual_seed(3)
+    theirs = torchvision.models.resnet18(num_classes=classes)
+    torch.save(theirs.state_dict(), tmp_path / "start.pth")
+    model = initial_model(Recipe(weights=str(tmp_path / "start.pth"), epochs=2), 10)
+    assert torch.equal(model.conv1.weight, theirs.conv1.weight)
+    assert model.fc.out_features == 10
+    assert (classes == 10) == (model.fc.weight.shape == theirs.fc.weight.shape)
+
+
+def test_a_finished_model_of_ours_can_be_trained_longer(tmp_path, trained, capsys):
+    path = trained / "checkpoints/demo/seed0/student.pt"
+    words = [*flags(tmp_path), "--only=student", f"--student.weights={path}", "--student.epochs=1"]
+    teacher_student_model.main(words)
+    assert f"from {path} weights" in capsys.readouterr().err
+    before, after = (load_checkpoint(p)["model"] for p in (path, tmp_path / "checkpoints/demo/seed0/student.pt"))
+    moved = (after["conv1.weight"] - before["conv1.weight"]).norm() / before["conv1.weight"].norm()
+    assert 0 < moved < 0.5
+
+
+def test_an_untrained_teacher_needs_no_file(config, digits):
+    untrained = Recipe(arch="resnet18", weights="random", epochs=0)
+    config = replace(config, recipes={**config.recipes, "teacher": untrained})
+    train("teacher", 0, config, digits)
+    state = load_checkpoint(checkpoint_path(config, "teacher", 0))
+    torch.manual_seed(0)
+    assert torch.equal(state["model"]["conv1.weight"], build_resnet("resnet18", 10).conv1.weight)
+    assert state["history"] == []
+    images = random_images(2, 8, 8)
+    assert predict(load_model(state, "cpu"), images, 16).shape == (2, 10)
