@@ -19,13 +19,22 @@ from torch import nn
 from engine.checkpoints import checkpoint_path, save_checkpoint
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
-from engine.device import autocast, code_digest, compiled, environment, explain_device_errors, memory_format
+from engine.device import (
+    autocast,
+    code_digest,
+    compiled,
+    environment,
+    explain_device_errors,
+    memory_format,
+    seed_torch,
+)
 from engine.distributed import (
     all_reduce_max,
     average_batchnorm_statistics,
     broadcast_from_rank0,
     data_parallel,
     main_process_first,
+    rank,
     shard,
     world_size,
 )
@@ -34,8 +43,9 @@ from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_adopt, training_settings
 from engine.inference import Stopped, predict
 from engine.models import build_model, initial_model
-from engine.settings import Config, Recipe
-from engine.training import Training, diverged, seed_dropout
+from engine.recipes import Recipe
+from engine.settings import Config
+from engine.training import Training, diverged, explain_share
 from utils import load_config, run_script, start_training
 
 # logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the batch; the loss is their sum
@@ -74,13 +84,16 @@ def fit(
 
     for epoch in range(len(training.history), recipe.epochs):
         training.begin_epoch()
-        total, done = training.steps * (own.stop - own.start), training.step * (own.stop - own.start)
+        total, done = (count * (own.stop - own.start) for count in (training.steps, training.step))
         with Progress(f"{title} epoch {epoch + 1}/{recipe.epochs}", total, done) as progress:
             for batch in batches(dataset.train, subset, config, seed, epoch, training.step):
-                seed_dropout(seed, epoch, training.step)
+                seed_torch(seed, epoch, training.step, rank())  # for dropout: a resumed run draws the same masks
                 with autocast(config.device, config.precision):
                     logits = forward(batch.images)
-                terms = loss_fn(logits.float(), batch)
+                logits = logits.float()
+                terms = loss_fn(logits, batch)
+                if len(terms) > 1 and training.step % 10 == 0:
+                    training.meter.measure_gradients(logits, terms)
                 loss = sum(terms.values()) * (share * world_size())  # DDP averages the gradients
                 training.optimizer.zero_grad()
                 loss.backward()
@@ -90,8 +103,7 @@ def fit(
                 training.meter.update(logits, batch.labels, terms, share)
                 training.step += 1
 
-                due = progress.update(len(batch.labels))
-                due, saving, stopping = all_reduce_max(due, training.save_due, stop())
+                due, saving, stopping = all_reduce_max(progress.update(len(batch.labels)), training.save_due, stop())
                 if due or training.step % 50 == 0:
                     training.check()
                 if due:
@@ -122,7 +134,12 @@ def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) 
     except Stopped:
         return False
     record = {"epoch": len(training.history) + 1, "loss": loss, "train_accuracy": accuracy}
-    training.history.append({**record, f"{held_out}_accuracy": held_out_accuracy, "seconds": seconds})
+    record |= {f"{held_out}_accuracy": held_out_accuracy, "seconds": seconds}
+    if (share := training.soft_share) is not None:
+        record["soft_share"] = share
+        if not training.history and (explanation := explain_share(training.recipe, share)):
+            log.info(f"{training.title}  {explanation}")
+    training.history.append(record)
     rate = training.steps * config.batch_size / seconds
     log.info(
         f"{title}  loss {loss:.4f}  training {accuracy:7.2%}  {held_out} {held_out_accuracy:7.2%}  "

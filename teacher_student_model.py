@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,7 +36,9 @@ from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import logits_fingerprint, refuse_other_settings, training_settings
 from engine.inference import fold_batchnorm, predict
 from engine.models import load_model
-from engine.settings import Config, Recipe
+from engine.recipes import Recipe
+from engine.settings import Config
+from engine.soft_losses import SOFT_LOSSES, SoftLoss, kd
 from utils import load_config, run_script, start_training
 
 
@@ -63,20 +66,22 @@ def distillation_terms(
     labels: torch.Tensor,
     alpha: float,
     temperature: float,
-    scale_soft_loss: bool,
+    scale_soft_loss: bool = True,
+    soft_loss: SoftLoss = kd,
+    soft_weight: float | None = None,
     label_smoothing: float = 0.0,
+    **parameters: float,
 ) -> dict[str, torch.Tensor]:
-    """The weighted hard loss and the weighted soft loss, by name; `distillation_loss` is their sum."""
-    hard_loss = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-    soft_loss = F.kl_div(
-        F.log_softmax(student_logits / temperature, dim=1),
-        F.log_softmax(teacher_logits.detach() / temperature, dim=1),
-        reduction="batchmean",  # "mean" would divide by C as well
-        log_target=True,
-    )
-    if scale_soft_loss:
-        soft_loss = soft_loss * temperature**2
-    return {"hard loss": alpha * hard_loss, "soft loss": (1 - alpha) * soft_loss}
+    """The weighted hard loss and the weighted soft loss, by name.
+
+    The weight of the soft loss is 1 - alpha, unless `soft_weight` is given; `parameters` are its own.
+    """
+    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    soft = soft_loss(student_logits, teacher_logits.detach(), labels, temperature, **parameters)
+    if not scale_soft_loss:
+        soft = soft / temperature**2
+    weight = 1 - alpha if soft_weight is None else soft_weight
+    return {"hard loss": alpha * hard, "soft loss": weight * soft}
 
 
 class Teacher(NamedTuple):
@@ -136,8 +141,31 @@ Lookup = Callable[[Batch], torch.Tensor]  # batch -> the teacher's logits (B, C)
 
 
 def stored_logits(logits: torch.Tensor) -> Lookup:
-    """Look up the teacher's stored logits (2, N, C) by view and image."""
-    return lambda batch: logits[batch.flipped.long(), batch.index]
+    """Look up the teacher's stored logits (2, N, C) by view and image.
+
+    It raises ValueError for images that are augmented in other ways, of which no logits are stored.
+    """
+
+    def look_up(batch: Batch) -> torch.Tensor:
+        if batch.flipped is None:
+            raise ValueError("stored logits are those of an image and its mirror image; use online_logits")
+        return logits[batch.flipped.long(), batch.index]
+
+    return look_up
+
+
+def shuffle_within_classes(logits: torch.Tensor, dataset: Dataset, subset: torch.Tensor, seed: int) -> torch.Tensor:
+    """Stored logits (2, N, C), those of `subset` exchanged at random between images of the same class.
+
+    A student that gains from these as much as from the true ones gains from smoother labels, not from what the teacher
+    sees in each image.
+    """
+    random, index = np.random.default_rng(seed), torch.arange(logits.shape[1])
+    labels = dataset.train.labels.cpu()[subset]
+    for label in labels.unique():
+        members = subset[labels == label]
+        index[members] = members[torch.from_numpy(random.permutation(len(members)))]
+    return logits[:, index.to(logits.device)]
 
 
 def online_logits(teacher: nn.Module, config: Config) -> Lookup:
@@ -162,7 +190,10 @@ def distilled_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
             recipe.alpha,
             recipe.temperature,
             recipe.scale_soft_loss,
+            SOFT_LOSSES[recipe.soft_loss],
+            recipe.soft_weight,
             recipe.label_smoothing,
+            **recipe.loss_parameters(),
         )
 
     return loss_fn
@@ -174,10 +205,12 @@ def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, esti
 
     def make_loss() -> LossFunction:
         teacher = load_teacher(*of_teacher, config, dataset)
-        if config.crop_padding:  # too many views to store
+        if config.endless_views:
             return distilled_loss(online_logits(teacher.model, config), recipe)
         subset = dataset.subset(recipe.train_size)
         logits = teacher_logits(teacher, config, dataset, subset, logits_path(config, *of_teacher))
+        if recipe.shuffle_teacher:
+            logits = shuffle_within_classes(logits, dataset, subset, seed)
         return distilled_loss(stored_logits(logits), recipe)
 
     train(name, seed, config, dataset, make_loss, estimate)

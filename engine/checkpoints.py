@@ -13,7 +13,8 @@ import torch
 from engine.console import log
 from engine.errors import UserError, first_line
 from engine.files import write_durably
-from engine.settings import Config, Recipe
+from engine.recipes import Recipe
+from engine.settings import Config
 
 FORMAT = 2
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment

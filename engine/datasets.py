@@ -12,7 +12,7 @@ from engine.console import log
 from engine.distributed import RankError, broadcast_from_rank0, main_process_first, rank, shard
 from engine.errors import UserError, suggest
 from engine.folder import read_folder
-from engine.images import flip, prepare, shift
+from engine.images import augment, flip, prepare, shift
 from engine.settings import Config
 from engine.sources import NAMES, TORCHVISION, read_digits, read_torchvision
 from engine.splits import stratified
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, S, S) float32, normalised
     labels: torch.Tensor  # (B,) int64
     index: torch.Tensor  # (B,) int64, into the training images
-    flipped: torch.Tensor  # (B,) bool
+    flipped: torch.Tensor | None  # (B,) bool; None if the images are augmented in other ways too
 
 
 def batches(
@@ -73,8 +73,9 @@ def batches(
         images = images.to(device, non_blocking=True)
         if padding:
             images = shift(images, *shifts[:, here])
-        images = prepare(flip(images, flipped[here]), config.image_size)
-        yield Batch(images, split.labels[order[here]], order[here], flipped[here])
+        images = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
+        view = None if config.endless_views else flipped[here]
+        yield Batch(prepare(images, config.image_size), split.labels[order[here]], order[here], view)
 
 
 def load_dataset(config: Config) -> Dataset:

@@ -65,6 +65,11 @@ def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def seed_torch(*position: int) -> None:
+    """Seed torch's generators with a function of these numbers, such as seed, epoch and step."""
+    torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+
+
 def synchronize(device: str | torch.device) -> None:
     """Wait for the device, as a timer has to."""
     kind = torch.device(device).type

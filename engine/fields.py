@@ -57,6 +57,7 @@ RECIPE_NAME = text(
 )
 PATH = text("the path of a folder", r"[^\0\n]+")
 FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+NONNEGATIVE = number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 
 

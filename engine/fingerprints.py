@@ -18,12 +18,13 @@ from engine.datasets import Dataset
 from engine.errors import UserError
 from engine.files import write_durably
 from engine.models import read_weights
-from engine.settings import DISTILLATION_FIELDS, Config, Recipe
+from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.settings import Config
 
 # The fields of Config that no weights depend on; the images of the data set have a digest of their own.
 IRRELEVANT = {
     *("recipes", "run", "dataset", "seeds", "only", "overwrite", "checkpoint_minutes", "device", "compile"),
-    *("deterministic", "data_path", "checkpoints_path", "imgs_path"),
+    *("deterministic", "sweep", "data_path", "checkpoints_path", "imgs_path"),
 }
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.errors import UserError, closest, suggest
-from engine.settings import Config, Recipe, settings_of
+from engine.fields import settings_of
+from engine.recipes import Recipe
+from engine.settings import Config
 
 
 class Parser(argparse.ArgumentParser):

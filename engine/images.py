@@ -1,11 +1,12 @@
-"""Image transforms on uint8 tensors, on any device: flip, shift, resize as PIL does to the bit, normalise."""
+"""Image transforms on uint8 tensors, on any device: flip, shift, augment, resize as PIL does to the bit, normalise."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
+from torchvision.transforms import v2
 
-from engine.device import memory_format
+from engine.device import memory_format, seed_torch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PRECISION_BITS = 22  # of Pillow's fixed-point weights
@@ -116,3 +117,30 @@ def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torc
     rows, columns = rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
     moved = images.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
     return moved * inside.unsqueeze(1)
+
+
+@cache
+def transform(name: str, height: int, width: int) -> v2.Transform:
+    """torchvision's transform of one uint8 image (3, H, W)."""
+    mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
+    return {
+        "crop": lambda: v2.RandomResizedCrop((height, width), scale=(0.25, 1.0)),
+        "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
+        "randomerasing": lambda: v2.RandomErasing(value=mean),
+    }[name]()
+
+
+def augment(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> torch.Tensor:
+    """Apply an augmentation (see Config.augment) to uint8 images (N, 3, H, W), each with random numbers of its own.
+
+    These depend on `position`, the (seed, epoch, number in the epoch) of the first image, and on nothing else.
+    """
+    if name == "none":
+        return images
+    seed, epoch, first = position
+    augmented = []
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator
+        for number, image in enumerate(images, first):
+            seed_torch(seed, epoch, number)
+            augmented.append(transform(name, *images.shape[2:])(image))
+    return torch.stack(augmented)

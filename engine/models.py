@@ -10,7 +10,7 @@ from torch import nn
 from engine.checkpoints import is_checkpoint, load_checkpoint
 from engine.device import memory_format
 from engine.errors import UserError, first_line, suggest
-from engine.settings import Recipe
+from engine.recipes import Recipe
 
 
 class Architecture(NamedTuple):

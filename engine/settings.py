@@ -1,8 +1,6 @@
-"""The fields of Recipe and Config, what each accepts, and their validation."""
+"""The fields of Config, a whole experiment, and its validation together with that of its recipes."""
 
-import dataclasses
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,111 +11,20 @@ from engine.fields import (
     NAME,
     PATH,
     POSITIVE,
-    Kind,
     choice,
     integer,
     invalid_fields,
-    number,
-    optional,
     setting,
     settings_of,
     several,
     text,
 )
-from engine.names import ARCHS, RESNETS
+from engine.recipes import SEED, Recipe
+from engine.sweeps import expand
 
 RECIPE_NAME = text(
     "of letters, digits, '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
 )
-ARCH = Kind(
-    "a classification model of torchvision, or timm:NAME",
-    lambda value: value in ARCHS or (isinstance(value, str) and re.fullmatch(r"timm:[\w.-]+", value) is not None),
-    names=ARCHS,
-)
-SEED = integer(0, 2**32 - 1)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one model is trained. Raises UserError, naming every field that is wrong."""
-
-    arch: str = setting("resnet18", ARCH, "torchvision model, or timm:NAME if timm is installed")
-    stem: str = setting(
-        "imagenet", choice("imagenet", "cifar"), "cifar: a ResNet with a 3 x 3 first convolution, without pooling"
-    )
-    epochs: int = setting(5, integer(0), "passes over the training images; 0: use `weights` as they are")
-    optimizer: str = setting("sgd", choice("sgd", "adamw"), "sgd, or adamw with PyTorch's betas")
-    lr: float = setting(0.001, POSITIVE, "learning rate, the peak of the schedule")
-    momentum: float = setting(0.9, number("a number from 0 to below 1", lambda v: 0 <= v < 1), "SGD momentum")
-    weight_decay: float = setting(
-        0.0, number("a number, 0 or more", lambda v: v >= 0), "weight decay, on all parameters"
-    )
-    nesterov: bool = setting(False, FLAG, "Nesterov momentum")
-    schedule: str = setting(
-        "constant",
-        choice("constant", "cosine", "onecycle"),
-        "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0",
-    )
-    label_smoothing: float = setting(0.0, FRACTION, "share of the hard labels that is spread over all classes")
-    pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
-    weights: str | None = setting(
-        None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
-    )
-    teacher: str | None = setting(None, optional(NAME), "recipe to distil from")
-    alpha: float = setting(0.25, FRACTION, "weight of the hard loss; the soft loss gets 1 - alpha")
-    temperature: float = setting(5.0, POSITIVE, "T of the soft loss, softens the probabilities of both models")
-    scale_soft_loss: bool = setting(
-        True, FLAG, "multiply the soft loss by T^2; otherwise its gradients shrink by 1/T^2"
-    )
-    teacher_seed: int | None = setting(
-        None, optional(SEED), "seed of the teacher, for one teacher of all seeds; none: the student's own"
-    )
-    baseline: str | None = setting(
-        None, optional(NAME), "recipe to compare this one with; none: the one of the same arch without a teacher"
-    )
-    train_size: int | None = setting(
-        None,
-        optional(integer(1)),
-        "number of training images, a stratified subset that is the same for every seed; none: all",
-    )
-
-    def __post_init__(self):
-        invalid = invalid_fields(self)
-        problems = list(invalid.values())
-        if self.nesterov is True and self.momentum == 0:
-            problems.append("nesterov = True: needs a momentum above 0")
-        if self.epochs == 0 and self.weights is None:
-            problems.append("epochs = 0: needs weights, a file or random")
-        if self.epochs == 0 and self.teacher is not None:
-            problems.append("epochs = 0: has no effect with a teacher; a distilled model must be trained")
-        if self.stem == "cifar" and (self.arch not in RESNETS or self.imagenet_weights):
-            problems.append(
-                "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
-            )
-        unused = {name: "without a teacher" for name in DISTILLATION_FIELDS if self.teacher is None}
-        unused |= {name: "with optimizer = adamw" for name in ("momentum", "nesterov") if self.optimizer == "adamw"}
-        for field in dataclasses.fields(Recipe):
-            value = getattr(self, field.name)
-            if field.name in unused and field.name not in invalid and value != field.default:
-                problems.append(f"{field.name} = {value!r}: has no effect {unused[field.name]}")
-        if problems:
-            raise UserError(*problems)
-        if self.weights not in (None, "random"):
-            object.__setattr__(self, "weights", os.path.expanduser(self.weights))
-
-    @property
-    def imagenet_weights(self) -> bool:
-        """Whether training starts from ImageNet weights."""
-        return self.pretrained and self.weights is None
-
-    @property
-    def weights_file(self) -> str | None:
-        """The file of weights that training starts from."""
-        return None if self.weights == "random" else self.weights
-
-
-# These have no effect without a teacher.
-DISTILLATION_FIELDS = ("alpha", "temperature", "scale_soft_loss", "teacher_seed")
 
 
 @dataclass(frozen=True)
@@ -136,6 +43,11 @@ class Config:
     crop_padding: int = setting(
         0, integer(0, 1000), "training images are shifted at random by up to this many of their own pixels each way"
     )
+    augment: str = setting(
+        "none",
+        choice("none", "crop", "trivialaugment", "randomerasing"),
+        "torchvision's RandomResizedCrop, TrivialAugmentWide or RandomErasing of the training images",
+    )
     validation_size: int = setting(
         0,
         integer(0),
@@ -148,6 +60,11 @@ class Config:
         "random seeds; every recipe is trained once with each",
     )
     only: tuple[str, ...] = setting((), several(NAME, "names of recipes"), "train or evaluate just these recipes")
+    sweep: tuple[str, ...] = setting(
+        (),
+        several(text("ROW.FIELD=VALUE,VALUE", r"[^\0\n]+"), "of the form ROW.FIELD=VALUE,VALUE"),
+        "train a recipe with all combinations of these values, such as student_kd.temperature=1,2,4",
+    )
     overwrite: bool = setting(False, FLAG, "retrain, in place, models that were trained with other settings")
     checkpoint_minutes: float = setting(10, POSITIVE, "save the state of training this often, and after each epoch")
     device: str = setting(
@@ -180,6 +97,11 @@ class Config:
         # Conflicts between fields are checked with the default in place of a value that is itself wrong.
         values = {field.name: getattr(self, field.name) for field in settings_of(Config)}
         values |= {field.name: field.default for field in settings_of(Config) if field.name in invalid}
+        try:
+            fields = {field.name: field for field in settings_of(Recipe)}
+            object.__setattr__(self, "recipes", expand(self.recipes, values["sweep"], fields))
+        except UserError as error:
+            raise UserError(*invalid.values(), *error.messages) from None
         problems = [*invalid.values(), *self._conflicts(values["seeds"], values["only"])]
         problems += self._recipe_conflicts(values["batch_size"])
         if problems:
@@ -213,12 +135,21 @@ class Config:
             for field, other in (("teacher", recipe.teacher), ("baseline", recipe.baseline)):
                 if other is not None and other not in self.recipes:
                     problems.append(f"{name}.{field} = {other!r}: no such recipe; {suggest(other, self.recipes)}")
+            if recipe.shuffle_teacher and self.endless_views:
+                problems.append(
+                    f"{name}.shuffle_teacher = True: needs stored logits, so no crop_padding and no augment"
+                )
             if recipe.baseline == name:
                 problems.append(f"{name}.baseline = {name!r}: a recipe cannot be its own baseline")
             if name in (teachers := self.teachers_of(name)):
                 cycle = " <- ".join([name, *teachers[: teachers.index(name) + 1]])
                 problems.append(f"{name}.teacher = {recipe.teacher!r}: a recipe cannot be its own teacher, {cycle}")
         return problems
+
+    @property
+    def endless_views(self) -> bool:
+        """Whether a training image has more views than itself and its mirror image, so that logits cannot be stored."""
+        return self.crop_padding > 0 or self.augment != "none"
 
     def teachers_of(self, name: str) -> list[str]:
         """The teacher of a recipe, the teacher's teacher and so on; ends where a cycle closes."""

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
@@ -12,7 +11,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from engine.console import duration
 from engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 from engine.errors import Diverged
-from engine.settings import Config, Recipe
+from engine.recipes import Recipe
+from engine.settings import Config
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
@@ -31,33 +31,56 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
-def seed_dropout(*position: int) -> None:
-    """Seed torch's generators for a step, by its seed, epoch and number, so that a resumed run draws the same masks."""
-    torch.manual_seed(int(np.random.SeedSequence((*position, rank())).generate_state(1, np.uint64)[0]))
-
-
 class Meter:
-    """Loss, accuracy and finiteness over an epoch, accumulated on the device; only reading them synchronises."""
+    """Loss, accuracy, gradients and finiteness over an epoch, accumulated on the device; only reading synchronises."""
 
     def __init__(self, device: str, sums: torch.Tensor | None = None):
-        self.sums = (
-            torch.zeros(2, device=device) if sums is None else sums.to(device)
-        )  # of batch losses, and of correct predictions
+        # of batch losses, of correct predictions, and of the norms of the gradients of the hard and of the soft loss
+        self.sums = torch.zeros(4, device=device) if sums is None else sums.to(device)
         self.names: list[str] = []
         self.nonfinite = torch.zeros(1, device=device)  # steps in which the logits, and each term, were not finite
 
     @torch.no_grad()
     def update(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:
         """Add a step: logits (B, C), labels (B,), the terms of their loss, and their share of the whole batch."""
-        self.sums += torch.stack([sum(terms.values()) * share, (logits.argmax(1) == labels).sum()])
+        self.sums[:2] += torch.stack([sum(terms.values()) * share, (logits.argmax(1) == labels).sum()])
         self.names = ["logits", *terms]
         self.nonfinite = self.nonfinite + ~torch.stack([logits.float().sum(), *terms.values()]).isfinite()
+
+    def measure_gradients(self, logits: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Add the norms of the gradients of a hard and a soft loss at the logits (B, C), before `backward`."""
+        gradients = (torch.autograd.grad(term, logits, retain_graph=True)[0] for term in terms.values())
+        self.sums[2:] += torch.stack([gradient.norm() for gradient in gradients])
 
     def check(self, where: str) -> None:
         """Raise Diverged, naming what became NaN or infinite first: what has been so for the most steps."""
         counts = all_reduce_max(*self.nonfinite.int().tolist())
         if any(counts):
             diverged(self.names[counts.index(max(counts))], where)
+
+
+def explain_share(recipe: Recipe, share: float) -> str | None:
+    """A sentence if the soft loss has a share of the gradient far from the one that its weight suggests; else None.
+
+    With weights a and s of the hard and the soft loss, that is s / (a + s). The gradient of KL(p_v || p_z) at the
+    student's logits is (p_z - p_v) / T, where p_z - p_v itself shrinks like 1 / T; so without the factor T^2 the odds
+    of the share, soft to hard, are 1 / T^2 of those with it. If the latter are s / a, the share without the factor is
+    (s / T^2) / (a + s / T^2): 11% for the original's a = 0.25, s = 0.75, T = 5. A confident teacher makes both larger.
+    """
+    hard, soft, scale = recipe.alpha, recipe.weight_of_soft_loss, recipe.temperature**2
+    if not (hard and soft and share < 1):
+        return None
+    suggested = soft / (hard + soft)
+    if 1 / 3 < share / (1 - share) / (soft / hard) < 10:
+        return None
+    if not recipe.scale_soft_loss:
+        expected = soft / scale / (hard + soft / scale)
+        why = f"without the factor T^2 = {scale:g} about {expected:.0%} are expected (scale_soft_loss)"
+    elif share < suggested:
+        why = "the teacher's probabilities differ little from the student's"
+    else:
+        why = "its gradients are larger than those of the hard loss"
+    return f"the soft loss has {share:.0%} of the gradient at the logits, its weight suggests {suggested:.0%}: {why}"
 
 
 def diverged(what: str, where: str) -> None:
@@ -119,8 +142,14 @@ class Training:
     @property
     def averages(self) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch so far."""
-        loss, hits = all_reduce_sum(self.meter.sums).tolist()
+        loss, hits, *_ = all_reduce_sum(self.meter.sums).tolist()
         return loss / self.step, hits / (self.step * self.config.batch_size)
+
+    @property
+    def soft_share(self) -> float | None:
+        """Share of the soft loss in the gradient at the logits, in the epoch so far; None without a soft loss."""
+        *_, hard, soft = all_reduce_sum(self.meter.sums).tolist()
+        return soft / (hard + soft) if soft else None
 
     def check(self) -> None:
         """Raise Diverged if the logits or a term of the loss has not been finite."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.settings import DISTILLATION_FIELDS, Recipe
+from engine.recipes import DISTILLATION_FIELDS, Recipe
 from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
 from report.statistics import (
     detectable_difference,

@@ -212,28 +212,35 @@ def report_figure(scores: np.ndarray, support: np.ndarray, classes: tuple[str, .
 
 
 def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]], colours: Mapping[str, Any]) -> Figure:
-    """Loss and accuracy by epoch: model -> seed -> records. Lines are means over seeds, bands their range."""
-    figure = blank_figure(9, 3.8)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for name, by_seed in histories.items():
-        records = [history for history in by_seed.values() if history]  # none for weights used as they are
-        if not records:
-            continue
-        held_out = next(key for key in ("validation_accuracy", "test_accuracy") if key in records[0][0])
+    """Loss, accuracy and, for distilled models, the share of the soft loss in the gradient, by epoch.
+
+    From records by model and seed. Lines are means over seeds, bands their range.
+    """
+    trained = {name: [h for h in by_seed.values() if h] for name, by_seed in histories.items()}
+    trained = {name: records for name, records in trained.items() if records}  # not: weights that are used as they are
+    distilled = any("soft_share" in records[0][0] for records in trained.values())
+    figure = blank_figure(12.5 if distilled else 9, 3.8)
+    loss_axes, accuracy_axes, *share_axes = figure.subplots(1, 2 + distilled)
+    panels = [(loss_axes, "loss", 1, "-"), (accuracy_axes, "train_accuracy", 100, ":")]
+    panels += [(accuracy_axes, f"{held_out}_accuracy", 100, "-") for held_out in ("validation", "test")]
+    panels += [(axes, "soft_share", 100, "-") for axes in share_axes]
+    for name, records in trained.items():
         epochs = [record["epoch"] for record in records[0]]
-        for axes, key, scale, style in (
-            (loss_axes, "loss", 1, "-"),
-            (accuracy_axes, "train_accuracy", 100, ":"),
-            (accuracy_axes, held_out, 100, "-"),
-        ):
-            values = scale * np.array([[record[key] for record in history] for history in records])  # (S, epochs)
-            axes.plot(epochs, values.mean(0), style, color=colours[name], marker=".", label=escape_mathtext(name))
-            axes.fill_between(epochs, values.min(0), values.max(0), color=colours[name], alpha=0.2, linewidth=0)
+        for axes, key, scale, style in panels:
+            if key in records[0][0]:
+                values = scale * np.array([[record[key] for record in history] for history in records])  # (S, epochs)
+                label = escape_mathtext(name)
+                axes.plot(epochs, values.mean(0), style, color=colours[name], marker=".", label=label)
+                low, high = values.min(0), values.max(0)
+                axes.fill_between(epochs, low, high, color=colours[name], alpha=0.2, linewidth=0)
     loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
     loss_axes.set_title("training loss (not comparable between recipes)", fontsize="medium")
     accuracy_axes.set(xlabel="epoch", ylabel="accuracy (%)")
     accuracy_axes.set_title("solid: test or validation images, dotted: training images", fontsize="medium")
-    for axes in (loss_axes, accuracy_axes):
+    for axes in share_axes:
+        axes.set(xlabel="epoch", ylabel="share of the gradient (%)", ylim=(0, 100))
+        axes.set_title("soft loss: share of the gradient at the logits", fontsize="medium")
+    for axes in {loss_axes, accuracy_axes, *share_axes}:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     lines, names = loss_axes.get_legend_handles_labels()

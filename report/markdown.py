@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from engine.errors import escape_control
-from engine.settings import DISTILLATION_FIELDS, Recipe
+from engine.recipes import DISTILLATION_FIELDS, Recipe
 
 
 def escape_markdown(text: Any) -> str:

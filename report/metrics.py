@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from scipy.optimize import brentq
 from sklearn.metrics import brier_score_loss, confusion_matrix
 
-from engine.settings import Recipe
+from engine.recipes import Recipe
 from report.statistics import accuracy_interval, wilson_interval
 
 NONE = MappingProxyType({})
@@ -182,6 +182,16 @@ def most_confused(counts: np.ndarray, classes: Sequence[str], most: int = 5) -> 
     ]
 
 
+def soft_share(model: Evaluated) -> dict[str, float] | None:
+    """The soft loss's share of the gradient at the logits, in the first and last epoch, and by its weight."""
+    histories = [history for history in model.history.values() if history and "soft_share" in history[0]]
+    if not histories:
+        return None
+    first, last = (float(np.mean([history[epoch]["soft_share"] for history in histories])) for epoch in (0, -1))
+    hard, soft = model.recipe.alpha, model.recipe.weight_of_soft_loss
+    return {"first": first, "last": last, "suggested": soft / (hard + soft)}
+
+
 def only_class(model: Evaluated, classes: Sequence[str]) -> str | None:
     """The class that the model of some seed predicts for every image; None if there is no such seed."""
     predicted = [np.unique(labels) for labels in model.predictions.values()]
@@ -217,6 +227,7 @@ def model_metrics(
         **means(calibration(logits, labels) for logits in model.logits.values()),
         **means({"calibration_error_by_chance": calibration_error_by_chance(z)} for z in model.logits.values()),
         "reliability": [[*map(finite_or_none, row)] for row in reliability(list(model.logits.values()), labels)],
+        "soft_share": soft_share(model),
         "history": {str(seed): records for seed, records in model.history.items()},
         "environments": {str(seed): environment for seed, environment in model.environments.items()},
         "temperature_scaled": means(scaled) if scaled else None,

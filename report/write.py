@@ -16,8 +16,11 @@ from sklearn.metrics import classification_report, precision_recall_fscore_suppo
 
 from engine.datasets import Dataset
 from engine.device import environment
+from engine.fields import settings_of
 from engine.files import write_durably
+from engine.recipes import Recipe
 from engine.settings import Config
+from engine.sweeps import Point, grid
 from report import figures
 from report.comparisons import (
     Models,
@@ -29,6 +32,7 @@ from report.comparisons import (
     soft_targets,
 )
 from report.cost import costs, versus_teacher
+from report.effects import effects_figure, sweep_figure
 from report.markdown import results_markdown
 from report.metrics import confusion_counts, fit_temperature, log_probabilities, model_metrics
 
@@ -51,7 +55,9 @@ def write_report(
     }
     results = collect(config, dataset, models, training_logits, missing, temperatures, labels)
     compared = (comparison_figures(config, dataset, models, labels, c) for c in results["comparisons"])
-    drawn = itertools.chain(model_figures(config, dataset, models, labels, temperatures), *compared)
+    drawn = itertools.chain(
+        model_figures(config, dataset, models, labels, temperatures), run_figures(config, results), *compared
+    )
     for path, figure in drawn:
         write_durably(folder / path, figures.png(figure))
     for name, model in models.items():
@@ -106,6 +112,7 @@ def collect(
         "versus_teacher": versus_teacher(models, cost, labels),
         "fidelity": fidelity(models, labels),
         "soft_targets": soft_targets(models, training_logits),
+        "sweeps": {row: [point._asdict() for point in points] for row, points in sweeps(config).items()},
         "missing": [str(path) for path in missing],
         "settings": {
             **dataclasses.asdict(config),
@@ -137,6 +144,27 @@ def model_figures(
     scaled = {name: [models[name].logits[s] / t for s, t in by.items()] for name, by in temperatures.items() if by}
     as_trained = {name: list(model.logits.values()) for name, model in models.items()}
     yield "reliability.png", figures.reliability_figure(as_trained, labels, colours, scaled)
+
+
+def run_figures(config: Config, results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Path and figure of what shows many rows: the effects, if there are more than two, and each sweep."""
+    if len(results["comparisons"]) > 2:
+        yield "effects.png", effects_figure(results["comparisons"])
+    models, colours = results["models"], figures.model_colours(config.recipes)
+    for row, points in sweeps(config).items():
+        found = [(point.values, models[point.row]) for point in points if point.row in models]
+        references = {
+            name: models[name]
+            for comparison in results["comparisons"]
+            for name in (comparison["baseline"], config.recipes[comparison["model"]].teacher)
+            if comparison["model"] in {point.row for point in points} and name in models
+        }
+        if found:
+            yield f"sweep_{row}.png", sweep_figure(found, references, colours)
+
+
+def sweeps(config: Config) -> dict[str, list[Point]]:
+    return grid(config.sweep, {field.name: field for field in settings_of(Recipe)})
 
 
 def comparison_figures(

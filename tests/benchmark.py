@@ -47,7 +47,8 @@ from engine.estimate import time_training
 from engine.images import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference import predict
 from engine.models import Architecture
-from engine.settings import Config, Recipe
+from engine.recipes import Recipe
+from engine.settings import Config
 from teacher_student_model import distilled_loss, stored_logits
 
 KD_EPOCHS = 10  # of the original's distilled student, over which the teacher's logits are shared

@@ -19,7 +19,8 @@ from config import PRESETS
 from engine.console import configure_logging
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends
-from engine.settings import Config, Recipe
+from engine.recipes import Recipe
+from engine.settings import Config
 
 ROOT = Path(__file__).parent.parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()

@@ -25,7 +25,7 @@ from engine import checkpoints, console, datasets, estimate
 from engine.errors import UserError
 from engine.inference import predict
 from engine.models import load_model
-from engine.settings import Recipe
+from engine.recipes import Recipe
 from engine.training import make_scheduler
 
 

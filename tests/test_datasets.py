@@ -10,11 +10,14 @@ import pytest
 import scipy.io
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+from torchvision.transforms import v2
 
 from config import PRESETS
 from engine import datasets, distributed
+from engine.device import seed_torch
 from engine.errors import UserError
 from engine.images import prepare
+from teacher_student_model import stored_logits
 
 
 def epoch_of(config, dataset, seed=0, epoch=0, first_step=0, subset=None):
@@ -51,9 +54,54 @@ def test_a_batch_holds_the_images_of_its_index(config, digits):
 
 def test_crop_padding_shifts_images_and_changes_nothing_else(config, digits):
     plain, shifted = (epoch_of(replace(config, crop_padding=p), digits)[0] for p in (0, 2))
-    assert all(torch.equal(a, b) for a, b in zip(plain[1:], shifted[1:], strict=True))
+    assert torch.equal(plain.labels, shifted.labels)
+    assert torch.equal(plain.index, shifted.index)
+    assert shifted.flipped is None  # so that no logits stored for two views are looked up
     different = (plain.images != shifted.images).flatten(1).any(1).float().mean()
     assert different > 0.7  # one in 25 is not shifted, and some have nothing at the edge to lose
+
+
+AUGMENTATIONS = ["crop", "trivialaugment", "randomerasing"]
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each_image(config, digits, name):
+    config = replace(config, augment=name, image_size=8, batch_size=10)
+    plain = epoch_of(replace(config, augment="none"), digits, seed=1, epoch=2)
+    first, again = (epoch_of(config, digits, seed=1, epoch=2) for _ in range(2))
+    resumed = epoch_of(config, digits, seed=1, epoch=2, first_step=3)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first[3:], resumed, strict=True))
+    torch.rand(3)
+    theirs = {
+        "crop": v2.RandomResizedCrop((8, 8), scale=(0.25, 1.0)),
+        "trivialaugment": v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
+        "randomerasing": v2.RandomErasing(value=(124, 116, 104)),
+    }[name]
+    changed = 0
+    for number, (index, flipped, image) in enumerate(
+        zip(plain[1].index, plain[1].flipped, first[1].images, strict=True), 10
+    ):
+        seed_torch(1, 2, number)
+        original = digits.train.images[index]
+        expected = theirs(original.flip(2) if flipped else original)
+        assert torch.equal(image, prepare(expected[None])[0])
+        changed += not torch.equal(expected, original.flip(2) if flipped else original)
+    assert changed >= 3
+    other = epoch_of(config, digits, seed=1, epoch=3)
+    assert not any(torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmented_batches_have_no_view_and_leave_the_generator_alone(config, digits, name):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    batch = epoch_of(replace(config, augment=name), digits)[0]
+    assert torch.equal(torch.rand(3), expected)
+    assert batch.flipped is None
+    with pytest.raises(ValueError, match="use online_logits"):
+        stored_logits(torch.zeros(2, 1297, 10))(batch)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])

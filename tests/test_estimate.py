@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.estimate import Estimate, Job, check_models, check_space, plan, space_needed, time_training
 from engine.fingerprints import training_settings
 from engine.models import Architecture
-from engine.settings import Recipe
+from engine.recipes import Recipe
 from utils import start_training, unfinished
 
 RESNET18, RESNET50 = (Architecture(arch, "imagenet") for arch in ("resnet18", "resnet50"))

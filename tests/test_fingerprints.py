@@ -17,7 +17,7 @@ import teacher_student_model
 from engine import device as engine_device
 from engine.checkpoints import load_checkpoint
 from engine.models import build_model
-from engine.settings import Recipe
+from engine.recipes import Recipe
 
 
 def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trained, capsys):

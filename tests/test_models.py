@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.inference import predict
 from engine.models import build_model, check_image_size, initial_model, load_model
 from engine.names import ARCHS, RESNETS
-from engine.settings import Recipe
+from engine.recipes import Recipe
 
 FAMILIES = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "maxvit_t", "mnasnet0_5"),

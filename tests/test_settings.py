@@ -21,7 +21,8 @@ from engine.errors import (
     suggest,
 )
 from engine.names import ARCHS
-from engine.settings import Config, Recipe
+from engine.recipes import Recipe
+from engine.settings import Config
 
 
 def test_archs_match_torchvision():

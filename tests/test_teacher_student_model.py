@@ -20,6 +20,7 @@ from teacher_student_model import (
     distilled_loss,
     load_teacher,
     online_logits,
+    shuffle_within_classes,
     stored_logits,
     teacher_logits,
 )
@@ -235,8 +236,47 @@ def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
     assert capsys.readouterr().err.count("is finished") == 6
 
 
-def test_with_crop_padding_the_teacher_runs_online(tmp_path, capsys):
-    teacher_student_model.main([*flags(tmp_path), "--crop_padding", "1"])
+def test_the_teacher_sees_the_very_pixels_of_the_student(config, digits, teacher):
+    for changes in (
+        {"crop_padding": 2},
+        {"augment": "crop"},
+        {"augment": "trivialaugment"},
+        {"augment": "randomerasing"},
+    ):
+        other = replace(config, **changes)
+        (batch, *_) = datasets.batches(digits.train, digits.subset(100), other, seed=0, epoch=0)
+        shown = []
+        teacher.model.register_forward_pre_hook(lambda _, images, shown=shown: shown.append(images[0]))
+        logits = online_logits(teacher.model, other)(batch)
+        teacher.model._forward_pre_hooks.clear()
+        assert other.endless_views
+        torch.testing.assert_close(logits, teacher.model(batch.images), atol=1e-4, rtol=0)
+
+
+def test_shuffled_logits_stay_within_the_class_and_change_their_image(config, digits, teacher):
+    subset, labels = digits.subset(100), digits.train.labels
+    logits = teacher_logits(teacher, config, digits, subset)
+    shuffled = shuffle_within_classes(logits, digits, subset, seed=0)
+    moved = 0
+    for index in subset:
+        source = (logits[0, subset] == shuffled[0, index]).all(1).nonzero()[0, 0]
+        assert labels[subset[source]] == labels[index]
+        assert torch.equal(shuffled[1, index], logits[1, subset[source]])  # the mirror image comes along
+        moved += int(subset[source] != index)
+    assert moved > 60
+    assert not torch.equal(shuffled[:, subset], shuffle_within_classes(logits, digits, subset, seed=1)[:, subset])
+
+
+def test_a_shuffled_teacher_needs_stored_logits(config):
+    recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], shuffle_teacher=True)}
+    for changes in ({"crop_padding": 2}, {"augment": "crop"}):
+        with pytest.raises(UserError, match="shuffle_teacher = True: needs stored logits"):
+            replace(config, recipes=recipes, **changes)
+
+
+@pytest.mark.parametrize("augment", ["trivialaugment"])
+def test_with_endless_views_the_teacher_runs_online(tmp_path, capsys, augment):
+    teacher_student_model.main([*flags(tmp_path), "--augment", augment])
     assert "logits of teacher" not in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
         "teacher.pt",

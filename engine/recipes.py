@@ -1,0 +1,150 @@
+"""The fields of Recipe, how one model is trained, and their validation."""
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+
+from engine.errors import UserError
+from engine.fields import (
+    FLAG,
+    FRACTION,
+    NAME,
+    NONNEGATIVE,
+    PATH,
+    POSITIVE,
+    Kind,
+    choice,
+    integer,
+    invalid_fields,
+    number,
+    optional,
+    setting,
+)
+from engine.names import ARCHS, RESNETS
+from engine.soft_losses import SOFT_LOSSES, parameters
+
+ARCH = Kind(
+    "a classification model of torchvision, or timm:NAME",
+    lambda value: value in ARCHS or (isinstance(value, str) and re.fullmatch(r"timm:[\w.-]+", value) is not None),
+    names=ARCHS,
+)
+SEED = integer(0, 2**32 - 1)
+
+
+@dataclass(frozen=True)
+class RecipeFields:
+    """Recipe without the parameters of the soft losses."""
+
+    arch: str = setting("resnet18", ARCH, "torchvision model, or timm:NAME if timm is installed")
+    stem: str = setting(
+        "imagenet", choice("imagenet", "cifar"), "cifar: a ResNet with a 3 x 3 first convolution, without pooling"
+    )
+    epochs: int = setting(5, integer(0), "passes over the training images; 0: use `weights` as they are")
+    optimizer: str = setting("sgd", choice("sgd", "adamw"), "sgd, or adamw with PyTorch's betas")
+    lr: float = setting(0.001, POSITIVE, "learning rate, the peak of the schedule")
+    momentum: float = setting(0.9, number("a number from 0 to below 1", lambda v: 0 <= v < 1), "SGD momentum")
+    weight_decay: float = setting(0.0, NONNEGATIVE, "weight decay, on all parameters")
+    nesterov: bool = setting(False, FLAG, "Nesterov momentum")
+    schedule: str = setting(
+        "constant",
+        choice("constant", "cosine", "onecycle"),
+        "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0",
+    )
+    label_smoothing: float = setting(0.0, FRACTION, "share of the hard labels that is spread over all classes")
+    pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
+    weights: str | None = setting(
+        None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
+    )
+    teacher: str | None = setting(None, optional(NAME), "recipe to distil from")
+    alpha: float = setting(0.25, FRACTION, "weight of the hard loss")
+    soft_weight: float | None = setting(None, optional(NONNEGATIVE), "weight of the soft loss; none: 1 - alpha")
+    soft_loss: str = setting("kd", choice(*SOFT_LOSSES), "measure of the distance from the teacher's logits")
+    temperature: float = setting(5.0, POSITIVE, "T of the soft loss, softens the probabilities of both models")
+    scale_soft_loss: bool = setting(
+        True, FLAG, "multiply the soft loss by T^2; otherwise its gradients shrink by 1/T^2"
+    )
+    teacher_seed: int | None = setting(
+        None, optional(SEED), "seed of the teacher, for one teacher of all seeds; none: the student's own"
+    )
+    shuffle_teacher: bool = setting(
+        False, FLAG, "a control: shuffle the teacher's logits among the training images of each class"
+    )
+    baseline: str | None = setting(
+        None, optional(NAME), "recipe to compare this one with; none: the one of the same arch without a teacher"
+    )
+    train_size: int | None = setting(
+        None,
+        optional(integer(1)),
+        "number of training images, a stratified subset that is the same for every seed; none: all",
+    )
+
+    def __post_init__(self):
+        invalid = invalid_fields(self)
+        problems = list(invalid.values())
+        if self.nesterov is True and self.momentum == 0:
+            problems.append("nesterov = True: needs a momentum above 0")
+        if self.epochs == 0 and self.weights is None:
+            problems.append("epochs = 0: needs weights, a file or random")
+        if self.epochs == 0 and self.teacher is not None:
+            problems.append("epochs = 0: has no effect with a teacher; a distilled model must be trained")
+        if self.stem == "cifar" and (self.arch not in RESNETS or self.imagenet_weights):
+            problems.append(
+                "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
+            )
+        of_other_losses = {name for loss in SOFT_LOSSES for name in parameters(loss)} - {*self.loss_parameters()}
+        unused = dict.fromkeys(of_other_losses, f"with soft_loss = {self.soft_loss}")
+        unused |= {"scale_soft_loss": "with soft_loss = ttm"} if self.soft_loss == "ttm" else {}
+        unused |= {name: "without a teacher" for name in DISTILLATION_FIELDS if self.teacher is None}
+        unused |= {name: "with optimizer = adamw" for name in ("momentum", "nesterov") if self.optimizer == "adamw"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in unused and field.name not in invalid and value != field.default:
+                problems.append(f"{field.name} = {value!r}: has no effect {unused[field.name]}")
+        if problems:
+            raise UserError(*problems)
+        if self.weights not in (None, "random"):
+            object.__setattr__(self, "weights", os.path.expanduser(self.weights))
+
+    def loss_parameters(self) -> dict[str, float]:
+        """The parameters of this recipe's soft loss."""
+        return (
+            {name: getattr(self, name) for name in parameters(self.soft_loss)} if self.soft_loss in SOFT_LOSSES else {}
+        )
+
+    @property
+    def weight_of_soft_loss(self) -> float:
+        return 1 - self.alpha if self.soft_weight is None else self.soft_weight
+
+    @property
+    def imagenet_weights(self) -> bool:
+        """Whether training starts from ImageNet weights."""
+        return self.pretrained and self.weights is None
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file of weights that training starts from."""
+        return None if self.weights == "random" else self.weights
+
+
+DEFAULTS = {name: default for loss in SOFT_LOSSES for name, default in parameters(loss).items()}
+
+
+def describe_parameter(name: str) -> str:
+    return f"of soft_loss = {' and '.join(loss for loss in SOFT_LOSSES if name in parameters(loss))}"
+
+
+# How one model is trained. Raises UserError, naming every field that is wrong.
+Recipe = dataclasses.make_dataclass(
+    "Recipe",
+    [(name, float, setting(default, NONNEGATIVE, describe_parameter(name))) for name, default in DEFAULTS.items()],
+    bases=(RecipeFields,),
+    frozen=True,
+    namespace={"__module__": __name__, "__doc__": RecipeFields.__doc__},
+)
+
+# These have no effect without a teacher.
+DISTILLATION_FIELDS = (
+    *("alpha", "soft_weight", "soft_loss", "temperature", "scale_soft_loss", "teacher_seed", "shuffle_teacher"),
+    *DEFAULTS,
+)

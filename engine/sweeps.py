@@ -1,0 +1,75 @@
+"""Sweeps: rows of a run that differ in a few settings, written as "ROW.FIELD=VALUE,VALUE,..."."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from engine.errors import UserError, suggest
+
+R = TypeVar("R")  # a Recipe, whose fields are described by their metadata
+
+
+class Point(NamedTuple):
+    """A row of a sweep: its name, and the values of the swept fields."""
+
+    row: str
+    values: dict[str, Any]
+
+
+def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, list[Point]]:
+    """The rows that replace each swept row: all combinations of its values, named by them.
+
+    Raises UserError for words that do not have the form ROW.FIELD=VALUE,VALUE or name unknown fields.
+    """
+    swept: dict[str, dict[str, list[Any]]] = {}
+    for word in sweep:
+        match = re.fullmatch(r"([^.=]+)\.(\w+)=([^=]+)", word)
+        if not match:
+            raise UserError(f"sweep = {word!r}: must have the form ROW.FIELD=VALUE,VALUE,...")
+        row, field, values = match.groups()
+        if field not in fields:
+            raise UserError(f"sweep = {word!r}: no such setting; {suggest(field, fields)}")
+        swept.setdefault(row, {})[field] = [convert(value, fields[field]) for value in values.split(",")]
+    points = {}
+    for row, values in swept.items():
+        combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+        points[row] = [Point(name_of(row, chosen), chosen) for chosen in combinations]
+    return points
+
+
+def convert(word: str, field: dataclasses.Field) -> Any:
+    try:
+        return field.metadata["kind"].convert(word)
+    except (ValueError, KeyError):
+        return word  # for the validation of Recipe to name
+
+
+def name_of(row: str, values: dict[str, Any]) -> str:
+    """Such as student_kd-temperature-4-alpha-0_5."""
+    parts = [row]
+    for field, value in values.items():
+        shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
+        parts += [field, re.sub(r"[^A-Za-z0-9]+", "_", shown)]
+    return "-".join(parts)
+
+
+def expand(recipes: dict[str, R], sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, R]:
+    """The recipes, each swept row replaced by the rows of its grid; unchanged if that has been done before.
+
+    Raises UserError for rows that do not exist, and for values that a field does not accept.
+    """
+    points, expanded, problems = grid(sweep, fields), {}, []
+    for row, its_points in points.items():
+        if row not in recipes and not all(point.row in recipes for point in its_points):
+            raise UserError(f"sweep = {row!r}: no such recipe; {suggest(row, recipes)}")
+    for name, recipe in recipes.items():
+        for point in points.get(name, [Point(name, {})]):
+            try:
+                expanded[point.row] = dataclasses.replace(recipe, **point.values)
+            except UserError as error:
+                problems += [f"sweep: {name}.{message}" for message in error.messages]
+    if problems:
+        raise UserError(*problems)
+    return expanded

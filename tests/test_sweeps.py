@@ -1,0 +1,107 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT, flags
+
+import evaluate
+import teacher_student_model
+from config import PRESETS, parse
+from engine.errors import UserError
+from engine.sweeps import name_of
+
+
+def test_a_sweep_replaces_a_row_by_all_combinations():
+    config = parse(["--preset", "demo", "--sweep", "student_kd.temperature=1,4.5", "student_kd.alpha=0,0.5"])
+    rows = {name: (r.temperature, r.alpha) for name, r in config.recipes.items() if r.teacher}
+    assert rows == {
+        "student_kd-temperature-1-alpha-0": (1.0, 0.0),
+        "student_kd-temperature-1-alpha-0_5": (1.0, 0.5),
+        "student_kd-temperature-4_5-alpha-0": (4.5, 0.0),
+        "student_kd-temperature-4_5-alpha-0_5": (4.5, 0.5),
+    }
+    assert list(config.recipes)[:2] == ["teacher", "student"]
+    assert replace(PRESETS["demo"], sweep=config.sweep) == config  # as an edit of config.py
+    assert replace(config, seeds=(1,)).recipes == config.recipes
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("student_kd", "must have the form ROW.FIELD=VALUE,VALUE"),
+        ("student_kd.temperature", "must have the form"),
+        ("student_kd.temperatur=1", "did you mean temperature?"),
+        ("student_dk.alpha=1", "did you mean student_kd?"),
+        ("student_kd.alpha=0.5,2", "student_kd.alpha = 2.0: must be a number from 0 to 1"),
+        ("student_kd.alpha=", "must have the form"),
+        ("student.temperature=1,2", "temperature = 1.0: has no effect without a teacher"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_named(word, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(["--preset", "demo", "--sweep", word])
+
+
+def test_rows_are_named_by_their_values():
+    assert name_of("kd", {"soft_loss": "dkd", "scale_soft_loss": False}) == "kd-soft_loss-dkd-scale_soft_loss-false"
+    assert name_of("kd", {"lr": 1e-05}) == "kd-lr-1e_05"
+    assert name_of("kd", {"train_size": None}) == "kd-train_size-none"
+
+
+def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys):
+    words = [*flags(tmp_path), "--student_kd.epochs=1", "--student.epochs=1", "--teacher.epochs=1", "--sweep"]
+    teacher_student_model.main([*words, "student_kd.temperature=1,4"])
+    capsys.readouterr()
+    grown = [*words, "student_kd.temperature=1,4", "student_kd.alpha=0.25,0"]
+    teacher_student_model.main(grown)
+    output = capsys.readouterr().err
+    assert output.count("which is used instead of training it again") == 2  # the rows with alpha = 0.25
+    assert len(re.findall(r"student_kd\S+ seed 0  epoch", output)) == 2
+    evaluate.main(["--run=demo", f"--checkpoints_path={tmp_path / 'checkpoints'}"])
+    report = tmp_path / "imgs/demo"
+    results = json.loads((report / "results.json").read_text())
+    assert len(results["comparisons"]) == 4
+    assert [point["values"] for point in results["sweeps"]["student_kd"]] == [
+        {"temperature": t, "alpha": a} for t in (1.0, 4.0) for a in (0.25, 0.0)
+    ]
+    assert (report / "sweep_student_kd.png").exists()
+    assert (report / "effects.png").exists()
+    text = (report / "results.md").read_text()
+    assert "sweep_student_kd.png" in text
+    assert "Effects, sorted; p after Holm's correction" in text
+
+
+OWN_LOSS = '''
+def powered(z, v, labels, temperature, power=2.0):
+    """The mean absolute difference of the probabilities, to a power."""
+    return ((z / temperature).softmax(1) - (v / temperature).softmax(1)).abs().pow(power).sum(1).mean()
+
+
+SoftLoss = '''
+
+
+def test_a_loss_of_ones_own_is_a_function_and_a_line(tmp_path):
+    """In a copy of the repository: trained, its parameter swept, and named in the report."""
+    copy = tmp_path / "copy"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "imgs", "data", "checkpoints", "tests", "__pycache__")
+    )
+    source = copy / "engine/soft_losses.py"
+    text = (
+        source.read_text()
+        .replace("\nSoftLoss = ", OWN_LOSS)
+        .replace('    "kd": kd,\n', '    "kd": kd,\n    "powered": powered,\n')
+    )
+    source.write_text(text)
+    words = [*flags(tmp_path), "--student_kd.soft_loss=powered", "--sweep", "student_kd.power=1,2"]
+    words += [f"--{name}.epochs=1" for name in ("teacher", "student", "student_kd")]
+    for script in ("teacher_student_model.py", "evaluate.py"):
+        done = subprocess.run([sys.executable, script, *words], cwd=copy, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    report = (tmp_path / "imgs/demo/results.md").read_text()
+    assert re.search(r"\| soft_loss +\| +\| +\| +powered \|", report)
+    assert "student_kd-power-1" in report
