@@ -262,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"only = {' '.join(distilled)}: is distilled from a teacher; use python teacher_student_model.py"
             )
+        if config.jobs > 1:
+            raise UserError(f"jobs = {config.jobs}: use python teacher_student_model.py")
         models = [(name, seed) for name, seed in config.models() if config.recipes[name].teacher is None]
         with start_training(config, models) as (config, dataset, estimates):
             for name, seed in models:

@@ -10,6 +10,7 @@ Then: python evaluate.py with the same flags.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +29,14 @@ from engine.checkpoints import (
     tensors_digest,
 )
 from engine.console import log
-from engine.datasets import Batch, Dataset
-from engine.device import autocast
+from engine.datasets import Batch, Dataset, load_dataset
+from engine.device import autocast, configure_backends
 from engine.distributed import broadcast_from_rank0
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import logits_fingerprint, refuse_other_settings, training_settings
 from engine.inference import fold_batchnorm, predict
+from engine.jobs import run_in_processes
 from engine.models import load_model
 from engine.recipes import Recipe
 from engine.settings import Config
@@ -216,14 +218,30 @@ def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, esti
     train(name, seed, config, dataset, make_loss, estimate)
 
 
+def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
+    train_one = train_distilled if config.recipes[name].teacher else train
+    train_one(name, seed, config, dataset, estimate=estimate)
+
+
+def train_in_process(config: Config, model: tuple[str, int], threads: int) -> None:
+    """Train a model in a process that `run_in_processes` has started."""
+    with run_script():
+        torch.set_num_threads(threads)
+        configure_backends(config)
+        train_model(*model, config, load_dataset(config))
+
+
 def main(argv: list[str] | None = None) -> None:
     with run_script():
         config = load_config(argv)
         models = config.models()
         with start_training(config, models) as (config, dataset, estimates):
-            for name, seed in models:
-                train_one = train_distilled if config.recipes[name].teacher else train
-                train_one(name, seed, config, dataset, estimate=estimates.get((name, seed), UNKNOWN))
+            if config.jobs > 1:
+                teachers = {model: config.teacher_of(*model) for model in models if model in estimates}
+                run_in_processes(partial(train_in_process, config), teachers, config.jobs)
+            else:
+                for model in models:
+                    train_model(*model, config, dataset, estimates.get(model, UNKNOWN))
         elsewhere = f" --checkpoints_path {config.checkpoints_path}" * (config.checkpoints_path != "checkpoints")
         log.info(f"All models are trained. For the report: python evaluate.py --run {config.run}{elsewhere}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -55,7 +56,8 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int = 0):
         self.title, self.first = title, done
-        silent = True if rank() > 0 else None  # None: silent where stderr is not a terminal
+        # A process beside others logs instead of drawing over their bars. None: silent where stderr is not a terminal.
+        silent = True if rank() > 0 or multiprocessing.parent_process() else None
         self.bar = tqdm(
             total=total, initial=done, desc=title, unit=" images", leave=False, mininterval=0.5, disable=silent
         )

@@ -41,6 +41,8 @@ def resolve_device(config: Config) -> Config:
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
+    if world_size() > 1 and config.jobs > 1:
+        raise UserError(f"jobs = {config.jobs}: must be 1 with several processes, which train each model together")
     if config.sync_batchnorm and kind != "cuda":
         raise UserError(f"sync_batchnorm = True: PyTorch supports it on CUDA only, and the device is {device}")
     return replace(config, device=device)

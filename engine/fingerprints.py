@@ -24,7 +24,7 @@ from engine.settings import Config
 # The fields of Config that no weights depend on; the images of the data set have a digest of their own.
 IRRELEVANT = {
     *("recipes", "run", "dataset", "seeds", "only", "overwrite", "checkpoint_minutes", "device", "compile"),
-    *("deterministic", "sweep", "data_path", "checkpoints_path", "imgs_path"),
+    *("deterministic", "sweep", "jobs", "data_path", "checkpoints_path", "imgs_path"),
 }
 
 

@@ -66,6 +66,7 @@ class Config:
         "train a recipe with all combinations of these values, such as student_kd.temperature=1,2,4",
     )
     overwrite: bool = setting(False, FLAG, "retrain, in place, models that were trained with other settings")
+    jobs: int = setting(1, integer(1, 64), "models to train at the same time, each with its share of the CPU's threads")
     checkpoint_minutes: float = setting(10, POSITIVE, "save the state of training this often, and after each epoch")
     device: str = setting(
         "auto",

@@ -121,7 +121,7 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
     known = fingerprints.training_settings("student_kd", 0, config, digits)
     assert {field.name for field in fields(Recipe)} - {"baseline", "teacher_seed"} < set(known)
     harmless = {"recipes", "run", "only", "overwrite", "checkpoint_minutes", "device", "compile", "deterministic"}
-    harmless |= {"sweep", "data_path", "checkpoints_path", "imgs_path"}
+    harmless |= {"sweep", "jobs", "data_path", "checkpoints_path", "imgs_path"}
     elsewhere = {"dataset": "images of the data set", "seeds": "seed"}
     for field in {field.name for field in fields(Config)} - harmless:
         assert elsewhere.get(field, field) in known

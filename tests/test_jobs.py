@@ -1,0 +1,72 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, flags
+
+import teacher_student_model
+from engine.checkpoints import load_checkpoint
+from engine.jobs import run_in_processes
+
+
+def note(model, threads):
+    """Work for run_in_processes: when it began and ended, in a file; a model named "fails" exits with 7."""
+    name, folder = model
+    began = time.time()
+    if name == "fails":
+        raise SystemExit(7)
+    time.sleep(0.5)
+    with open(os.path.join(folder, name), "w") as file:
+        file.write(f"{began} {time.time()} {threads}")
+
+
+def times(folder) -> dict[str, tuple[float, float]]:
+    found = {path.name: path.read_text().split() for path in folder.iterdir()}
+    return {name: (float(began), float(ended)) for name, (began, ended, _) in found.items()}
+
+
+def test_a_student_waits_for_its_teacher_and_others_do_not(tmp_path):
+    teacher, alone, student = (("teacher", tmp_path), ("alone", tmp_path), ("student", tmp_path))
+    run_in_processes(note, {teacher: None, student: teacher, alone: None}, jobs=2)
+    found = times(tmp_path)
+    assert found["student"][0] >= found["teacher"][1]
+    assert found["alone"][0] < found["teacher"][1]
+
+
+def test_a_failure_ends_the_others_and_gives_its_status(tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        run_in_processes(note, {("fails", tmp_path): None, ("other", tmp_path): None}, jobs=1)
+    assert exit.value.code == 7
+    assert not list(tmp_path.iterdir())
+
+
+def test_jobs_train_the_whole_experiment(tmp_path, capfd):
+    words = [*flags(tmp_path), "--jobs=2", *(f"--{name}.epochs=1" for name in ("teacher", "student", "student_kd"))]
+    teacher_student_model.main(words)
+    for name in ("teacher", "student", "student_kd"):
+        assert load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")["finished"]
+    assert capfd.readouterr().err.count("epoch  1/1") == 3
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_jobs_and_the_same_command_resumes(tmp_path, number):
+    words = [*flags(tmp_path), "--jobs=2", "--only", "teacher", "student"]
+    words += ["--teacher.epochs=300", "--student.epochs=300"]
+    command = [sys.executable, "teacher_student_model.py", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    waiting = {"teacher seed 0  epoch", "student seed 0  epoch"}
+    while process.poll() is None and waiting:
+        line = process.stderr.readline()
+        waiting = {start for start in waiting if start not in line}
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in output
+    for name in ("teacher", "student"):
+        state = load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")
+        assert not state["finished"]
+        assert state["history"]
