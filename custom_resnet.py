@@ -92,7 +92,7 @@ def fit(
                     logits = forward(batch.images)
                 logits = logits.float()
                 terms = loss_fn(logits, batch)
-                if len(terms) > 1 and training.step % 10 == 0:
+                if len(terms) > 1 and training.step % max(1, training.steps // 50) == 0:
                     training.meter.measure_gradients(logits, terms)
                 loss = sum(terms.values()) * (share * world_size())  # DDP averages the gradients
                 training.optimizer.zero_grad()

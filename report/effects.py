@@ -48,13 +48,14 @@ def sweep_figure(
     ticks = list(dict.fromkeys(values[first] for values, _ in points))
     figure = blank_figure(6.5, 4)
     axes = figure.subplots()
-    palette = seaborn.color_palette("colorblind", len(lines))
+    palette = ["black"] if len(lines) == 1 else seaborn.color_palette("crest", len(lines))
+    style = "o" if any(isinstance(tick, (bool, str)) for tick in ticks) else "o-"
     for number, (chosen, line) in enumerate(lines.items()):
         mean = 100 * np.array([accuracy["mean"] for _, accuracy in line])
         low, high = 100 * np.array([accuracy["ci95"] for _, accuracy in line]).T
         x = np.array([ticks.index(value) for value, _ in line]) + 0.06 * (number - (len(lines) - 1) / 2)
         label = ", ".join(f"{field} = {show(value)}" for field, value in zip(others, chosen, strict=True))
-        axes.errorbar(x, mean, [mean - low, high - mean], fmt="o-", capsize=3, color=palette[number], label=label)
+        axes.errorbar(x, mean, [mean - low, high - mean], fmt=style, capsize=3, color=palette[number], label=label)
     for name, model in references.items():
         axes.axhline(100 * model["accuracy"]["mean"], color=colours[name], linestyle="--", label=escape_mathtext(name))
     axes.set_xticks(range(len(ticks)), [show(tick) for tick in ticks])

@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 
 from engine.errors import escape_control
-from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.recipes import DEFAULTS, DISTILLATION_FIELDS, Recipe
+from engine.soft_losses import parameters
 
 
 def escape_markdown(text: Any) -> str:
@@ -43,6 +44,8 @@ def value(of_setting: Any) -> str:
 
 def setting(recipe: dict[str, Any], field: str) -> str:
     if field in DISTILLATION_FIELDS and not recipe["teacher"]:
+        return ""
+    if field in DEFAULTS and field not in parameters(recipe["soft_loss"]):
         return ""
     return "all" if field == "train_size" and recipe[field] is None else value(recipe[field])
 
@@ -118,11 +121,17 @@ def render(results: dict[str, Any]) -> ModuleType:
         for seed, found in model["environments"].items():
             trained.setdefault(json.dumps(found), ([], found))[0].append(f"{name} seed {seed}")
     everything = len(trained) == 1
+    recipes = results["settings"]["recipes"].values()
+    used = {name for recipe in recipes if recipe["teacher"] for name in parameters(recipe["soft_loss"])}
     return env.get_template("results.md.jinja").make_module(
         {
             **results,
             "seeds": sorted({seed for model in models.values() for seed in model["accuracy"]["seeds"]}, key=int),
-            "recipe_fields": [field.name for field in dataclasses.fields(Recipe) if field.name != "baseline"],
+            "recipe_fields": [
+                field.name
+                for field in dataclasses.fields(Recipe)
+                if field.name != "baseline" and (field.name not in DEFAULTS or field.name in used)
+            ],
             "most_confused": list(itertools.zip_longest(*confused, fillvalue="")),
             "training_environments": [
                 ("All models were" if everything else ", ".join(names) + " were", found)

@@ -8,7 +8,16 @@ import scipy.stats
 from synthetic import probabilities_of, simulated, simulated_seeds, three_models
 
 from config import PRESETS
-from report.comparisons import baseline_of, compare, compare_all, disagreements, fidelity, not_compared
+from report.comparisons import (
+    baseline_of,
+    compare,
+    compare_all,
+    differing_settings,
+    disagreements,
+    distilled,
+    fidelity,
+    not_compared,
+)
 from report.metrics import Evaluated
 from report.statistics import detectable_over_seeds, image_variance, paired_interval
 
@@ -198,3 +207,27 @@ def test_a_pair_without_common_seeds_does_not_lower_the_level_of_the_others():
     elsewhere = models["student_kd"]._replace(logits={9: models["student_kd"].logits[0]})
     (beside,) = compare_all({**models, "other": elsewhere}, labels)
     assert beside["detectable_difference"] == alone["detectable_difference"]
+
+
+def test_settings_in_which_a_model_and_its_baseline_differ_are_listed():
+    recipes = PRESETS["cifar10"].recipes
+    longer = differing_settings(recipes["student_kd"], recipes["student"])
+    assert longer == {"epochs": [10, 5]}
+    assert differing_settings(recipes["student_kd"], recipes["student_10"]) == {}
+    models, labels = three_models()
+    fewer = dataclasses.replace(models["student_kd"].recipe, lr=0.5)
+    models["student_kd"] = models["student_kd"]._replace(recipe=fewer)
+    (entry,) = compare_all(models, labels)
+    assert entry["differs_in"] == {"lr": [0.5, 0.02]}
+
+
+def test_one_teacher_seed_for_all_students_pairs_each_with_it():
+    models, labels = three_models()
+    recipe = dataclasses.replace(models["student_kd"].recipe, teacher_seed=1)
+    models["student_kd"] = models["student_kd"]._replace(recipe=recipe)
+    assert distilled(models) == {"student_kd": {0: 1, 1: 1, 2: 1}}
+    row, _ = fidelity(models, labels)
+    teacher = models["teacher"].logits[1].argmax(1)
+    agreement = [(models["student_kd"].logits[seed].argmax(1) == teacher).mean() for seed in (0, 1, 2)]
+    assert row["agreement"] == pytest.approx(np.mean(agreement))
+    assert row["seeds"] == [0, 1, 2]

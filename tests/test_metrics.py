@@ -142,3 +142,29 @@ def test_metrics_of_nan_logits_are_valid_json():
     entry = model_metrics(model, labels, ("a", "b"), {0: fit_temperature(model.logits[0], labels)})
     assert set(entry["temperature_scaled"].values()) == {None}
     json.dumps(entry, allow_nan=False)
+
+
+def test_balanced_accuracy_is_scikit_learns():
+    logits, labels = some_logits(n=300)
+    labels[: len(labels) // 2] = 0  # an imbalanced test set
+    metrics = model_metrics(
+        Evaluated(PRESETS["demo"].recipes["student"], {0: logits}, {0: []}), labels, ("a", "b", "c", "d")
+    )
+    expected = sklearn.metrics.balanced_accuracy_score(labels, logits.argmax(1))
+    assert metrics["balanced_accuracy"] == pytest.approx(expected)
+    assert metrics["only_class"] is None
+
+
+def test_a_model_that_predicts_one_class_in_some_seed_is_reported():
+    logits, labels = some_logits(n=60)
+    constant = np.tile([0.0, 0.0, 1.0, 0.0], (60, 1)).astype(np.float32)
+    model = Evaluated(PRESETS["demo"].recipes["student"], {0: logits, 1: constant}, {0: [], 1: []})
+    assert model_metrics(model, labels, ("a", "b", "c", "d"))["only_class"] == "c"
+
+
+def test_the_share_of_the_soft_loss_is_the_mean_over_seeds():
+    logits, labels = some_logits(n=60)
+    recipe = PRESETS["demo"].recipes["student_kd"]
+    history = {0: [{"soft_share": 0.2}, {"soft_share": 0.4}], 1: [{"soft_share": 0.4}, {"soft_share": 0.8}]}
+    share = model_metrics(Evaluated(recipe, {0: logits, 1: logits}, history), labels, tuple("abcd"))["soft_share"]
+    assert share == {"first": pytest.approx(0.3), "last": pytest.approx(0.6), "suggested": 0.75}

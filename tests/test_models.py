@@ -18,9 +18,8 @@ from engine.names import ARCHS, RESNETS
 from engine.recipes import Recipe
 
 FAMILIES = [
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "maxvit_t", "mnasnet0_5"),
-    *("mobilenet_v3_small", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t"),
-    *("vgg11_bn", "vit_b_32", "inception_v3"),
+    *("efficientnet_b0", "googlenet", "maxvit_t", "mobilenet_v3_small", "regnet_y_400mf", "squeezenet1_1", "swin_t"),
+    "vit_b_32",
 ]
 
 

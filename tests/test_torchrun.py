@@ -54,6 +54,7 @@ def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config
         torch.testing.assert_close(found["model"][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.chaos
 def test_torchrun_with_one_process_is_bit_equal_to_plain_python(tmp_path, trained):
     """The two dashes keep torchrun's own parser from reading --run as an abbreviation of --run-path."""
     words = [*small_flags(tmp_path), "--only=student", "--run", "other"]

@@ -1,0 +1,56 @@
+import matplotlib.colors
+import numpy as np
+import pytest
+
+from report.effects import effects_figure, sweep_figure
+from report.figures import model_colours, png
+
+
+def comparison(model, difference, verdict, baseline="student"):
+    interval = (difference - 0.01, difference + 0.01)
+    return {"model": model, "baseline": baseline, "difference": difference, "ci95": interval, "verdict": verdict}
+
+
+def test_effects_are_sorted_with_their_intervals_and_hollow_if_indistinguishable():
+    rows = [
+        comparison("a", 0.005, "indistinguishable"),
+        comparison("b", -0.02, "worse"),
+        comparison("c", 0.03, "better"),
+    ]
+    axes = effects_figure(rows).axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
+    _, *lines = axes.lines  # the first is zero
+    intervals, points = lines[::2], lines[1::2]
+    np.testing.assert_allclose([line.get_xdata() for line in intervals], [(-3, -1), (-0.5, 1.5), (2, 4)])
+    np.testing.assert_allclose([line.get_xdata() for line in points], [[-2], [0.5], [3]])
+    hollow = [matplotlib.colors.to_hex(line.get_markerfacecolor()) == "#ffffff" for line in points]
+    assert hollow == [False, True, False]
+    assert "accuracy minus that of student" in axes.get_xlabel()
+    both = effects_figure([*rows, comparison("d", 0.1, "better", baseline="other")]).axes[0]
+    assert [tick.get_text() for tick in both.get_yticklabels()][-1] == "d − other"
+
+
+def entry(mean):
+    return {"accuracy": {"mean": mean, "ci95": (mean - 0.02, mean + 0.01)}}
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 4.0), ("kd", "dkd", "dist")])
+def test_a_sweep_shows_each_accuracy_with_its_interval(values):
+    points = [
+        ({"first": value, "alpha": alpha}, entry(0.5 + 0.1 * n + alpha / 10))
+        for n, value in enumerate(values)
+        for alpha in (0.0, 0.5)
+    ]
+    figure = sweep_figure(points, {"student": entry(0.6)}, model_colours(["student"]))
+    axes = figure.axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        f"{v:g}" if isinstance(v, float) else v for v in values
+    ]
+    (first, second), (reference,) = axes.containers, [line for line in axes.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(first[0].get_ydata(), [50, 60, 70])
+    np.testing.assert_allclose(second[0].get_ydata(), [55, 65, 75])
+    assert reference.get_ydata()[0] == pytest.approx(60)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["student", "alpha = 0", "alpha = 0.5"]
+    intervals = [segment[:, 1].tolist() for segment in first[2][0].get_segments()]
+    np.testing.assert_allclose(intervals, [(48, 51), (58, 61), (68, 71)])
+    assert png(figure).startswith(b"\x89PNG")
