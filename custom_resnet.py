@@ -217,10 +217,10 @@ def check_given_weights(model: nn.Module, recipe: Recipe, config: Config, datase
     log.info(f"{title}  is used as it is; accuracy on the {held_out} images {accuracy:.2%}")
     if recipe.weights_file and accuracy < 0.5:
         log.info(
-            f"warning: {title} is right on only {accuracy:.0%}. The usual reasons are another normalisation (here "
-            "ImageNet's mean and standard deviation of RGB values from 0 to 1), another order of the classes (here "
-            f"{', '.join(dataset.classes[:10])}{', ...' * (len(dataset.classes) > 10)}) or another image size (here "
-            f"{config.image_size} px)"
+            f"warning: {title} classifies only {accuracy:.0%} correctly. The usual reasons are another normalisation "
+            "(here ImageNet's mean and standard deviation of RGB values from 0 to 1), another order of the classes "
+            f"(here {', '.join(dataset.classes[:10])}{', ...' * (len(dataset.classes) > 10)}) or another image size "
+            f"(here {config.image_size} px)"
         )
 
 
@@ -245,10 +245,12 @@ def start_model(
         log.info(f"{title}  resumes after epoch {len(state['history'])}, step {state['step']}{changes}")
     else:
         parameters = sum(parameter.numel() for parameter in model.parameters())
+        images = len(dataset.subset(recipe.train_size))
+        weights = f"the weights in {recipe.weights_file}" if recipe.weights_file else "random weights"
         log.info(
             f"{title}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from "
-            f"{recipe.weights_file or ('ImageNet' if recipe.imagenet_weights else 'random')} weights, "
-            f"{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} of {len(dataset.subset(recipe.train_size)):,} images"
+            + ("ImageNet weights" if recipe.imagenet_weights else weights)
+            + f", {recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {images:,} images" * (recipe.epochs > 0)
             + (f", distilled from {recipe.teacher}" if recipe.teacher else "")
         )
     return model.to(config.device, memory_format=memory_format(config.device))

@@ -99,6 +99,8 @@ def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         if arch.startswith("timm:"):
             size = model.default_cfg["input_size"][-1]
+        elif hasattr(model, "image_size"):  # vision transformers
+            size = model.image_size
         else:
             (size,) = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size
         raise UserError(

@@ -71,7 +71,7 @@ def explain_share(recipe: Recipe, share: float) -> str | None:
     if not (hard and soft and share < 1):
         return None
     suggested = soft / (hard + soft)
-    if 1 / 3 < share / (1 - share) / (soft / hard) < 10:
+    if 1 / 5 < share / (1 - share) / (soft / hard) < 10:
         return None
     if not recipe.scale_soft_loss:
         expected = soft / scale / (hard + soft / scale)

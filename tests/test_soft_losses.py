@@ -183,7 +183,7 @@ def test_every_parameter_is_a_field_of_the_recipe_and_refused_elsewhere():
     ("changes", "share", "said"),
     [
         ({}, 0.7, None),
-        ({}, 0.55, None),
+        ({}, 0.4, None),
         (
             {"scale_soft_loss": False},
             0.1,
