@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from engine import flags
 from engine.settings import Config, Recipe
+from experiments.presets import STUDY
 
 # The original's experiment, with the soft loss scaled by T^2.
 RECIPES = {
@@ -51,6 +52,7 @@ PRESETS = {
     "demo": Config(
         DEMO, run="demo", dataset="digits", image_size=32, horizontal_flip=0.0, batch_size=50, precision="fp32"
     ),
+    **STUDY,
 }
 
 

@@ -52,10 +52,13 @@ def baseline_of(name: str, models: Models) -> str | None:
 
 
 def differing_settings(recipe: Recipe, baseline: Recipe) -> dict[str, list[Any]]:
-    """The settings in which a recipe and its baseline differ, besides the teacher: [recipe's, baseline's]."""
+    """The settings in which a recipe and its baseline differ: [recipe's, baseline's].
+
+    Those of distillation are among them only if both have a teacher.
+    """
     first, second = asdict(recipe), asdict(baseline)
-    teaching = {"teacher", "baseline", *DISTILLATION_FIELDS}
-    return {key: [first[key], second[key]] for key in first if key not in teaching and first[key] != second[key]}
+    ignored = {"baseline"} if recipe.teacher and baseline.teacher else {"baseline", "teacher", *DISTILLATION_FIELDS}
+    return {key: [first[key], second[key]] for key in first if key not in ignored and first[key] != second[key]}
 
 
 def compare(

@@ -214,6 +214,8 @@ def test_settings_in_which_a_model_and_its_baseline_differ_are_listed():
     longer = differing_settings(recipes["student_kd"], recipes["student"])
     assert longer == {"epochs": [10, 5]}
     assert differing_settings(recipes["student_kd"], recipes["student_10"]) == {}
+    warmer = dataclasses.replace(recipes["student_kd"], temperature=8.0, baseline="student_kd")
+    assert differing_settings(warmer, recipes["student_kd"]) == {"temperature": [8.0, 5.0]}
     models, labels = three_models()
     fewer = dataclasses.replace(models["student_kd"].recipe, lr=0.5)
     models["student_kd"] = models["student_kd"]._replace(recipe=fewer)

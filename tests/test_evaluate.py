@@ -179,7 +179,7 @@ def test_a_student_of_a_retrained_teacher_is_refused_even_with_only(trained, tmp
 
 def test_evaluate_prints_to_an_ascii_stdout(trained, image_folder, tmp_path, script):
     root = image_folder({f"{split}/{name}": 4 for split in ("train", "test") for name in ("名前", "accuracy")})
-    own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--batch_size=4"]
+    own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--student.epochs=1", "--batch_size=4"]
     own += ["--teacher.train_size=none", "--student_kd.train_size=none"]
     teacher_student_model.main([*flags(tmp_path), *own])
     done = script("evaluate.py", *flags(tmp_path), *own, PYTHONIOENCODING="ascii")

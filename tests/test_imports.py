@@ -12,12 +12,13 @@ from conftest import ROOT
 
 import report.figures  # noqa: F401 - matplotlib says so on stderr when it builds its font cache, the first time
 
-PACKAGES = ("engine", "report")
+PACKAGES = ("engine", "report", "experiments")
 SCRIPTS = ("config", "utils", "custom_resnet", "teacher_student_model", "evaluate")
 MAY_IMPORT = {
     "engine": {"engine"},
     "report": {"engine", "report"},
-    "config": {"engine"},
+    "experiments": {"engine"},
+    "config": {"engine", "experiments"},
     "utils": {"engine", "config"},
     "custom_resnet": {"engine", "config", "utils"},
     "teacher_student_model": {"engine", "config", "utils", "custom_resnet"},

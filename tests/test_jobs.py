@@ -1,26 +1,14 @@
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, flags
+from work_for_jobs import note
 
 import teacher_student_model
 from engine.checkpoints import load_checkpoint
 from engine.jobs import run_in_processes
-
-
-def note(model, threads):
-    """Work for run_in_processes: when it began and ended, in a file; a model named "fails" exits with 7."""
-    name, folder = model
-    began = time.time()
-    if name == "fails":
-        raise SystemExit(7)
-    time.sleep(0.5)
-    with open(os.path.join(folder, name), "w") as file:
-        file.write(f"{began} {time.time()} {threads}")
 
 
 def times(folder) -> dict[str, tuple[float, float]]:

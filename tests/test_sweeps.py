@@ -99,9 +99,10 @@ def test_a_loss_of_ones_own_is_a_function_and_a_line(tmp_path):
     source.write_text(text)
     words = [*flags(tmp_path), "--student_kd.soft_loss=powered", "--sweep", "student_kd.power=1,2"]
     words += ["--teacher.epochs=1", "--student_kd.epochs=1", "--only", "teacher", "student_kd-power-1"]
-    for script in ("teacher_student_model.py", "evaluate.py"):
-        done = subprocess.run([sys.executable, script, *words], cwd=copy, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    code = "import evaluate, sys, teacher_student_model as t; t.main(sys.argv[1:]); evaluate.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     report = (tmp_path / "imgs/demo/results.md").read_text()
     assert re.search(r"\| soft_loss +\| +\| +powered \|", report)
     assert re.search(r"\| power +\| +\| +1.0 \|", report)

@@ -1,0 +1,85 @@
+"""The experiments behind the README's answer to "did I do something wrong?"; each is a preset.
+
+    python teacher_student_model.py --preset ablation --jobs 2
+    python evaluate.py --run ablation
+
+A ResNet50 learns from all 50,000 images, its students from 5,000 of them, so that the teacher knows clearly more than a
+student can learn alone; from random weights, at 64 px, to be affordable on a CPU. A model that is the same in two
+presets is trained once. What each row was expected to show is in docs/predictions.md.
+"""
+
+from dataclasses import replace
+
+from engine.recipes import Recipe
+from engine.settings import Config
+
+SCRATCH = {"pretrained": False, "lr": 0.05, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}
+TEACHER = Recipe(arch="resnet50", epochs=4, **SCRATCH)
+STUDENT = Recipe(arch="resnet18", epochs=15, train_size=5000, **SCRATCH)
+KD = replace(STUDENT, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
+VARIANT = replace(KD, baseline="kd")  # compared with plain KD, from which it differs in one setting
+ROWS = {"teacher": TEACHER, "student": STUDENT, "kd": KD}
+
+# What each choice of the original costs at equal budgets, and what temperature and alpha do. Without T^2 the loss is
+# 0.25 CE + 0.75 / 25 of the soft loss that has it, so its step is about 1 / 3.6 as large.
+ABLATION = {
+    **ROWS,
+    "student_2x": replace(STUDENT, epochs=30),
+    "small_step": replace(KD, soft_weight=0.0),  # 0.25 CE and nothing else
+    "kd_without_t2": replace(VARIANT, scale_soft_loss=False),
+    "kd_without_t2_lr": replace(VARIANT, scale_soft_loss=False, lr=3.6 * SCRATCH["lr"]),
+    "original": replace(KD, scale_soft_loss=False, epochs=30, baseline="student_2x"),
+    "kd_2x": replace(KD, epochs=30, baseline="student_2x"),
+    **{f"kd_t{t}": replace(VARIANT, temperature=float(t)) for t in (1, 2, 10)},
+    **{f"kd_alpha_{percent}": replace(VARIANT, alpha=percent / 100) for percent in (0, 50, 90)},
+}
+
+# What these gain is regularisation, not the teacher's knowledge.
+CONTROLS = {
+    **ROWS,
+    "untrained": Recipe(arch="resnet50", epochs=0, weights="random"),
+    "label_smoothing": replace(STUDENT, label_smoothing=0.1, baseline="kd"),
+    "kd_untrained": replace(VARIANT, teacher="untrained"),
+    "kd_shuffled": replace(VARIANT, shuffle_teacher=True),
+    "kd_self": replace(VARIANT, teacher="student"),
+}
+
+# Percent of the labels: number of images, epochs of both students. 10% is the student of the other presets.
+LABELS = {2: (1_000, 60), 20: (10_000, 20), 100: (None, 6)}
+LOW_DATA = {
+    **ROWS,
+    **{f"student_{p}": replace(STUDENT, train_size=size, epochs=epochs) for p, (size, epochs) in LABELS.items()},
+    **{
+        f"kd_{p}": replace(KD, train_size=size, epochs=epochs, baseline=f"student_{p}")
+        for p, (size, epochs) in LABELS.items()
+    },
+}
+
+# Teachers of rising quality, by their number of training images and of epochs.
+QUALITY = {"a": (5_000, 10), "b": (5_000, 40), "c": (None, 1), "d": (None, 2), "e": (None, 8)}
+TEACHERS = {
+    **ROWS,
+    **{f"teacher_{name}": replace(TEACHER, train_size=size, epochs=epochs) for name, (size, epochs) in QUALITY.items()},
+    **{f"kd_{name}": replace(KD, teacher=f"teacher_{name}", teacher_seed=0) for name in QUALITY},
+}
+
+# The student's images are cropped at random, and the teacher of ablation, seed 0, is asked about each crop; kd of
+# ablation has stored logits of two views.
+VIEWS = {
+    "teacher": Recipe(arch="resnet50", weights="checkpoints/ablation/seed0/teacher.pt", epochs=0),
+    "student": STUDENT,
+    "kd": replace(KD, teacher_seed=0),
+}
+
+# Soft losses at the weight and temperature of plain KD.
+METHODS = ROWS | {loss: replace(VARIANT, soft_loss=loss) for loss in ("dkd", "dist", "ttm", "standardised_kd")}
+
+COMMON = {"image_size": 64, "validation_size": 2000, "seeds": (0, 1, 2, 3, 4)}
+STUDY = {
+    "ablation": Config(ABLATION, run="ablation", **COMMON),
+    "controls": Config(CONTROLS, run="controls", **COMMON),
+    "low_data": Config(LOW_DATA, run="low_data", **COMMON),
+    "teachers": Config(TEACHERS, run="teachers", **COMMON),
+    "views": Config(VIEWS, run="views", augment="crop", **COMMON),
+    "methods": Config(METHODS, run="methods", **COMMON),
+}

@@ -1,0 +1,89 @@
+"""What the original's two faults of evaluation do to the accuracy of a finished run.
+
+    python -m tests.evaluation_faults --run ablation --json docs/evaluation_faults.json
+
+Its evaluation script never calls eval(), so that BatchNorm normalises with the statistics of each test batch, and its
+test images are flipped at random. Here both are repeated on checkpoints of this repository, several times each, as
+their outcome is random. They are no mode of evaluate.py, which always evaluates correctly.
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.checkpoints import checkpoint_path, load_finished, recorded_config
+from engine.datasets import Split, load_dataset
+from engine.device import configure_backends, resolve_device
+from engine.errors import UserError, exit_on_error
+from engine.images import prepare
+from engine.models import load_model
+from engine.settings import Config
+
+FAULTS = {
+    "none": {"training_mode": False, "flip": 0.0},
+    "training mode": {"training_mode": True, "flip": 0.0},
+    "flips": {"training_mode": False, "flip": 0.5},
+    "both": {"training_mode": True, "flip": 0.5},
+}
+
+
+def faulty_accuracy(
+    model: nn.Module, split: Split, image_size: int, training_mode: bool, flip: float, seed: int, batch_size: int = 100
+) -> float:
+    """The accuracy on shuffled test batches, with BatchNorm in training mode or images flipped; the model is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    model, correct = copy.deepcopy(model).train(training_mode), 0
+    order = torch.randperm(len(split.labels), generator=generator).to(split.labels.device)
+    flipped = (torch.rand(len(order), generator=generator) < flip).to(order.device)
+    with torch.no_grad():
+        for index in order.split(batch_size):
+            images = split.images[index]
+            images = torch.where(flipped[index].view(-1, 1, 1, 1), images.flip(3), images)
+            correct += int((model(prepare(images, image_size)).argmax(1) == split.labels[index]).sum())
+    return correct / len(order)
+
+
+def measure(config: Config, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """For each model and seed, and each fault, the accuracies of `repeats` evaluations."""
+    dataset, measured = load_dataset(config), {}
+    for name, seed in config.models():
+        if not (state := load_finished(checkpoint_path(config, name, seed))):
+            continue
+        model = load_model(state, config.device)
+        measured[f"{name}/seed{seed}"] = {
+            fault: [faulty_accuracy(model, dataset.test, config.image_size, **how, seed=i) for i in range(repeats)]
+            for fault, how in FAULTS.items()
+        }
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    own = parser.parse_args()
+    with exit_on_error():
+        config = recorded_config(Path("checkpoints", own.run))
+        if not config:
+            raise UserError(f"checkpoints/{own.run}: holds no checkpoints; train first")
+        config = resolve_device(replace(config, only=tuple(own.only)))
+        configure_backends(config)
+        measured = measure(config, own.repeats)
+    for name, faults in measured.items():
+        for fault, accuracies in faults.items():
+            mean, std = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
+            print(f"{name:24}  {fault:14}  {mean:6.2f} ± {std:.2f}%  ({min(accuracies):.2%} to {max(accuracies):.2%})")
+    if own.json:
+        own.json.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
