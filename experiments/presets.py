@@ -29,7 +29,6 @@ ABLATION = {
     "kd_without_t2": replace(VARIANT, scale_soft_loss=False),
     "kd_without_t2_lr": replace(VARIANT, scale_soft_loss=False, lr=3.6 * SCRATCH["lr"]),
     "original": replace(KD, scale_soft_loss=False, epochs=30, baseline="student_2x"),
-    "kd_2x": replace(KD, epochs=30, baseline="student_2x"),
     **{f"kd_t{t}": replace(VARIANT, temperature=float(t)) for t in (1, 2, 10)},
     **{f"kd_alpha_{percent}": replace(VARIANT, alpha=percent / 100) for percent in (0, 50, 90)},
 }
@@ -45,7 +44,7 @@ CONTROLS = {
 }
 
 # Percent of the labels: number of images, epochs of both students. 10% is the student of the other presets.
-LABELS = {2: (1_000, 60), 20: (10_000, 20), 100: (None, 6)}
+LABELS = {2: (1_000, 60), 20: (10_000, 12), 100: (None, 3)}
 LOW_DATA = {
     **ROWS,
     **{f"student_{p}": replace(STUDENT, train_size=size, epochs=epochs) for p, (size, epochs) in LABELS.items()},
@@ -56,7 +55,7 @@ LOW_DATA = {
 }
 
 # Teachers of rising quality, by their number of training images and of epochs.
-QUALITY = {"a": (5_000, 10), "b": (5_000, 40), "c": (None, 1), "d": (None, 2), "e": (None, 8)}
+QUALITY = {"a": (5_000, 10), "b": (5_000, 30), "c": (None, 1), "d": (None, 8)}
 TEACHERS = {
     **ROWS,
     **{f"teacher_{name}": replace(TEACHER, train_size=size, epochs=epochs) for name, (size, epochs) in QUALITY.items()},

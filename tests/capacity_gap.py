@@ -1,0 +1,50 @@
+"""The nearest published study through the statistics of this repository, as a Markdown table.
+
+    python -m tests.capacity_gap
+
+docs/data/kd-capacity-gap.csv has the test accuracy of each of the 50 final runs that umutonuryasar/kd-capacity-gap (MIT
+licence) published with arXiv 2605.31191: five seeds of each student alone, and with each teacher and method.
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from report.statistics import holm, paired_t_p, seeds_half_width, seeds_needed
+
+FILE = Path(__file__).parent.parent / "docs/data/kd-capacity-gap.csv"
+
+
+def accuracies(column: str) -> dict[tuple[str, str, str], np.ndarray]:
+    """(student, teacher, method) -> the accuracy of each seed (S,)."""
+    found = defaultdict(dict)
+    with open(FILE) as file:
+        for row in csv.DictReader(file):
+            found[row["student"], row["teacher"], row["method"]][int(row["seed"])] = float(row[column])
+    return {setting: np.array([seeds[s] for s in sorted(seeds)]) for setting, seeds in found.items()}
+
+
+def table(column: str = "test_accuracy_best_validation") -> str:
+    """Each distilled student against the same student alone, paired by seed, Holm-corrected.
+
+    The seeds needed leave out the sampling of test images, as no predictions were published.
+    """
+    found = accuracies(column)
+    settings = [setting for setting in found if setting[2] != "none"]
+    differences = [found[setting] - found[setting[0], "", "none"] for setting in settings]
+    adjusted = holm([paired_t_p(d) for d in differences])
+    lines = ["| student | teacher | method | gain (points) | 95% interval | p | p, Holm | seeds needed |"]
+    lines.append("|---|---|---|--:|--:|--:|--:|--:|")
+    for (student, teacher, method), d, p in sorted(zip(settings, differences, adjusted, strict=True), key=str):
+        mean, half = 100 * d.mean(), 100 * seeds_half_width(d)
+        numbers = f"{mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {paired_t_p(d):.2f} | {p:.2f}"
+        lines.append(
+            f"| {student} | {teacher} | {method} | {numbers} | {seeds_needed(d.mean(), d.std(ddof=1), 0.0):,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
