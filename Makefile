@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: demo train evaluate test chaos bench lint clean
+.PHONY: demo train evaluate reproduce test chaos bench lint clean
 
 demo: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset demo $(ARGS)
@@ -16,6 +16,15 @@ train: .venv/installed
 
 evaluate: .venv/installed
 	$(PYTHON) evaluate.py $(ARGS)
+
+# The README's main table from nothing; hours on a CPU, resumable. DATASET may be a folder with a copy of CIFAR-10.
+DATASET ?= cifar10
+MAIN_ROWS := teacher student student_2x kd kd_without_t2 original
+
+reproduce: .venv/installed
+	$(PYTHON) teacher_student_model.py --preset ablation --run reproduction --dataset $(DATASET) --only $(MAIN_ROWS) $(ARGS)
+	$(PYTHON) evaluate.py --run reproduction
+	$(PYTHON) -m experiments.compare docs/data/ablation.json imgs/reproduction/results.json
 
 # A process per core, each with one thread
 test: .venv/installed-for-tests

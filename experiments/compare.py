@@ -1,0 +1,73 @@
+"""Whether a repetition of an experiment agrees with the published one.
+
+    python -m experiments.compare docs/data/ablation.json imgs/reproduction/results.json
+
+For each model that both results.json files hold: the two accuracies (mean ± standard deviation over seeds), their
+difference, and whether chance explains it. Exit status 1 if for any model it does not.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from scipy import stats
+
+from engine.errors import UserError, exit_on_error
+
+
+def p_value(first: Mapping[str, Any], second: Mapping[str, Any], n_test: int) -> float:
+    """Two-sided p-value that two accuracies, entries of results.json, have the same expectation.
+
+    Welch's t-test over seeds, its standard error at least the binomial one of `n_test` images for each, as the test
+    images, or the machine's rounding, may differ.
+    """
+    variances = []
+    for entry in (first, second):
+        seeds, mean = len(entry["seeds"]), entry["mean"]
+        variances.append(max((entry["std"] or 0.0) ** 2, mean * (1 - mean) / n_test) / seeds)
+    freedom = max(1, min(len(first["seeds"]), len(second["seeds"])) - 1)
+    return float(2 * stats.t.sf(abs(first["mean"] - second["mean"]) / math.sqrt(sum(variances)), freedom))
+
+
+def compare(published: Mapping[str, Any], repeated: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """A line for each model of both, and its p-value. Raises UserError if they have no model in common."""
+    common = [name for name in published["models"] if name in repeated["models"]]
+    if not common:
+        raise UserError("the two results have no model in common")
+    found = []
+    for name in common:
+        first, second = (results["models"][name]["accuracy"] for results in (published, repeated))
+        p = p_value(first, second, min(published["n_test"], repeated["n_test"]))
+        shown = " | ".join(
+            f"{100 * entry['mean']:6.2f} ± {100 * (entry['std'] or 0):.2f} ({len(entry['seeds'])})"
+            for entry in (first, second)
+        )
+        found.append((f"{name:<20} | {shown} | {100 * (second['mean'] - first['mean']):+.2f} | p = {p:.2g}", p))
+    return found
+
+
+def main() -> None:
+    with exit_on_error():
+        if len(sys.argv) != 3:
+            raise UserError("usage: python -m experiments.compare PUBLISHED REPEATED (two results.json files)")
+        results = []
+        for path in sys.argv[1:]:
+            try:
+                with open(path) as file:
+                    results.append(json.load(file))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: cannot be read ({error})") from None
+        lines = compare(*results)
+    level = 0.05 / len(lines)  # Bonferroni
+    print(f"{'model':<20} | published (seeds) | here (seeds) | difference (points) | same expectation")
+    for line, p in lines:
+        print(line + ", differs" * (p < level))
+    agreed = all(p >= level for _, p in lines)
+    print("The repetition agrees with the published results." if agreed else "The repetition differs.")
+    raise SystemExit(0 if agreed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The study: its presets, the comparison of a repetition with it, and the numbers that the documents state."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from config import PRESETS
+from experiments.compare import compare, p_value
+from report.comparisons import differing_settings
+from tests.capacity_gap import accuracies, table
+
+
+def entry(values) -> dict:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "seeds": dict(enumerate(values))}
+
+
+def results(**models) -> dict:
+    return {"n_test": 10_000, "models": {name: {"accuracy": entry(values)} for name, values in models.items()}}
+
+
+def test_a_repetition_is_compared_by_welchs_test_if_seeds_vary_more_than_images():
+    first, second = [0.60, 0.63, 0.62, 0.64], [0.65, 0.68, 0.64, 0.67]
+    p = p_value(entry(first), entry(second), 10**9)
+    difference = np.mean(second) - np.mean(first)
+    error = np.sqrt(np.var(first, ddof=1) / 4 + np.var(second, ddof=1) / 4)
+    assert p == pytest.approx(2 * stats.t.sf(difference / error, 3))
+
+
+def test_a_repetition_with_one_seed_allows_for_the_sampling_of_images():
+    assert p_value(entry([0.9]), entry([0.903]), 10_000) > 0.5
+    assert p_value(entry([0.9, 0.9, 0.9]), entry([0.7, 0.7, 0.7]), 10_000) < 0.01
+
+
+def test_models_of_only_one_side_are_left_out():
+    found = compare(results(a=[0.5, 0.6], b=[0.7]), results(a=[0.5, 0.6], c=[0.7]))
+    assert [line.split()[0] for line, _ in found] == ["a"]
+    assert found[0][1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("other", "status"), [([0.6, 0.61, 0.62], 0), ([0.1, 0.11, 0.12], 1)])
+def test_the_comparison_as_a_program(script, tmp_path, other, status):
+    for name, values in (("one", [0.6, 0.61, 0.62]), ("two", other)):
+        (tmp_path / name).write_text(json.dumps(results(student=values)))
+    done = script("-m", "experiments.compare", tmp_path / "one", tmp_path / "two")
+    assert done.returncode == status, done.stderr
+    assert ("differs" in done.stdout) == bool(status)
+
+
+def test_a_comparison_of_missing_files_is_one_error(script, tmp_path):
+    done = script("-m", "experiments.compare", tmp_path / "one", tmp_path / "two")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("run", ["ablation", "controls", "methods"])
+def test_a_variant_differs_from_plain_kd_in_one_setting(run):
+    recipes = PRESETS[run].recipes
+    for name, recipe in recipes.items():
+        if recipe.baseline == "kd" and recipe.teacher:
+            differing = differing_settings(recipe, recipes["kd"])
+            assert len(differing) == 1 + (name == "kd_without_t2_lr"), name
+
+
+def test_the_table_of_the_nearest_study_is_that_of_scipy():
+    found = accuracies("test_accuracy_best_validation")
+    assert sum(map(len, found.values())) == 50
+    first, alone = found["resnet34", "resnet50", "feature"], found["resnet34", "", "none"]
+    p = stats.ttest_rel(first, alone).pvalue
+    assert f"| resnet34 | resnet50 | feature | +0.19 | +0.01 to +0.37 | {p:.2f} |" in table()
