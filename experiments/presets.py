@@ -14,7 +14,7 @@ from engine.recipes import Recipe
 from engine.settings import Config
 
 SCRATCH = {"pretrained": False, "lr": 0.05, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}
-TEACHER = Recipe(arch="resnet50", epochs=4, **SCRATCH)
+TEACHER = replace(Recipe(arch="resnet50", epochs=4, **SCRATCH), lr=0.02)
 STUDENT = Recipe(arch="resnet18", epochs=15, train_size=5000, **SCRATCH)
 KD = replace(STUDENT, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
 VARIANT = replace(KD, baseline="kd")  # compared with plain KD, from which it differs in one setting

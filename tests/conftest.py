@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "train_size": 100}
 SMALL_FLAGS = [
-    *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32"),
+    *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32", "--seeds", "0"),
+    *("--validation_size", "0", "--student_kd.teacher_seed", "none"),
     *(f"--{name}.{field}={value}" for name in ("teacher", "student", "student_kd") for field, value in SMALL.items()),
     "--teacher.weight_decay=0.001",  # otherwise teacher and student would be the same model
 ]
@@ -69,7 +70,8 @@ def config(tmp_path, device) -> Config:
         "student": Recipe(**SMALL),
         "student_kd": Recipe(**SMALL, teacher="teacher"),
     }
-    small = replace(PRESETS["demo"], recipes=recipes, image_size=16, batch_size=25, horizontal_flip=0.5, device=device)
+    demo = replace(PRESETS["demo"], recipes=recipes, seeds=(0,), validation_size=0, device=device)
+    small = replace(demo, image_size=16, batch_size=25, horizontal_flip=0.5)
     paths = {"checkpoints_path": str(tmp_path / "checkpoints"), "imgs_path": str(tmp_path / "imgs")}
     small = replace(small, precision="fp32", **paths)
     configure_backends(small)
@@ -78,7 +80,7 @@ def config(tmp_path, device) -> Config:
 
 @pytest.fixture(scope="session")
 def digits(device) -> Dataset:
-    return load_dataset(replace(PRESETS["demo"], device=device))
+    return load_dataset(replace(PRESETS["demo"], validation_size=0, device=device))
 
 
 @pytest.fixture(scope="session")

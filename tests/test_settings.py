@@ -60,7 +60,7 @@ def test_one_teacher_seed_for_all_students_trains_one_teacher():
     assert sorted(config.models()) == sorted([("teacher", 7), *students])
     assert config.models().index(("teacher", 7)) < config.models().index(("student_kd", 0))
     assert config.teacher_of("student_kd", 2) == ("teacher", 7)
-    own = parse(["--preset", "demo", "--seeds", "0", "1"])
+    own = parse(["--preset", "demo", "--seeds", "0", "1", "--student_kd.teacher_seed", "none"])
     assert own.teacher_of("student_kd", 1) == ("teacher", 1)
     assert own.models()[:3] == [("teacher", 0), ("student", 0), ("student_kd", 0)]
     assert own.teacher_of("student", 1) is None
@@ -83,7 +83,7 @@ def test_a_flag_equals_an_edit():
 
 
 def test_none_on_the_command_line_clears_an_optional_setting():
-    recipes = parse(["--preset", "demo", "--student_kd.teacher", "none", "--student.train_size", "None"]).recipes
+    recipes = parse(["--preset", "scratch", "--student_kd.teacher", "none", "--student.train_size", "None"]).recipes
     assert recipes["student_kd"].teacher is None
     assert recipes["student"].train_size is None
 
