@@ -49,7 +49,8 @@ from engine.inference import predict
 from engine.models import Architecture
 from engine.recipes import Recipe
 from engine.settings import Config
-from teacher_student_model import distilled_loss, stored_logits
+from engine.training import Meter
+from teacher_student_model import distillation_terms, distilled_loss, stored_logits
 
 KD_EPOCHS = 10  # of the original's distilled student, over which the teacher's logits are shared
 # Images/s that memory traffic allows one H200 at 224 px in bf16, eager: measured bandwidth, traffic layer by layer.
@@ -170,11 +171,24 @@ class Benchmark:
         synchronize(self.config.device)
         return {"seconds": time.perf_counter() - started}
 
+    def our_gradient_share(self) -> dict[str, float]:
+        """Measured in each step here; `fit` measures it at most 50 times an epoch."""
+        shape, device = (self.config.batch_size, 10), self.config.device
+        logits, meter = torch.randn(shape, device=device, requires_grad=True), Meter(device)
+        labels = torch.zeros(shape[0], dtype=torch.long, device=device)
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            terms = distillation_terms(logits, torch.randn(shape, device=device), labels, 0.25, 5.0)
+            meter.measure_gradients(logits, terms)
+        synchronize(device)
+        return {"seconds": time.perf_counter() - started}
+
 
 DISTILLED = {"arch": "resnet18", "teacher": "resnet50"}
 VARIANTS = {  # name -> a method of Benchmark and its arguments
     "input, plain": ("plain_input", {}),
     "input, ours": ("our_input", {}),
+    "gradient share, ours": ("our_gradient_share", {}),
     "ResNet50 training, plain": ("plain_training", {"arch": "resnet50"}),
     "ResNet50 training, ours": ("our_training", {"arch": "resnet50"}),
     "ResNet50 training, ours in the other precision": ("our_training", {"arch": "resnet50", "other_precision": True}),
@@ -291,6 +305,7 @@ def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
         },
         "ratios": [{"ours": a, "plain": b, "ratio": per_image[b] / per_image[a]} for a, b in pairs],
         "distilled_over_plain_epoch": stored / per_image["ResNet18 training, ours"],
+        "gradient_share_of_step": per_image["gradient share, ours"] / stored,
         "input_share_of_step": {
             "ResNet50, ours": per_image["input, ours"] / per_image["ResNet50 training, ours"],
             "ResNet18, ours": per_image["input, ours"] / per_image["ResNet18 training, ours"],
@@ -314,6 +329,8 @@ def show(summary: dict, config: Config) -> None:
     for pair in summary["ratios"]:
         print(f"| {pair['ours']} | {pair['plain']} | {pair['ratio']:.2f} |")
     print(f"\nA distilled step takes {summary['distilled_over_plain_epoch']:.3f} of a plain student's.")
+    measuring = summary["gradient_share_of_step"]
+    print(f"Measuring the share of the gradient takes {measuring:.2%} of a distilled step, if done in each.")
     for name, ratio in summary["other_over_chosen_precision"].items():
         print(f"{name} ({summary['environment']['precision']} is chosen): {ratio:.2f} times the chosen one's time.")
     for name, share in summary["input_share_of_step"].items():

@@ -356,7 +356,7 @@ def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, messa
 def test_bad_input_ends_the_script_without_a_traceback(script):
     done = script("evaluate.py", "--preset", "demo", "--checkpoints_path", "nowhere")
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 4  # three files that are missing, and the error
+    assert len(done.stderr.splitlines()) == 12  # a teacher and five of each student that are missing, and the error
     assert "Traceback" not in done.stderr
 
 

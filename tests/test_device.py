@@ -196,7 +196,7 @@ def test_a_model_is_compiled_on_request_or_if_it_pays(monkeypatch, capsys, chang
 
 def test_out_of_memory_is_reported_with_the_batch_size():
     with (
-        pytest.raises(RankError, match=r"cpu ran out of memory with batch_size = 50 at 32 px; .*--batch_size"),
+        pytest.raises(RankError, match=r"cpu ran out of memory with batch_size = 25 at 32 px; .*--batch_size"),
         explain_device_errors(DEMO),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
