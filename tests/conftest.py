@@ -28,7 +28,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "train_size": 100}
 SMALL_FLAGS = [
     *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32", "--seeds", "0"),
-    *("--validation_size", "0", "--student_kd.teacher_seed", "none"),
+    *("--validation_size", "0", "--student_kd.teacher_seed", "none", "--student_kd.temperature", "5"),
     *(f"--{name}.{field}={value}" for name in ("teacher", "student", "student_kd") for field, value in SMALL.items()),
     "--teacher.weight_decay=0.001",  # otherwise teacher and student would be the same model
 ]
