@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.errors import UserError
@@ -148,3 +149,16 @@ DISTILLATION_FIELDS = (
     *("alpha", "soft_weight", "soft_loss", "temperature", "scale_soft_loss", "teacher_seed", "shuffle_teacher"),
     *DEFAULTS,
 )
+
+
+def baseline_of(name: str, recipes: Mapping[str, Recipe]) -> str | None:
+    """A recipe's `baseline`, else the first one of its architecture without a teacher, if it has a teacher itself.
+
+    In self-distillation that is its own teacher only if there is no other.
+    """
+    recipe = recipes[name]
+    if recipe.baseline:
+        return recipe.baseline
+    alone = [other for other, r in recipes.items() if not r.teacher and r.arch == recipe.arch]
+    alone.sort(key=lambda other: other == recipe.teacher)
+    return alone[0] if recipe.teacher and alone else None

@@ -19,7 +19,7 @@ from engine.fields import (
     several,
     text,
 )
-from engine.recipes import SEED, Recipe
+from engine.recipes import SEED, Recipe, baseline_of
 from engine.sweeps import expand
 
 RECIPE_NAME = text(
@@ -164,9 +164,13 @@ class Config:
         return sorted(self.only or self.recipes, key=lambda name: len(self.teachers_of(name)))
 
     def seeds_of(self, name: str) -> list[int]:
-        """The seeds that a recipe is trained with: all, but only the `teacher_seed`s if every student names one."""
+        """The seeds that a recipe is trained with: all, except for one that is only a teacher.
+
+        That one is trained with the `teacher_seed`s of its students, if each names one.
+        """
         chosen = [recipe.teacher_seed for recipe in self.recipes.values() if recipe.teacher == name]
-        return sorted(set(chosen)) if chosen and None not in chosen else list(self.seeds)
+        only_a_teacher = chosen and name not in [baseline_of(other, self.recipes) for other in self.recipes]
+        return sorted(set(chosen)) if only_a_teacher and None not in chosen else list(self.seeds)
 
     def models(self) -> list[tuple[str, int]]:
         """Name and seed of every selected model, seed by seed, each teacher before its students."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.recipes import baseline_of as baseline_among
 from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
 from report.statistics import (
     detectable_difference,
@@ -27,6 +28,11 @@ def common_seeds(*models: Evaluated) -> list[int]:
     return sorted(set.intersection(*(set(model.logits) for model in models)))
 
 
+def baseline_of(name: str, models: Models) -> str | None:
+    """The recipe that a model is compared with, by `engine.recipes.baseline_of` among the evaluated ones."""
+    return baseline_among(name, {other: model.recipe for other, model in models.items()})
+
+
 def seeds_with_teacher(name: str, teacher: str, models: Models, teacher_seed: int | None) -> dict[int, int]:
     """The seeds of a model, each with that of the teacher's model beside it, where both have been evaluated.
 
@@ -36,19 +42,6 @@ def seeds_with_teacher(name: str, teacher: str, models: Models, teacher_seed: in
         return {}
     pairs = {seed: seed if teacher_seed is None else teacher_seed for seed in sorted(models[name].logits)}
     return {seed: of_teacher for seed, of_teacher in pairs.items() if of_teacher in models[teacher].logits}
-
-
-def baseline_of(name: str, models: Models) -> str | None:
-    """A model's `baseline`, else the first model of its architecture without a teacher, if it has a teacher itself.
-
-    In self-distillation that is its own teacher only if there is no other.
-    """
-    recipe = models[name].recipe
-    if recipe.baseline:
-        return recipe.baseline
-    alone = [other for other, m in models.items() if not m.recipe.teacher and m.recipe.arch == recipe.arch]
-    alone.sort(key=lambda other: other == recipe.teacher)
-    return alone[0] if recipe.teacher and alone else None
 
 
 def differing_settings(recipe: Recipe, baseline: Recipe) -> dict[str, list[Any]]:

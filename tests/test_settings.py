@@ -60,6 +60,10 @@ def test_one_teacher_seed_for_all_students_trains_one_teacher():
     assert sorted(config.models()) == sorted([("teacher", 7), *students])
     assert config.models().index(("teacher", 7)) < config.models().index(("student_kd", 0))
     assert config.teacher_of("student_kd", 2) == ("teacher", 7)
+    of_its_own_kind = dataclasses.replace(
+        config, recipes={"student": Recipe(), "kd": Recipe(teacher="student", teacher_seed=7)}
+    )
+    assert of_its_own_kind.seeds_of("student") == [0, 1, 2]  # it is also the baseline
     own = parse(["--preset", "demo", "--seeds", "0", "1", "--student_kd.teacher_seed", "none"])
     assert own.teacher_of("student_kd", 1) == ("teacher", 1)
     assert own.models()[:3] == [("teacher", 0), ("student", 0), ("student_kd", 0)]
