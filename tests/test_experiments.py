@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 
 from config import PRESETS
 from experiments.compare import compare, p_value
 from report.comparisons import differing_settings
+from report.markdown import summary
+from report.statistics import detectable_difference, mcnemar_p
 from tests.capacity_gap import accuracies, table
 
 
@@ -62,6 +65,50 @@ def test_a_variant_differs_from_plain_kd_in_one_setting(run):
         if recipe.baseline == "kd" and recipe.teacher:
             differing = differing_settings(recipe, recipes["kd"])
             assert len(differing) == 1 + (name == "kd_without_t2_lr"), name
+
+
+# The numbers in the documents
+
+README = " ".join((ROOT / "README.md").read_text().replace("\n> ", "\n").split())
+
+
+def recorded(path: str) -> dict:
+    return json.loads((ROOT / path).read_text())
+
+
+def percent(accuracy: dict) -> str:
+    return f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f}"
+
+
+def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
+    results = recorded("docs/data/demo.json")
+    models = {name: model["accuracy"] for name, model in results["models"].items()}
+    assert f"One teacher, {100 * models['teacher']['mean']:.2f}%" in README
+    assert f"alone {percent(models['student'])} and taught {percent(models['student_kd'])}%" in README
+    assert summary(results).splitlines()[-1] in README
+
+
+def test_the_readmes_numbers_of_the_run_on_photographs_are_those_of_its_results():
+    results = recorded("imgs/cifar10-jpeg/results.json")
+    teacher, alone, taught = (percent(m["accuracy"]) for m in results["models"].values())
+    assert f"teacher {teacher}%, student alone {alone}%, taught {taught}%" in README
+    (comparison,) = results["comparisons"]
+    assert f"over seeds that is p = {comparison['p_value']:.2f}" in README
+    before, after = (results["models"][name]["expected_calibration_error"] for name in ("student", "student_kd"))
+    assert f"falls from {100 * before:.1f} to {100 * after:.1f} points" in README
+    scaled = results["models"]["student"]["temperature_scaled"]["expected_calibration_error"]
+    assert f"a single number, achieves {100 * scaled:.1f}" in README
+
+
+def test_the_readmes_arithmetic_on_the_original():
+    assert f"about {0.75 / 25 / (0.25 + 0.75 / 25):.0%} of the gradient where its weight suggests 75%" in README
+    assert f"one seed detects about {100 * detectable_difference(400 / 10_000, 10_000):.2f} points" in README
+    assert mcnemar_p(5, 15) < 0.05 < mcnemar_p(6, 16)
+    assert "significant only if at most 20 images" in README
+
+
+def test_the_answer_holds_the_table_of_the_nearest_study():
+    assert table() in (ROOT / "docs/answer.md").read_text()
 
 
 def test_the_table_of_the_nearest_study_is_that_of_scipy():
