@@ -33,10 +33,11 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    content = buffer.getvalue()
-    comment = COMMENT + hashlib.sha256(content[:-2]).hexdigest().encode()
-    # The last two bytes of a zip file without a comment are the length of the comment, 0.
-    write_durably(Path(path), content[:-2] + len(comment).to_bytes(2, "little") + comment)
+    body = buffer.getbuffer()[
+        :-2
+    ]  # the last two bytes of a zip file without a comment are the length of the comment, 0
+    comment = COMMENT + hashlib.sha256(body).hexdigest().encode()
+    write_durably(Path(path), body, len(comment).to_bytes(2, "little"), comment)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

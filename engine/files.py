@@ -13,21 +13,25 @@ from engine.distributed import broadcast_from_rank0
 from engine.errors import UserError
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file atomically: after a crash at any moment it holds the old content or the new. Raises UserError."""
+def write_durably(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace a file atomically: after a crash at any moment it holds the old content or the new, all `parts`.
+
+    Raises UserError if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # left by a killed process
         with open(temporary, "xb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        megabytes = math.ceil(sum(map(len, parts)) / 1e6) or 1
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); it takes {math.ceil(len(content) / 1e6) or 1} MB, and an "
-            "existing file is unchanged. Free some space or choose another folder, and run this again"
+            f"{path}: cannot be written ({error.strerror}); it takes {megabytes} MB, and an existing file is "
+            "unchanged. Free some space or choose another folder, and run this again"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # after a success it is gone

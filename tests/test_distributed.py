@@ -274,9 +274,9 @@ def test_the_process_group_is_destroyed_at_the_end(torchrun):
 # torchrun's own command line
 
 
-def test_the_readmes_torchrun_commands_pass_every_flag_to_the_script():
+def test_the_documented_torchrun_commands_pass_every_flag_to_the_script():
     """Without the -- before the script, torchrun takes --run for an abbreviation of an option of its own."""
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    torchrun ")]
+    lines = [line for line in (ROOT / "docs/processes.md").read_text().splitlines() if line.startswith("    torchrun ")]
     assert any("--run " in line for line in lines)
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
