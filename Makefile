@@ -21,7 +21,7 @@ evaluate: .venv/installed
 DATASET ?= cifar10
 MAIN_ROWS := teacher student student_2x kd kd_without_t2 original
 
-reproduce: .venv/installed
+reproduce: docs/data/ablation.json .venv/installed
 	$(PYTHON) teacher_student_model.py --preset ablation --run reproduction --dataset $(DATASET) --only $(MAIN_ROWS) $(ARGS)
 	$(PYTHON) evaluate.py --run reproduction
 	$(PYTHON) -m experiments.compare docs/data/ablation.json imgs/reproduction/results.json
