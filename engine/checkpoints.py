@@ -33,9 +33,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    body = buffer.getbuffer()[
-        :-2
-    ]  # the last two bytes of a zip file without a comment are the length of the comment, 0
+    body = buffer.getbuffer()[:-2]  # a zip file without a comment ends with the length of the comment, 0, in two bytes
     comment = COMMENT + hashlib.sha256(body).hexdigest().encode()
     write_durably(Path(path), body, len(comment).to_bytes(2, "little"), comment)
 

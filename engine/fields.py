@@ -50,6 +50,15 @@ def several(kind: Kind, expected: str) -> Kind:
     return Kind(expected, lambda values: type(values) is tuple and all(map(kind.accepts, values)), kind.convert, "+")
 
 
+def value_of(field: dataclasses.Field, given: str | list[str]) -> Any:
+    """The value of a field from one word, or several; what cannot be converted stays, for validation to name."""
+    convert = field.metadata["kind"].convert
+    try:
+        return tuple(map(convert, given)) if isinstance(given, list) else convert(given)
+    except (ValueError, KeyError):
+        return given
+
+
 FLAG = Kind("true or false", lambda v: isinstance(v, bool), lambda w: {"true": True, "false": False}[w.lower()], "?")
 NAME = text("of letters, digits, '.', '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RECIPE_NAME = text(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.errors import UserError, closest, suggest
-from engine.fields import settings_of
+from engine.fields import settings_of, value_of
 from engine.recipes import Recipe
 from engine.settings import Config
 
@@ -96,17 +96,9 @@ def help_text(preset: Config, preset_name: str, presets: Iterable[str], script_f
 
 
 def convert(cls: type, words: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Field values from words; a word that cannot be converted stays as it is, for the validation to name."""
-    values = {}
-    for field in settings_of(cls):
-        if (given := words.get(prefix + field.name)) is None:
-            continue
-        to_value = field.metadata["kind"].convert
-        try:
-            values[field.name] = tuple(map(to_value, given)) if isinstance(given, list) else to_value(given)
-        except (ValueError, KeyError):
-            values[field.name] = given
-    return values
+    """Field values from the words that are given."""
+    given = {field: words.get(prefix + field.name) for field in settings_of(cls)}
+    return {field.name: value_of(field, word) for field, word in given.items() if word is not None}
 
 
 def explain_unknown(word: str, preset: Config, script_flags: Iterable[str]) -> str:

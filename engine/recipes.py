@@ -118,6 +118,11 @@ class RecipeFields:
         return 1 - self.alpha if self.soft_weight is None else self.soft_weight
 
     @property
+    def suggested_soft_share(self) -> float:
+        """The share of the gradient that the weight of the soft loss suggests."""
+        return self.weight_of_soft_loss / (self.alpha + self.weight_of_soft_loss)
+
+    @property
     def imagenet_weights(self) -> bool:
         """Whether training starts from ImageNet weights."""
         return self.pretrained and self.weights is None

@@ -11,6 +11,7 @@ from engine.fields import (
     NAME,
     PATH,
     POSITIVE,
+    RECIPE_NAME,
     choice,
     integer,
     invalid_fields,
@@ -21,10 +22,6 @@ from engine.fields import (
 )
 from engine.recipes import SEED, Recipe, baseline_of
 from engine.sweeps import expand
-
-RECIPE_NAME = text(
-    "of letters, digits, '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
-)
 
 
 @dataclass(frozen=True)

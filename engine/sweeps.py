@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import UserError, suggest
+from engine.fields import value_of
 
 R = TypeVar("R")  # a Recipe, whose fields are described by their metadata
 
@@ -31,19 +32,12 @@ def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str
         row, field, values = match.groups()
         if field not in fields:
             raise UserError(f"sweep = {word!r}: no such setting; {suggest(field, fields)}")
-        swept.setdefault(row, {})[field] = [convert(value, fields[field]) for value in values.split(",")]
+        swept.setdefault(row, {})[field] = [value_of(fields[field], value) for value in values.split(",")]
     points = {}
     for row, values in swept.items():
         combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
         points[row] = [Point(name_of(row, chosen), chosen) for chosen in combinations]
     return points
-
-
-def convert(word: str, field: dataclasses.Field) -> Any:
-    try:
-        return field.metadata["kind"].convert(word)
-    except (ValueError, KeyError):
-        return word  # for the validation of Recipe to name
 
 
 def name_of(row: str, values: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def explain_share(recipe: Recipe, share: float) -> str | None:
     hard, soft, scale = recipe.alpha, recipe.weight_of_soft_loss, recipe.temperature**2
     if not (hard and soft and share < 1):
         return None
-    suggested = soft / (hard + soft)
+    suggested = recipe.suggested_soft_share
     if 1 / 5 < share / (1 - share) / (soft / hard) < 10:
         return None
     if not recipe.scale_soft_loss:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from engine.recipes import Recipe
 from engine.settings import Config
 
-SCRATCH = {"pretrained": False, "lr": 0.05, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}
-TEACHER = replace(Recipe(arch="resnet50", epochs=4, **SCRATCH), lr=0.02)
-STUDENT = Recipe(arch="resnet18", epochs=15, train_size=5000, **SCRATCH)
+SCRATCH = {"pretrained": False, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}
+TEACHER = Recipe(arch="resnet50", epochs=4, lr=0.02, **SCRATCH)
+STUDENT = Recipe(arch="resnet18", epochs=15, lr=0.05, train_size=5000, **SCRATCH)
 KD = replace(STUDENT, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
 VARIANT = replace(KD, baseline="kd")  # compared with plain KD, from which it differs in one setting
 ROWS = {"teacher": TEACHER, "student": STUDENT, "kd": KD}
@@ -27,7 +27,7 @@ ABLATION = {
     "student_2x": replace(STUDENT, epochs=30),
     "small_step": replace(KD, soft_weight=0.0),  # 0.25 CE and nothing else
     "kd_without_t2": replace(VARIANT, scale_soft_loss=False),
-    "kd_without_t2_lr": replace(VARIANT, scale_soft_loss=False, lr=3.6 * SCRATCH["lr"]),
+    "kd_without_t2_lr": replace(VARIANT, scale_soft_loss=False, lr=3.6 * STUDENT.lr),
     "original": replace(KD, scale_soft_loss=False, epochs=30, baseline="student_2x"),
     **{f"kd_t{t}": replace(VARIANT, temperature=float(t)) for t in (1, 2, 10)},
     **{f"kd_alpha_{percent}": replace(VARIANT, alpha=percent / 100) for percent in (0, 50, 90)},

@@ -188,8 +188,7 @@ def soft_share(model: Evaluated) -> dict[str, float] | None:
     if not histories:
         return None
     first, last = (float(np.mean([history[epoch]["soft_share"] for history in histories])) for epoch in (0, -1))
-    hard, soft = model.recipe.alpha, model.recipe.weight_of_soft_loss
-    return {"first": first, "last": last, "suggested": soft / (hard + soft)}
+    return {"first": first, "last": last, "suggested": model.recipe.suggested_soft_share}
 
 
 def only_class(model: Evaluated, classes: Sequence[str]) -> str | None:
