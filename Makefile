@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: demo train evaluate reproduce test chaos bench lint clean
+.PHONY: demo train evaluate reproduce test chaos bench gpu lint clean
 
 demo: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset demo $(ARGS)
@@ -35,6 +35,10 @@ chaos: .venv/installed-for-tests
 
 bench: .venv/installed
 	$(PYTHON) -m tests.benchmark $(ARGS)
+
+# Everything there is to measure on a CUDA GPU, into docs/gpu.json and docs/gpu.md
+gpu: .venv/installed-for-tests
+	$(PYTHON) -m tests.gpu --dataset $(DATASET) $(ARGS)
 
 lint: .venv/installed-for-tests
 	$(PYTHON) -m ruff check .

@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--compile", default="off", choices=["on", "off"])
     parser.add_argument("--steps", type=int, help="a measurement; 1 on a CPU, else 50")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each; fewer of what takes long")
+    parser.add_argument("--seconds", type=float, help="of measurements of each after which it is not measured again")
     parser.add_argument("--json", metavar="FILE", help="write every figure to this file")
     words = parser.parse_args()
     fields = ("image_size", "batch_size", "device", "precision", "compile")
@@ -355,7 +356,7 @@ def main() -> None:
     if config.precision == "auto":
         config = choose_precision(config)
     steps, rounds = words.steps or (1 if on_cpu else 50), words.rounds
-    times = measure(config, steps, rounds, enough=40 if on_cpu else 60)
+    times = measure(config, steps, rounds, enough=words.seconds or (40 if on_cpu else 60))
     cold = {name: records.pop(0)["wall"] for name, records in times.items()}
     summary = {
         "environment": environment(config),

@@ -335,7 +335,7 @@ def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
     [
         (["--batch_sise", "64"], "did you mean --batch_size?"),
         (["--student.epochs", "0", "--seeds", "1", "1"], "student.epochs = 0"),
-        (["--device", "cuda:99"], "CUDA devices here is 0; try cpu"),
+        (["--device", "cuda:99"], "the number of CUDA devices here is"),
         (["--dataset", "nowhere"], "dataset = 'nowhere': no such folder"),
         (["--student.pretrained", "true"], "resnet18-f37072fd.pth: is missing"),
         (["--student.train_size", "1290", "--validation_size", "100"], "student.train_size = 1290"),

@@ -8,6 +8,7 @@ from conftest import ROOT
 from scipy import stats
 
 from config import PRESETS
+from experiments import archive
 from experiments.compare import compare, p_value
 from report.comparisons import differing_settings
 from report.markdown import summary
@@ -117,3 +118,43 @@ def test_the_table_of_the_nearest_study_is_that_of_scipy():
     first, alone = found["resnet34", "resnet50", "feature"], found["resnet34", "", "none"]
     p = stats.ttest_rel(first, alone).pvalue
     assert f"| resnet34 | resnet50 | feature | +0.19 | +0.01 to +0.37 | {p:.2f} |" in table()
+
+
+# The kept logits
+
+
+@pytest.fixture
+def predictions(tmp_path, monkeypatch):
+    """predictions.npz of two models of `controls`, one of which is also a model of `ablation`."""
+    monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
+    random, labels = np.random.default_rng(0), np.arange(20) % 10
+    arrays = {
+        f"{name}/seed{seed}": random.normal(size=(20, 10)).astype(np.float32)
+        for name in ("student", "kd_self")
+        for seed in (0, 1)
+    }
+    validation = {"validation/labels": labels, "validation/student/seed0": arrays["student/seed0"]}
+    np.savez(tmp_path / "predictions.npz", labels=labels, **arrays, **validation)
+    return tmp_path / "predictions.npz", arrays, labels
+
+
+def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(predictions):
+    path, arrays, labels = predictions
+    written = archive.keep("controls", path)
+    assert sorted(str(p.relative_to(archive.FOLDER)) for p in written) == [
+        "controls/seed0/kd_self.npz",
+        "controls/seed1/kd_self.npz",
+    ]
+    assert archive.keep("controls", path) == []
+    archive.keep("ablation", path)
+    models, loaded = archive.load("controls")
+    assert list(models) == ["student", "kd_self"]
+    assert np.array_equal(loaded, labels)
+    for name, model in models.items():
+        assert model.recipe == PRESETS["controls"].recipes[name]
+        assert all(np.array_equal(model.logits[seed], arrays[f"{name}/seed{seed}"]) for seed in (0, 1))
+
+
+def test_views_has_models_of_its_own(predictions):
+    archive.keep("ablation", predictions[0])
+    assert archive.load("views")[0] == {}

@@ -17,7 +17,7 @@ SCRIPTS = ("config", "utils", "custom_resnet", "teacher_student_model", "evaluat
 MAY_IMPORT = {
     "engine": {"engine"},
     "report": {"engine", "report"},
-    "experiments": {"engine"},
+    "experiments": {"engine", "report", "experiments"},
     "config": {"engine", "experiments"},
     "utils": {"engine", "config"},
     "custom_resnet": {"engine", "config", "utils"},

@@ -1,0 +1,400 @@
+"""What `python -m tests.gpu` measures: each function takes the options and returns what JSON can hold."""
+
+import gc
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from custom_resnet import build_resnet, cross_entropy, fit
+from engine.checkpoints import load_checkpoint
+from engine.datasets import Dataset, Split, batches, to_device
+from engine.device import configure_backends, environment, memory_format, resolve_device, synchronize
+from engine.estimate import time_training
+from engine.images import prepare, resize
+from engine.inference import predict
+from engine.models import Architecture
+from engine.recipes import Recipe
+from engine.settings import Config
+from report.metrics import kl_divergence
+from teacher_student_model import Teacher, online_logits, stored_logits, teacher_logits
+
+ROOT = Path(__file__).parent.parent
+ARCHS = ("resnet50", "resnet18")
+RECIPE = Recipe(arch="resnet18", epochs=1, pretrained=False)
+
+
+class Options(NamedTuple):
+    device: str
+    image_size: int
+    batch_size: int
+    steps: int  # of a measurement of speed
+    repeats: int  # of a measurement of speed, after a first call that is not counted
+    experiment: str  # flags of the experiment from beginning to end
+
+
+def configure(options: Options, **changes: Any) -> Config:
+    """A config for this process, whose backends it sets."""
+    fields = {"device": options.device, "image_size": options.image_size, "batch_size": options.batch_size}
+    config = resolve_device(Config({"student": RECIPE}, **{**fields, "precision": "bf16", "compile": "off", **changes}))
+    configure_backends(config)
+    return config
+
+
+def random_dataset(config: Config, steps: int, images_on_host: bool = False) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    n = config.batch_size * steps
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    split = to_device(Split(images, torch.randint(0, 10, (n,), generator=generator)), config.device, images_on_host)
+    return Dataset(tuple("0123456789"), split, None, Split(split.images[:2], split.labels[:2]), "")
+
+
+def make_model(arch: str, config: Config) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_resnet(arch, 10, pretrained=False)
+    return model.to(config.device, memory_format=memory_format(config.device))
+
+
+def measure(function: Callable[[], Any], count: int, options: Options) -> dict[str, Any]:
+    """Rate of `function`, which processes `count` things, its first call apart; the peak memory on CUDA."""
+    on_cuda, seconds = options.device.startswith("cuda"), []
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(1 + options.repeats):
+        synchronize(options.device)
+        started = time.perf_counter()
+        function()
+        synchronize(options.device)
+        seconds.append(time.perf_counter() - started)
+    rates = [count / each for each in seconds[1:]]
+    record = {"rate": median(rates), "min": min(rates), "max": max(rates), "n": len(rates), "first_seconds": seconds[0]}
+    return record | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
+
+
+def try_each(variants: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """The record of each variant, or the error that prevented it."""
+    found = {}
+    for name, variant in variants.items():
+        print(f"  {name}", file=sys.stderr)
+        gc.collect()
+        torch._dynamo.reset()  # so that nothing is left from the variant before
+        try:
+            found[name] = variant()
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    return found
+
+
+def ceilings(options: Options) -> dict[str, Any]:
+    """The machine, and the rates that bound everything else: of a copy, and of a matrix product in bfloat16."""
+    config = configure(options)
+    side, size = (8192, 2**32) if options.device.startswith("cuda") else (512, 2**24)
+    a, b = torch.randn(2, side, side, device=options.device, dtype=torch.bfloat16)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(source)
+    copy = measure(lambda: target.copy_(source), 2 * size, options)
+    product = measure(lambda: a @ b, 2 * side**3, options)
+    return {"environment": environment(config), "bytes_per_second": copy["rate"], "flop_per_second": product["rate"]}
+
+
+def suite(options: Options) -> dict[str, Any]:
+    """The test suite, whose device tests run on CUDA too where there is one."""
+    started = time.perf_counter()
+    words = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout[-500:])}
+    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, flags=re.MULTILINE)
+    return {"seconds": time.perf_counter() - started, **counts, "failures": failures, "tail": done.stdout[-4000:]}
+
+
+def exact_resize(options: Options) -> dict[str, Any]:
+    """Values of resized images that differ from PIL's, and how far prepared images are from the same on the CPU."""
+    random, found = np.random.default_rng(0), {}
+    for before, after in ((32, 33), (32, 64), (32, 224), (32, 299), (224, 32), (500, 224)):
+        images = random.integers(0, 256, (20, before, before, 3), dtype=np.uint8)
+        ours = resize(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(options.device), after)
+        by_pil = [
+            np.asarray(Image.fromarray(image).resize((after, after), Image.Resampling.BILINEAR)) for image in images
+        ]
+        different = ours.cpu().permute(0, 2, 3, 1).numpy() != np.stack(by_pil)
+        found[f"{before} to {after} px"] = {"values": different.size, "different": int(different.sum())}
+    images = torch.from_numpy(random.integers(0, 256, (50, 3, 32, 32), dtype=np.uint8))
+    there, here = prepare(images.to(options.device), 224).cpu(), prepare(images, 224)
+    return {"sizes": found, "normalised_largest_difference": (there - here).abs().max().item()}
+
+
+def stored_against_online(options: Options) -> dict[str, Any]:
+    """The teacher's stored logits against those that it gives on the student's batches."""
+    config = configure(options)
+    dataset, model = random_dataset(config, options.steps), make_model("resnet50", config)
+    fit(model, RECIPE, config, 0, dataset, cross_entropy, "teacher")
+    model.eval()
+    subset = dataset.subset(None)
+    stored = stored_logits(teacher_logits(Teacher("teacher", model, ""), config, dataset, subset))
+    online = online_logits(model, config)
+    pairs = [(stored(b), online(b)) for b in batches(dataset.train, subset, config, 0, 0)]
+    first, second = (torch.cat(side).float().cpu().numpy() for side in zip(*pairs, strict=True))
+    return {
+        "images": len(first),
+        "largest_difference": float(np.abs(first - second).max()),
+        "standard_deviation_of_logits": float(first.std()),
+        "same_class": float((first.argmax(1) == second.argmax(1)).mean()),
+        "kl_at_temperature_5": kl_divergence(first, second, 5.0),
+    }
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [tensor.cpu() for tensor in model.state_dict().values()]
+
+
+def exact_resume(options: Options) -> dict[str, Any]:
+    """Whether training with --deterministic repeats, and resumes, bit for bit, and what it costs."""
+    found = {}
+    for deterministic in (True, False):  # True first: cuBLAS reads its setting only once
+        config = configure(options, deterministic=deterministic)
+        dataset = random_dataset(config, options.steps)
+
+        def train(stop_after: int | None = None, state: dict | None = None, config=config, dataset=dataset) -> tuple:
+            model, states, calls = make_model("resnet18", config), [], iter(range(10**9))
+            fit(
+                *(model, RECIPE, config, 0, dataset, cross_entropy, "resume", state, states.append),
+                stop=lambda: 15 * (next(calls) + 1 == stop_after),
+            )
+            return model, states
+
+        once, twice = train()[0], train()[0]
+        state = train(options.steps // 2)[1][0]
+        resumed = train(state=state)[0]
+        name = "deterministic" if deterministic else "default"
+        speed = measure(train, len(dataset.train.labels), options)
+        found[name] = {
+            "repeats": all(map(torch.equal, weights(once), weights(twice))),
+            "resumes": all(map(torch.equal, weights(once), weights(resumed))),
+            "stopped_at_step": state["step"],
+            **speed,
+        }
+    return found
+
+
+class Step:
+    """A training step without anything around it, in one of the ways that PyTorch offers."""
+
+    def __init__(self, arch: str, config: Config, fused: bool = True, compile: str | None = None, graph: bool = False):
+        self.config, self.graph = config, graph
+        self.model = make_model(arch, config).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.001, 0.9, fused=fused)
+        self.forward = torch.compile(self.model, mode=compile) if compile else self.model
+        dataset = random_dataset(config, 1)
+        self.images, self.labels = prepare(dataset.train.images, config.image_size), dataset.train.labels
+        self.replay: Callable[[], Any] = self.step
+        if graph:
+            self.capture()
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        kind = torch.device(self.config.device).type
+        enabled = self.config.precision == "bf16"
+        with torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=not self.graph):  # a graph outlives the cache
+            logits = self.forward(self.images)
+        F.cross_entropy(logits.float(), self.labels).backward()
+        self.optimizer.step()
+
+    def capture(self) -> None:
+        """Record the step as a CUDA graph, after a warm-up on a side stream, as PyTorch's notes prescribe."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.replay = graph.replay
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.replay()
+
+
+def training_speed(options: Options) -> dict[str, Any]:
+    """Training images/s of each way to run a step, beside `fit` with its input, meter and schedule."""
+
+    def bare(arch: str, precision: str = "bf16", tf32: bool = True, **how: Any) -> dict[str, Any]:
+        config = configure(options, precision=precision)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        step = Step(arch, config, **how)
+        return measure(lambda: step.run(options.steps), options.batch_size * options.steps, options)
+
+    def ours(arch: str, compile: str = "off", on_host: bool = False) -> dict[str, Any]:
+        config = configure(options, compile=compile)
+        dataset, model = random_dataset(config, options.steps, on_host), make_model(arch, config)
+
+        def epoch() -> None:
+            fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+
+        return measure(epoch, len(dataset.train.labels), options)
+
+    def estimated(arch: str) -> dict[str, Any]:
+        config = configure(options)
+        started = time.perf_counter()
+        (seconds,) = time_training(
+            [Architecture(arch, "imagenet")], config, random_dataset(config, 1), ["bf16"]
+        ).values()
+        took = time.perf_counter() - started
+        return {"rate": 1 / seconds, "min": 1 / seconds, "max": 1 / seconds, "n": 1, "first_seconds": took}
+
+    ways = {
+        "fit": ours,
+        "fit, as estimated before a run": estimated,
+        "fit, images in pinned host memory": lambda arch: ours(arch, on_host=True),
+        "step, eager": bare,
+        "step, eager, optimizer not fused": lambda arch: bare(arch, fused=False),
+        "step, CUDA graph": lambda arch: bare(arch, graph=True),
+        "fit, compiled": lambda arch: ours(arch, compile="on"),
+        "step, compiled": lambda arch: bare(arch, compile="default"),
+        "step, compiled, reduce-overhead": lambda arch: bare(arch, compile="reduce-overhead"),
+        "step, compiled, CUDA graph": lambda arch: bare(arch, compile="default", graph=True),
+        "step, float32 in TF32": lambda arch: bare(arch, precision="fp32"),
+        "step, float32": lambda arch: bare(arch, precision="fp32", tf32=False),
+    }
+    return try_each({f"{arch}: {way}": lambda a=arch, f=f: f(a) for arch in ARCHS for way, f in ways.items()})
+
+
+def evaluation_speed(options: Options) -> dict[str, Any]:
+    """Images/s of `predict` by the size of its batches; as in the product it is 500."""
+    config = configure(options)
+
+    def at(arch: str, batch_size: int) -> dict[str, Any]:
+        dataset, model = random_dataset(config, options.steps), make_model(arch, config)
+        images = dataset.train.images
+        return measure(
+            lambda: predict(model, images, config.image_size, config.precision, batch_size), len(images), options
+        )
+
+    sizes = (100, 500, 1000, 2000)
+    return try_each({f"{arch}: batches of {b:,}": lambda a=arch, b=b: at(a, b) for arch in ARCHS for b in sizes})
+
+
+KERNELS = {  # kind -> a pattern of the kernels' names, the first that matches counts
+    "optimizer": r"multi_tensor|sgd|adam",
+    "BatchNorm": r"batch_?norm|bn_(fw|bw)|welford",
+    "pooling": r"pool",
+    "convolution and matrix product": r"conv|gemm|cutlass|xmma|wgrad|dgrad|cudnn|nchwToNhwc|nhwcToNchw",
+    "copy and cast": r"copy|memcpy|memset",
+    "elementwise": r"elementwise|relu|threshold|where|add",
+}
+
+
+def step_profile(options: Options) -> dict[str, Any]:
+    """Where the time of a step of `fit` goes: each kind of kernel's share of it, and of the gaps between kernels."""
+    config = configure(options)
+    on_cuda, found = options.device.startswith("cuda"), {}
+    for arch in ARCHS:
+        dataset, model = random_dataset(config, options.steps), make_model(arch, config)
+        fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+        synchronize(config.device)
+        with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
+            started = time.perf_counter()
+            fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+            synchronize(config.device)
+            wall = time.perf_counter() - started
+        seconds, names = defaultdict(float), Counter()
+        for event in recorded.key_averages():
+            took = (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6
+            kinds = (kind for kind, pattern in KERNELS.items() if re.search(pattern, event.key, re.IGNORECASE))
+            seconds[next(kinds, "other")] += took
+            names[event.key[:120]] += took
+        shares = {kind: took / wall for kind, took in seconds.items()}
+        shares["gaps between kernels"] = max(0.0, 1 - sum(shares.values()))
+        longest = {name: took / wall for name, took in names.most_common(12)}
+        found[arch] = {"step_milliseconds": 1e3 * wall / options.steps, "shares": shares, "longest": longest}
+    return found
+
+
+def synchronisations(options: Options) -> dict[str, Any]:
+    """Where `fit` makes the host wait for the device, and how often in an epoch of `steps` steps."""
+    config = configure(options)
+    dataset, model, places = random_dataset(config, options.steps), make_model("resnet18", config), Counter()
+    fit(model, RECIPE, config, 0, dataset, cross_entropy, "warm-up")
+    if options.device.startswith("cuda"):
+        torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, RECIPE, config, 0, dataset, cross_entropy, "synchronisations")
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            places[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+    return {"steps": options.steps, "places": dict(places)}
+
+
+def original_way(options: Options) -> dict[str, Any]:
+    """tests.benchmark: the original's way and this one, in alternation."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "benchmark.json")
+        flags = {"device": options.device, "image_size": options.image_size, "batch_size": options.batch_size}
+        flags |= {"steps": options.steps, "rounds": options.repeats, "seconds": 15, "json": path}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, "-m", "tests.benchmark", *words], cwd=ROOT, check=True, stdout=sys.stderr)
+        return json.loads(path.read_text())
+
+
+def experiment(options: Options) -> dict[str, Any]:
+    """The whole experiment from beginning to end: wall time of each script, and of each model's epochs."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*options.experiment.split(), "--device", options.device, "--checkpoints_path", f"{folder}/checkpoints"]
+        flags += ["--imgs_path", f"{folder}/imgs"]
+        walls = {}
+        for script in ("teacher_student_model.py", "evaluate.py"):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, script, *flags], cwd=ROOT, check=True, stdout=sys.stderr)
+            walls[script] = time.perf_counter() - started
+        results = json.loads(next(Path(folder).rglob("results.json")).read_text())
+        states = [load_checkpoint(path) for path in sorted(Path(folder).rglob("checkpoints/*/seed*/*.pt"))]
+    trained = [state for state in states if "history" in state]
+    models = {
+        f"{state['name']}/seed{state['seed']}": {
+            "seconds": sum(record["seconds"] for record in state["history"]),
+            "first_epoch": state["history"][0]["seconds"],
+            "last_epoch": state["history"][-1]["seconds"],
+        }
+        for state in trained
+    }
+    accuracies = {name: model["accuracy"]["mean"] for name, model in results["models"].items()}
+    return {
+        "flags": options.experiment,
+        "wall_seconds": walls,
+        "training_seconds": sum(model["seconds"] for model in models.values()),
+        "models": models,
+        "accuracies": accuracies,
+        "n_test": results["n_test"],
+        "comparisons": [
+            {k: c[k] for k in ("model", "baseline", "difference", "verdict")} for c in results["comparisons"]
+        ],
+        "environment": results["environment"],
+    }
+
+
+SECTIONS = {
+    function.__name__: function
+    for function in (
+        *(ceilings, exact_resize, stored_against_online, exact_resume, synchronisations, step_profile),
+        *(training_speed, evaluation_speed, experiment, original_way, suite),
+    )
+}

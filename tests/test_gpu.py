@@ -1,0 +1,110 @@
+"""The measurements on a GPU, as far as a CPU shows them: that they run, resume, and end up on the page."""
+
+import json
+import re
+
+import pytest
+
+from engine.errors import UserError
+from tests import gpu
+from tests.gpu_measurements import KERNELS, Options, exact_resize, measure, stored_against_online, try_each
+
+OPTIONS = Options("cpu", 32, 4, 2, 3, "--preset demo")
+SPEED = {"rate": 1234.5, "min": 1200.0, "max": 1300.0, "n": 3, "first_seconds": 9.0, "peak_bytes": 2**31}
+FOUND = {
+    "ceilings": {
+        "environment": {"device": "NVIDIA H200", "torch": "2.11.0"},
+        "bytes_per_second": 4.3e12,
+        "flop_per_second": 7.9e14,
+    },
+    "training_speed": {"resnet50: fit": SPEED, "resnet18: step, CUDA graph": {"error": "RuntimeError: a | b"}},
+    "evaluation_speed": {"resnet50: batches of 500": SPEED},
+    "step_profile": {"resnet50": {"step_milliseconds": 20.8, "shares": {"BatchNorm": 0.3, "other": 0.1}}},
+    "synchronisations": {"steps": 50, "places": {"training.py:74": 2}},
+}
+
+
+def test_the_page_shows_what_was_measured():
+    page = gpu.page(FOUND, OPTIONS._asdict())
+    assert "# Measured on NVIDIA H200" in page
+    assert "A copy moves 4.30 TB/s, a matrix product in bfloat16 computes 790 TFLOP/s." in page
+    assert "| ResNet50 training, images/s | 4,800 | 1,234 | 18% |" in page
+    assert "| resnet50: fit | 1,234 | 1,200 to 1,300 | 3 | 9.0 s | 2.0 GiB |" in page
+    assert "| resnet18: step, CUDA graph | RuntimeError: a / b |" in page
+    assert "| BatchNorm | 30.0% |" in page
+    assert "Synchronisations: training.py:74 (2)." in page
+
+
+def test_an_empty_page_claims_nothing():
+    assert not any(
+        digit in gpu.page({}, OPTIONS._asdict()).split("## Targets")[1].split("target (")[0] for digit in "123"
+    )
+    assert "Failed" not in gpu.page({}, OPTIONS._asdict())
+
+
+def test_sections_are_resumed_and_failures_repeated(tmp_path, monkeypatch):
+    path, asked, fails = tmp_path / "gpu.json", [], {"ceilings"}
+
+    def run_section(name, options):
+        asked.append(name)
+        return (None, "exit status 1") if name in fails else ({"of": name}, "")
+
+    monkeypatch.setattr(gpu, "run_section", run_section)
+    found = gpu.run_sections(["ceilings", "exact_resize"], OPTIONS, path)
+    assert found == {"exact_resize": {"of": "exact_resize"}, "failed": {"ceilings": "exit status 1"}}
+    assert "- ceilings: exit status 1" in gpu.page({"failed": found["failed"]}, OPTIONS._asdict())
+    fails.clear()
+    found = gpu.run_sections(["ceilings", "exact_resize"], OPTIONS, path)
+    assert asked == ["ceilings", "exact_resize", "ceilings"]
+    assert found == json.loads(path.read_text())["sections"]
+    assert "failed" not in found
+    with pytest.raises(UserError, match="measured with other options"):
+        gpu.run_sections(["ceilings"], OPTIONS._replace(steps=5), path)
+
+
+def test_a_section_runs_in_a_process_of_its_own():
+    record, error = gpu.run_section("exact_resize", OPTIONS)
+    assert not error
+    assert record == exact_resize(OPTIONS)
+    assert all(size["different"] == 0 for size in record["sizes"].values())
+
+
+def test_a_cpu_computes_stored_and_online_logits_alike():
+    record = stored_against_online(OPTIONS)
+    assert record["images"] == 8
+    assert record["largest_difference"] < 0.1 * record["standard_deviation_of_logits"]
+
+
+def test_a_rate_leaves_the_first_call_out(monkeypatch):
+    times = iter([0.0, 8.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
+    monkeypatch.setattr("tests.gpu_measurements.time.perf_counter", lambda: next(times))
+    assert measure(lambda: None, 4, OPTIONS) == {"rate": 2.0, "min": 1.0, "max": 4.0, "n": 3, "first_seconds": 8.0}
+
+
+def test_a_variant_that_fails_leaves_the_others():
+    def fails():
+        raise RuntimeError("needs CUDA\nand more")
+
+    assert try_each({"a": fails, "b": lambda: {"rate": 1.0}}) == {
+        "a": {"error": "RuntimeError: needs CUDA"},
+        "b": {"rate": 1.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        (
+            "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128",
+            "convolution and matrix product",
+        ),
+        ("void cudnn::batchnorm_fwtr_nhwc_semiPersist<__nv_bfloat16>", "BatchNorm"),
+        ("void at::native::batch_norm_backward_elemt_channels_last_kernel<4>", "BatchNorm"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedSgdMathFunctor>", "optimizer"),
+        ("void at::native::max_pool_backward_nhwc", "pooling"),
+        ("void at::native::vectorized_elementwise_kernel<4, threshold>", "elementwise"),
+        ("void at::native::bfloat16_copy_kernel_cuda", "copy and cast"),
+    ],
+)
+def test_kernels_are_told_apart(kernel, kind):
+    assert next(k for k, pattern in KERNELS.items() if re.search(pattern, kernel, re.IGNORECASE)) == kind
