@@ -21,10 +21,10 @@ evaluate: .venv/installed
 DATASET ?= cifar10
 MAIN_ROWS := teacher student student_2x kd kd_without_t2 original
 
-reproduce: docs/data/ablation.json .venv/installed
+reproduce: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset ablation --run reproduction --dataset $(DATASET) --only $(MAIN_ROWS) $(ARGS)
 	$(PYTHON) evaluate.py --run reproduction
-	$(PYTHON) -m experiments.compare docs/data/ablation.json imgs/reproduction/results.json
+	$(PYTHON) -m experiments.compare imgs/reproduction/results.json
 
 # A process per core, each with one thread
 test: .venv/installed-for-tests

@@ -1,9 +1,9 @@
 """Whether a repetition of an experiment agrees with the published one.
 
-    python -m experiments.compare docs/data/ablation.json imgs/reproduction/results.json
+    python -m experiments.compare imgs/reproduction/results.json
 
-For each model that both results.json files hold: the two accuracies (mean ± standard deviation over seeds), their
-difference, and whether chance explains it. Exit status 1 if for any model it does not.
+For each model of `ablation` that the repetition has too: the two accuracies (mean ± standard deviation over seeds),
+their difference, and whether chance explains it. Exit status 1 if for any model it does not.
 """
 
 import json
@@ -12,9 +12,23 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from engine.errors import UserError, exit_on_error
+from experiments.archive import load
+
+
+def published() -> dict[str, Any]:
+    """The kept models of `ablation`, as results.json has them."""
+    models, labels = load("ablation")
+    found = {}
+    for name, model in models.items():
+        each = model.correct(labels).mean(1)
+        std = float(each.std(ddof=1)) if len(each) > 1 else None
+        seeds = dict(zip(map(str, model.logits), each.tolist(), strict=True))
+        found[name] = {"accuracy": {"mean": float(np.mean(each)), "std": std, "seeds": seeds}}
+    return {"n_test": len(labels), "models": found}
 
 
 def p_value(first: Mapping[str, Any], second: Mapping[str, Any], n_test: int) -> float:
@@ -50,16 +64,14 @@ def compare(published: Mapping[str, Any], repeated: Mapping[str, Any]) -> list[t
 
 def main() -> None:
     with exit_on_error():
-        if len(sys.argv) != 3:
-            raise UserError("usage: python -m experiments.compare PUBLISHED REPEATED (two results.json files)")
-        results = []
-        for path in sys.argv[1:]:
-            try:
-                with open(path) as file:
-                    results.append(json.load(file))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read ({error})") from None
-        lines = compare(*results)
+        if len(sys.argv) != 2:
+            raise UserError("usage: python -m experiments.compare imgs/RUN/results.json")
+        try:
+            with open(sys.argv[1]) as file:
+                repeated = json.load(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{sys.argv[1]}: cannot be read ({error})") from None
+        lines = compare(published(), repeated)
     level = 0.05 / len(lines)  # Bonferroni
     print(f"{'model':<20} | published (seeds) | here (seeds) | difference (points) | same expectation")
     for line, p in lines:

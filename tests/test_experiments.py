@@ -9,7 +9,8 @@ from scipy import stats
 
 from config import PRESETS
 from experiments import archive
-from experiments.compare import compare, p_value
+from experiments import compare as compare_module
+from experiments.compare import compare, p_value, published
 from report.comparisons import differing_settings
 from report.markdown import summary
 from report.statistics import detectable_difference, mcnemar_p
@@ -44,17 +45,29 @@ def test_models_of_only_one_side_are_left_out():
     assert found[0][1] == pytest.approx(1.0)
 
 
+def test_what_is_published_is_what_was_kept(predictions):
+    path, arrays, labels = predictions
+    archive.keep("ablation", path)
+    (name, model), *others = published()["models"].items()
+    assert (name, others, published()["n_test"]) == ("student", [], 20)
+    each = [(arrays[f"student/seed{seed}"].argmax(1) == labels).mean() for seed in (0, 1)]
+    assert model["accuracy"].pop("seeds") == pytest.approx(dict(zip("01", each, strict=True)))
+    assert model["accuracy"] == pytest.approx({"mean": np.mean(each), "std": np.std(each, ddof=1)})
+
+
 @pytest.mark.parametrize(("other", "status"), [([0.6, 0.61, 0.62], 0), ([0.1, 0.11, 0.12], 1)])
-def test_the_comparison_as_a_program(script, tmp_path, other, status):
-    for name, values in (("one", [0.6, 0.61, 0.62]), ("two", other)):
-        (tmp_path / name).write_text(json.dumps(results(student=values)))
-    done = script("-m", "experiments.compare", tmp_path / "one", tmp_path / "two")
-    assert done.returncode == status, done.stderr
-    assert ("differs" in done.stdout) == bool(status)
+def test_the_comparison_as_a_program(tmp_path, monkeypatch, capsys, other, status):
+    (tmp_path / "repeated.json").write_text(json.dumps(results(student=other)))
+    monkeypatch.setattr(compare_module, "published", lambda: results(student=[0.6, 0.61, 0.62]))
+    monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "repeated.json")])
+    with pytest.raises(SystemExit) as ended:
+        compare_module.main()
+    assert ended.value.code == status
+    assert ("differs" in capsys.readouterr().out) == bool(status)
 
 
 def test_a_comparison_of_missing_files_is_one_error(script, tmp_path):
-    done = script("-m", "experiments.compare", tmp_path / "one", tmp_path / "two")
+    done = script("-m", "experiments.compare", tmp_path / "missing.json")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
