@@ -1,11 +1,8 @@
 """Measure this repository on a GPU: exactness, speed and the whole experiment, into a JSON file and a Markdown page.
 
-    python -m tests.gpu                                         # about 25 minutes on one H200
+    python -m tests.gpu                     # about 25 minutes on one H200; docs/gpu.json and docs/gpu.md
     python -m tests.gpu --dataset path/to/images --only experiment training_speed
-
-A rehearsal:
-
-    python -m tests.gpu --device cpu --image_size 32 --batch_size 8 --steps 4 --repeats 2 --experiment "--preset demo"
+    python -m tests.gpu --device cpu        # a rehearsal at a small size, with the demo as the experiment; imgs/gpu/
 
 Each section runs in a process of its own and is written as soon as it is finished; the same command goes on with those
 that are missing or have failed. The page is written from the JSON file each time.
@@ -32,6 +29,15 @@ TARGETS = {  # images/s on an H200 at 224 px, batches of 100
     "ResNet50 evaluation": 15_000,
 }
 EXPERIMENT_SECONDS = 110
+FROM_RANDOM_WEIGHTS = (f"--{name}.pretrained False" for name in ("teacher", "student", "student_10", "student_kd"))
+MEASUREMENT = {
+    **{"image_size": 224, "batch_size": 100, "steps": 50, "repeats": 5, "folder": Path("docs")},
+    "experiment": " ".join(["--preset original", *FROM_RANDOM_WEIGHTS]),
+}
+REHEARSAL = {
+    **{"image_size": 32, "batch_size": 8, "steps": 4, "repeats": 2, "folder": Path("imgs/gpu")},
+    "experiment": "--preset demo --seeds 0",
+}
 
 
 def row(*cells: Any) -> str:
@@ -190,26 +196,25 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=50, help="of each measurement of speed")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement of speed")
+    parser.add_argument("--image_size", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--steps", type=int, help="of each measurement of speed")
+    parser.add_argument("--repeats", type=int, help="of each measurement of speed")
     parser.add_argument("--dataset", default="cifar10", help="of the whole experiment")
-    parser.add_argument("--experiment", help="flags of another experiment than the original's from random weights")
+    parser.add_argument("--experiment", help="flags of the whole experiment; the original's, from random weights")
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--json", type=Path, default=Path("docs/gpu.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/gpu.md"))
-    words = parser.parse_args()
-    scratch = " ".join(f"--{name}.pretrained False" for name in ("teacher", "student", "student_10", "student_kd"))
-    flags = f"--preset original --dataset {words.dataset} {scratch} --image_size {words.image_size}"
-    flags = words.experiment or f"{flags} --batch_size {words.batch_size}"
+    parser.add_argument("--folder", type=Path, help="of gpu.json and gpu.md")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    words = argparse.Namespace(**{**(REHEARSAL if given["device"] == "cpu" else MEASUREMENT), **given})
     with exit_on_error():
-        if words.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device = cuda: this machine has no CUDA device; for a rehearsal see --help")
+        if words.device != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"device = {words.device}: this machine has no CUDA device; for a rehearsal: --device cpu")
+        flags = f"{words.experiment} --dataset {words.dataset} --image_size {words.image_size}"
+        flags = words.experiment if words.device == "cpu" else f"{flags} --batch_size {words.batch_size}"
         options = Options(words.device, words.image_size, words.batch_size, words.steps, words.repeats, flags)
-        found = run_sections(words.only, options, words.json)
-        write_durably(words.page, page(found, options._asdict()).encode())
-    print(words.page)
+        found = run_sections(words.only, options, words.folder / "gpu.json")
+        write_durably(words.folder / "gpu.md", page(found, options._asdict()).encode())
+    print(words.folder / "gpu.md")
     raise SystemExit(1 if "failed" in found else 0)
 
 

@@ -115,7 +115,7 @@ def ceilings(options: Options) -> dict[str, Any]:
 def suite(options: Options) -> dict[str, Any]:
     """The test suite, whose device tests run on CUDA too where there is one."""
     started = time.perf_counter()
-    words = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    words = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout[-500:])}
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, flags=re.MULTILINE)
