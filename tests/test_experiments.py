@@ -8,7 +8,7 @@ from conftest import ROOT
 from scipy import stats
 
 from config import PRESETS
-from experiments import archive
+from experiments import answer, archive
 from experiments import compare as compare_module
 from experiments.compare import compare, p_value, published
 from report.comparisons import differing_settings
@@ -79,6 +79,43 @@ def test_a_variant_differs_from_plain_kd_in_one_setting(run):
         if recipe.baseline == "kd" and recipe.teacher:
             differing = differing_settings(recipe, recipes["kd"])
             assert len(differing) == 1 + (name == "kd_without_t2_lr"), name
+
+
+# The tables and the figure
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Three seeds of three models of `ablation`, each right on a part of 1,000 images."""
+    monkeypatch.setattr(archive, "FOLDER", tmp_path)
+    random, labels, correct = np.random.default_rng(0), np.arange(1000) % 10, {}
+    arrays = {"labels": labels}
+    for name, accuracy in (("teacher", 0.8), ("student", 0.5), ("kd", 0.6)):
+        for seed in range(3):
+            right = correct[name, seed] = random.random(1000) < accuracy
+            arrays[f"{name}/seed{seed}"] = np.eye(10, dtype=np.float32)[np.where(right, labels, (labels + 1) % 10)]
+    np.savez(tmp_path / "predictions.npz", **arrays)
+    archive.keep("ablation", tmp_path / "predictions.npz")
+    return correct
+
+
+def test_the_tables_state_what_scipy_finds(kept):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in answer.table("ablation").splitlines()]
+    rows = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    taught, alone = (np.array([100 * kept[name, seed].mean() for seed in range(3)]) for name in ("kd", "student"))
+    assert list(rows) == ["`teacher`", "`student`", "`kd`"]
+    assert rows["`kd`"]["accuracy (%)"] == f"{taught.mean():.2f} ± {taught.std(ddof=1):.2f}"
+    assert rows["`kd`"]["against"] == "`student`"
+    assert rows["`kd`"]["difference"] == f"{(taught - alone).mean():+.2f}"
+    assert rows["`kd`"]["p"] == f"{stats.ttest_rel(taught, alone).pvalue:.2g}"
+    assert rows["`student`"]["against"] == ""
+
+
+def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
+    (axes,) = answer.figure().axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["taught with T²", "student alone"]
+    shown = sorted(x for line in axes.lines if line.get_color() == "0.7" for x in line.get_xdata())
+    assert shown == pytest.approx(sorted(100 * kept[name, s].mean() for name in ("kd", "student") for s in range(3)))
 
 
 # The numbers in the documents
