@@ -72,7 +72,8 @@ def targets(found: dict[str, Any]) -> list[str]:
     }
     for name, target in TARGETS.items():
         if rate := records[name].get("rate"):
-            roof = f"{rate / H200_ROOFLINE[name]:.0%}" if name in H200_ROOFLINE else ""
+            on_h200 = "H200" in found.get("ceilings", {}).get("environment", {}).get("device", "")
+            roof = f"{rate / H200_ROOFLINE[name]:.0%}" if on_h200 and name in H200_ROOFLINE else ""
             rows.append((f"{name}, images/s", f"{target:,}", f"{rate:,.0f}", roof))
     if benchmark := found.get("original_way"):
         rows.append(("distilled epoch over plain epoch", "1.05", f"{benchmark['distilled_over_plain_epoch']:.3f}", ""))
@@ -131,7 +132,8 @@ def page(found: dict[str, Any], options: dict[str, Any]) -> str:
             f"{rates['flop_per_second'] / 1e12:,.0f} TFLOP/s."
         ]
     lines += ["", "## Targets", "", *targets(found), "## Exactness", "", *exactness(found)]
-    for section, title in (("training_speed", "Training"), ("evaluation_speed", "Evaluation")):
+    speeds = {"training_speed": "Training", "compiled_speed": "Training, compiled", "evaluation_speed": "Evaluation"}
+    for section, title in speeds.items():
         if section in found:
             lines += [f"## {title}", "", *table(*speed_rows(found[section]))]
     if profiles := found.get("step_profile"):

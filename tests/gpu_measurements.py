@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -233,48 +235,71 @@ class Step:
             self.replay()
 
 
+def bare_step(options: Options, arch: str, precision: str = "bf16", tf32: bool = True, **how: Any) -> dict[str, Any]:
+    """Training images/s of Step."""
+    config = configure(options, precision=precision)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    step = Step(arch, config, **how)
+    return measure(lambda: step.run(options.steps), options.batch_size * options.steps, options)
+
+
+def whole_fit(options: Options, arch: str, compile: str = "off", on_host: bool = False) -> dict[str, Any]:
+    """Training images/s of `fit`, with its input, meter and schedule."""
+    config = configure(options, compile=compile)
+    dataset, model = random_dataset(config, options.steps, on_host), make_model(arch, config)
+
+    def epoch() -> None:
+        fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+
+    return measure(epoch, len(dataset.train.labels), options)
+
+
+def estimated(options: Options, arch: str) -> dict[str, Any]:
+    """Training images/s as the scripts estimate them before a run."""
+    config, started = configure(options), time.perf_counter()
+    (seconds,) = time_training([Architecture(arch, "imagenet")], config, random_dataset(config, 1), ["bf16"]).values()
+    took = time.perf_counter() - started
+    return {"rate": 1 / seconds, "min": 1 / seconds, "max": 1 / seconds, "n": 1, "first_seconds": took}
+
+
+def for_each_arch(ways: dict[str, tuple], options: Options) -> dict[str, Any]:
+    return try_each(
+        {
+            f"{arch}: {way}": partial(function, options, arch, **how)
+            for arch in ARCHS
+            for way, (function, how) in ways.items()
+        }
+    )
+
+
 def training_speed(options: Options) -> dict[str, Any]:
-    """Training images/s of each way to run a step, beside `fit` with its input, meter and schedule."""
+    """Training images/s of `fit`, and of a bare step in several ways."""
+    return for_each_arch(
+        {
+            "fit": (whole_fit, {}),
+            "fit, as estimated before a run": (estimated, {}),
+            "fit, images in pinned host memory": (whole_fit, {"on_host": True}),
+            "step": (bare_step, {}),
+            "step, optimizer not fused": (bare_step, {"fused": False}),
+            "step, CUDA graph": (bare_step, {"graph": True}),
+            "step, float32 in TF32": (bare_step, {"precision": "fp32"}),
+            "step, float32": (bare_step, {"precision": "fp32", "tf32": False}),
+        },
+        options,
+    )
 
-    def bare(arch: str, precision: str = "bf16", tf32: bool = True, **how: Any) -> dict[str, Any]:
-        config = configure(options, precision=precision)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        step = Step(arch, config, **how)
-        return measure(lambda: step.run(options.steps), options.batch_size * options.steps, options)
 
-    def ours(arch: str, compile: str = "off", on_host: bool = False) -> dict[str, Any]:
-        config = configure(options, compile=compile)
-        dataset, model = random_dataset(config, options.steps, on_host), make_model(arch, config)
-
-        def epoch() -> None:
-            fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
-
-        return measure(epoch, len(dataset.train.labels), options)
-
-    def estimated(arch: str) -> dict[str, Any]:
-        config = configure(options)
-        started = time.perf_counter()
-        (seconds,) = time_training(
-            [Architecture(arch, "imagenet")], config, random_dataset(config, 1), ["bf16"]
-        ).values()
-        took = time.perf_counter() - started
-        return {"rate": 1 / seconds, "min": 1 / seconds, "max": 1 / seconds, "n": 1, "first_seconds": took}
-
-    ways = {
-        "fit": ours,
-        "fit, as estimated before a run": estimated,
-        "fit, images in pinned host memory": lambda arch: ours(arch, on_host=True),
-        "step, eager": bare,
-        "step, eager, optimizer not fused": lambda arch: bare(arch, fused=False),
-        "step, CUDA graph": lambda arch: bare(arch, graph=True),
-        "fit, compiled": lambda arch: ours(arch, compile="on"),
-        "step, compiled": lambda arch: bare(arch, compile="default"),
-        "step, compiled, reduce-overhead": lambda arch: bare(arch, compile="reduce-overhead"),
-        "step, compiled, CUDA graph": lambda arch: bare(arch, compile="default", graph=True),
-        "step, float32 in TF32": lambda arch: bare(arch, precision="fp32"),
-        "step, float32": lambda arch: bare(arch, precision="fp32", tf32=False),
-    }
-    return try_each({f"{arch}: {way}": lambda a=arch, f=f: f(a) for arch in ARCHS for way, f in ways.items()})
+def compiled_speed(options: Options) -> dict[str, Any]:
+    """Training images/s with torch.compile; the first call of `fit` compiles without a cache."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    return for_each_arch(
+        {
+            "fit, compiled": (whole_fit, {"compile": "on"}),
+            "step, compiled, reduce-overhead": (bare_step, {"compile": "reduce-overhead"}),
+            "step, compiled, CUDA graph": (bare_step, {"compile": "default", "graph": True}),
+        },
+        options,
+    )
 
 
 def evaluation_speed(options: Options) -> dict[str, Any]:
@@ -395,6 +420,6 @@ SECTIONS = {
     function.__name__: function
     for function in (
         *(ceilings, exact_resize, stored_against_online, exact_resume, synchronisations, step_profile),
-        *(training_speed, evaluation_speed, experiment, original_way, suite),
+        *(training_speed, compiled_speed, evaluation_speed, experiment, original_way, suite),
     )
 }
