@@ -74,8 +74,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train the model in place and return its history, a record for each epoch.
 
-    After each epoch, every few minutes, and when `stop` returns a signal, `write` receives the state from which a later
-    call resumes exactly. Raises Diverged if the loss becomes NaN or infinite.
+    After each epoch (the short ones in between excepted), every few minutes, and when `stop` returns a signal, `write`
+    receives the state from which a later call resumes exactly. Raises Diverged if the loss becomes NaN or infinite.
     """
     subset, own = dataset.subset(recipe.train_size), shard(config.batch_size)
     share = (own.stop - own.start) / config.batch_size  # of each batch that is on this rank
@@ -114,8 +114,10 @@ def fit(
                     return training.history
 
         finished = finish_epoch(training, dataset, stop)
-        training.save(write)
-        if not finished or all_reduce_max(stop())[0]:
+        saving, stopping = all_reduce_max(training.epoch_save_due, not finished or stop())
+        if saving or stopping:
+            training.save(write)
+        if stopping:
             break
     return training.history
 

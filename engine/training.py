@@ -140,6 +140,11 @@ class Training:
         return time.perf_counter() - self.saved > 60 * self.config.checkpoint_minutes
 
     @property
+    def epoch_save_due(self) -> bool:
+        """Whether to save after an epoch: a short one in between is skipped, as writing the state can take as long."""
+        return len(self.history) in (1, self.recipe.epochs) or time.perf_counter() - self.saved > 5
+
+    @property
     def averages(self) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch so far."""
         loss, hits, *_ = all_reduce_sum(self.meter.sums).tolist()
