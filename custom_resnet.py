@@ -89,8 +89,7 @@ def fit(
             for batch in batches(dataset.train, subset, config, seed, epoch, training.step):
                 seed_torch(seed, epoch, training.step, rank())  # for dropout: a resumed run draws the same masks
                 with autocast(config.device, config.precision):
-                    logits = forward(batch.images)
-                logits = logits.float()
+                    logits = forward(batch.images).float()
                 terms = loss_fn(logits, batch)
                 if len(terms) > 1 and training.step % max(1, training.steps // 50) == 0:
                     training.meter.measure_gradients(logits, terms)
