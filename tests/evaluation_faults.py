@@ -19,7 +19,7 @@ from torch import nn
 
 from engine.checkpoints import checkpoint_path, load_finished, recorded_config
 from engine.datasets import Split, load_dataset
-from engine.device import configure_backends, resolve_device
+from engine.device import autocast, configure_backends, resolve_device
 from engine.errors import UserError, exit_on_error
 from engine.images import prepare
 from engine.models import load_model
@@ -34,7 +34,14 @@ FAULTS = {
 
 
 def faulty_accuracy(
-    model: nn.Module, split: Split, image_size: int, training_mode: bool, flip: float, seed: int, batch_size: int = 100
+    model: nn.Module,
+    split: Split,
+    image_size: int,
+    training_mode: bool,
+    flip: float,
+    seed: int,
+    precision: str = "fp32",
+    batch_size: int = 100,
 ) -> float:
     """The accuracy on shuffled test batches, with BatchNorm in training mode or images flipped; the model is kept."""
     generator = torch.Generator().manual_seed(seed)
@@ -45,19 +52,27 @@ def faulty_accuracy(
         for index in order.split(batch_size):
             images = split.images[index]
             images = torch.where(flipped[index].view(-1, 1, 1, 1), images.flip(3), images)
-            correct += int((model(prepare(images, image_size)).argmax(1) == split.labels[index]).sum())
+            with autocast(images.device, precision):
+                logits = model(prepare(images, image_size)).float()
+            correct += int((logits.argmax(1) == split.labels[index]).sum())
     return correct / len(order)
 
 
 def measure(config: Config, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """For each model and seed, and each fault, the accuracies of `repeats` evaluations."""
+    """For each model and seed, and each fault, the accuracies of `repeats` evaluations: one where none is random."""
     dataset, measured = load_dataset(config), {}
     for name, seed in config.models():
         if not (state := load_finished(checkpoint_path(config, name, seed))):
             continue
         model = load_model(state, config.device)
+
+        def accuracy(how: dict, repeat: int, model=model) -> float:
+            return faulty_accuracy(
+                model, dataset.test, config.image_size, **how, seed=repeat, precision=config.precision
+            )
+
         measured[f"{name}/seed{seed}"] = {
-            fault: [faulty_accuracy(model, dataset.test, config.image_size, **how, seed=i) for i in range(repeats)]
+            fault: [accuracy(how, repeat) for repeat in range(repeats if any(how.values()) else 1)]
             for fault, how in FAULTS.items()
         }
     return measured
@@ -67,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True)
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     own = parser.parse_args()
@@ -74,13 +90,13 @@ def main() -> None:
         config = recorded_config(Path("checkpoints", own.run))
         if not config:
             raise UserError(f"checkpoints/{own.run}: holds no checkpoints; train first")
-        config = resolve_device(replace(config, only=tuple(own.only)))
+        config = resolve_device(replace(config, only=tuple(own.only), precision=own.precision))
         configure_backends(config)
         measured = measure(config, own.repeats)
     for name, faults in measured.items():
         for fault, accuracies in faults.items():
-            mean, std = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
-            print(f"{name:24}  {fault:14}  {mean:6.2f} ± {std:.2f}%  ({min(accuracies):.2%} to {max(accuracies):.2%})")
+            mean, lowest, highest = np.mean(accuracies), min(accuracies), max(accuracies)
+            print(f"{name:24}  {fault:14}  {mean:.2%}, {len(accuracies)} times: {lowest:.2%} to {highest:.2%}")
     if own.json:
         own.json.write_text(json.dumps(measured, indent=1) + "\n")
 
