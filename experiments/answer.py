@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from engine.errors import exit_on_error
 from engine.files import write_durably
+from engine.recipes import baseline_of
 from experiments.archive import load
 from experiments.presets import STUDY
 from report.comparisons import compare_all
@@ -26,14 +27,20 @@ SHOWN = {
     "student alone": ("ablation", "student"),
     "alone, twice the epochs": ("ablation", "student_2x"),
     "alone, loss times 0.25": ("ablation", "small_step"),
-    "taught without T²": ("ablation", "kd_without_t2"),
-    "taught without T², twice the epochs\n(the original)": ("ablation", "original"),
-    "taught without T², larger learning rate": ("ablation", "kd_without_t2_lr"),
-    "taught with T²": ("ablation", "kd"),
+    "distilled without T²": ("ablation", "kd_without_t2"),
+    "distilled without T², twice the epochs\n(the original)": ("ablation", "original"),
+    "distilled without T², larger learning rate": ("ablation", "kd_without_t2_lr"),
+    "distilled with T²": ("ablation", "kd"),
     "alone, labels smoothed": ("controls", "label_smoothing"),
-    "taught by an untrained teacher": ("controls", "kd_untrained"),
-    "taught with shuffled logits": ("controls", "kd_shuffled"),
-    "taught by itself": ("controls", "kd_self"),
+    "distilled from an untrained teacher": ("controls", "kd_untrained"),
+    "distilled from shuffled logits": ("controls", "kd_shuffled"),
+    "distilled from itself": ("controls", "kd_self"),
+}
+
+# What is compared beside each row with its baseline, in the same family of Holm's correction.
+FURTHER = {
+    "ablation": [(row, "student") for row in ("student_2x", "kd_without_t2", "original")],
+    "controls": [(row, "student") for row in ("label_smoothing", "kd_untrained", "kd_shuffled", "kd_self")],
 }
 
 
@@ -43,26 +50,34 @@ def accuracy(model: Evaluated, labels: np.ndarray) -> str:
     return f"{each.mean():.2f}" + (f" ± {each.std(ddof=1):.2f}" if len(each) > 1 else "")
 
 
+def compared(run: str, models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str, Any]]:
+    """The comparisons that this study makes of the kept models of a run."""
+    pairs = [(name, baseline) for name in models if (baseline := baseline_of(name, STUDY[run].recipes))]
+    return compare_all(models, labels, pairs=pairs + FURTHER.get(run, []))
+
+
+def comparison_cells(c: dict[str, Any]) -> list[str]:
+    return [
+        f"`{c['baseline']}`",
+        f"{100 * c['difference']:+.2f}",
+        interval(c["ci95"], 2, signed=True),
+        "none" if c["p_value"] is None else f"{c['p_value']:.2g}",
+        f"{c['p_holm']:.2g}",
+        c["verdict"],
+        "none" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}",
+    ]
+
+
 def table(run: str) -> str:
-    """Every kept model of a run as a Markdown table, with its comparison, if any; Holm-corrected over the run."""
+    """Every kept model of a run as a Markdown table, with its comparisons, if any; Holm-corrected over the table."""
     models, labels = load(run)
-    comparisons = {c["model"]: c for c in compare_all(models, labels)}
     head = ("model", "seeds", "accuracy (%)", "against", "difference", "95% interval", "p", "p, Holm", "verdict")
     rows: list[tuple[Any, ...]] = [(*head, "seeds needed"), (":--", *["--:"] * len(head))]
+    comparisons = compared(run, models, labels)
     for name, model in models.items():
-        cells = [f"`{name}`", len(model.logits), accuracy(model, labels), *[""] * 7]
-        if found := comparisons.get(name):
-            p, needed = found["p_value"], found["seeds_needed"]
-            cells[3:] = [
-                f"`{found['baseline']}`",
-                f"{100 * found['difference']:+.2f}",
-                interval(found["ci95"], 2, signed=True),
-                "none" if p is None else f"{p:.2g}",
-                f"{found['p_holm']:.2g}",
-                found["verdict"],
-                "none" if needed is None else f"{needed:,}",
-            ]
-        rows.append(tuple(cells))
+        own = (f"`{name}`", len(model.logits), accuracy(model, labels))
+        found = [comparison_cells(c) for c in comparisons if c["model"] == name]
+        rows += [(*own, *cells) for cells in found or [[""] * 7]]
     return align_tables("".join(f"| {' | '.join(map(str, row))} |\n" for row in rows))
 
 
@@ -71,23 +86,24 @@ def figure() -> Figure:
     kept = {run: load(run) for run in ("ablation", "controls")}
     rows = {title: kept[run][0].get(name) for title, (run, name) in SHOWN.items()}
     labels, rows = kept["ablation"][1], {title: model for title, model in rows.items() if model}
-    drawn = blank_figure(7.5, 0.38 * len(rows) + 1.3)
+    drawn = blank_figure(7.5, 0.36 * len(rows) + 1.2)
     axes = drawn.subplots()
     for name, style in (("student", "--"), ("teacher", ":")):
         mean = 100 * kept["ablation"][0][name].correct(labels).mean()
-        axes.axvline(mean, color="black", linewidth=1, linestyle=style)
-        axes.annotate(
-            name, (mean, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha="center"
+        axes.axvline(
+            mean, color="0.3", linewidth=1, linestyle=style, label=f"{name} alone" if name == "student" else name
         )
-    for row, model in enumerate(reversed(rows.values())):
-        correct = model.correct(labels)
-        axes.plot(100 * correct.mean(1), np.full(len(correct), row), "o", color="0.7", markersize=4)
-        low, high = accuracy_interval(correct)
-        axes.plot([100 * low, 100 * high], [row, row], color="C0", linewidth=2)
-        axes.plot(100 * correct.mean(), row, "o", color="C0", markersize=7)
+    for row, (title, model) in enumerate(reversed(rows.items())):
+        correct, color = model.correct(labels), "C0" if title.startswith("distilled") else "C1"
+        mean, (low, high) = 100 * correct.mean(), accuracy_interval(correct)
+        axes.plot([100 * low, 100 * high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
+        axes.plot(100 * correct.mean(1), np.full(len(correct), row), "o", color=color, markersize=3.5)
+        axes.plot(mean, row, "|", color=color, markersize=14, markeredgewidth=2)
+        axes.annotate(f"{mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("test accuracy (%): mean with 95% interval, and each seed")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
     axes.grid(axis="x", alpha=0.3)
     return drawn
 

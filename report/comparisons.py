@@ -1,6 +1,6 @@
 """Metrics of several models together: verdicts against a baseline, agreement with the teacher, disagreements."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -105,15 +105,18 @@ def compare(
     }
 
 
-def compare_all(models: Models, labels: np.ndarray, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every model against its baseline, with p-values adjusted for their number, and a verdict for each.
+def compare_all(
+    models: Models, labels: np.ndarray, classes: Sequence[str] = (), pairs: Iterable[tuple[str, str]] | None = None
+) -> list[dict[str, Any]]:
+    """Each model against its baseline, or the `pairs`, with p-values adjusted for their number, and a verdict on it.
 
     The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05 and ci95 excludes 0, otherwise
     "indistinguishable". A test that is undefined (p_value None) counts as p = 1. With one seed the verdict is on two
     trained models, not on two recipes, and other seeds may differ.
     """
-    pairs = [(name, baseline_of(name, models)) for name in models]
-    pairs = [(name, b) for name, b in pairs if b in models and common_seeds(models[name], models[b])]
+    if pairs is None:
+        pairs = [(name, baseline_of(name, models)) for name in models]
+    pairs = [(a, b) for a, b in pairs if a in models and b in models and common_seeds(models[a], models[b])]
     level = 0.05 / max(1, len(pairs))  # Holm's threshold for the smallest p-value
     comparisons = [compare(*pair, models, labels, classes, level) for pair in pairs]
     adjusted = holm([1.0 if c["p_value"] is None else c["p_value"] for c in comparisons])

@@ -39,6 +39,8 @@ def spread(entry: dict[str, Any], spec: str) -> str:
 
 
 def value(of_setting: Any) -> str:
+    if isinstance(of_setting, float):
+        of_setting = float(f"{of_setting:.12g}")  # 0.18 for 0.18000000000000002
     return escape_markdown(of_setting if isinstance(of_setting, str) else str(of_setting).lower())
 
 

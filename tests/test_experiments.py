@@ -11,8 +11,10 @@ from config import PRESETS
 from experiments import answer, archive
 from experiments import compare as compare_module
 from experiments.compare import compare, p_value, published
+from experiments.presets import STUDY
 from report.comparisons import differing_settings
 from report.markdown import summary
+from report.metrics import Evaluated
 from report.statistics import detectable_difference, mcnemar_p
 from tests.capacity_gap import accuracies, table
 
@@ -111,14 +113,36 @@ def test_the_tables_state_what_scipy_finds(kept):
     assert rows["`student`"]["against"] == ""
 
 
+def test_a_model_is_compared_with_each_of_its_baselines_in_one_family(kept):
+    models, labels = archive.load("ablation")
+    models["kd_without_t2"] = Evaluated(STUDY["ablation"].recipes["kd_without_t2"], models["teacher"].logits, {})
+    found = answer.compared("ablation", models, labels)
+    assert [(c["model"], c["baseline"]) for c in found] == [
+        ("kd", "student"),
+        ("kd_without_t2", "kd"),
+        ("kd_without_t2", "student"),
+    ]
+    first, second, third = sorted(found, key=lambda c: c["p_value"])
+    assert first["p_holm"] == pytest.approx(3 * first["p_value"])
+    assert third["p_holm"] == pytest.approx(max(third["p_value"], 2 * second["p_value"], 3 * first["p_value"]))
+
+
 def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
     (axes,) = answer.figure().axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["taught with T²", "student alone"]
-    shown = sorted(x for line in axes.lines if line.get_color() == "0.7" for x in line.get_xdata())
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["distilled with T²", "student alone"]
+    shown = sorted(x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata())
     assert shown == pytest.approx(sorted(100 * kept[name, s].mean() for name in ("kd", "student") for s in range(3)))
 
 
 # The numbers in the documents
+
+
+@pytest.mark.parametrize("run", STUDY)
+def test_the_documented_tables_are_those_of_the_kept_logits(run):
+    models, _ = archive.load(run)
+    if any(archive.owner(run, name) == run for name in models):
+        assert answer.table(run) in (ROOT / "docs/answer.md").read_text()
+
 
 README = " ".join((ROOT / "README.md").read_text().replace("\n> ", "\n").split())
 
