@@ -64,7 +64,9 @@ class Config:
     )
     overwrite: bool = setting(False, FLAG, "retrain, in place, models that were trained with other settings")
     jobs: int = setting(1, integer(1, 64), "models to train at the same time, each with its share of the CPU's threads")
-    checkpoint_minutes: float = setting(10, POSITIVE, "save the state of training this often, and after each epoch")
+    checkpoint_minutes: float = setting(
+        10, POSITIVE, "save the state of training this often, and after each epoch of more than 5 s"
+    )
     device: str = setting(
         "auto",
         text("auto, cpu, cuda, cuda:N or mps", r"auto|cpu|cuda(:\d+)?|mps"),

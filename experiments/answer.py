@@ -1,7 +1,7 @@
 """The tables and the figure of docs/answer.md, from the kept logits.
 
 python -m experiments.answer                    # prints the tables of every preset of the study
-python -m experiments.answer docs/effects.png   # and draws the figure
+python -m experiments.answer docs/answer.png    # and draws the figure
 """
 
 import sys
