@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from engine.checkpoints import checkpoint_path
 from engine.console import duration, log
 from engine.datasets import Dataset
-from engine.device import autocast, explain_device_errors, memory_format, supports_bf16, synchronize
+from engine.device import (
+    autocast,
+    bf16_gradients_are_wrong,
+    explain_device_errors,
+    memory_format,
+    supports_bf16,
+    synchronize,
+)
 from engine.distributed import world_size
 from engine.errors import UserError
 from engine.images import prepare
@@ -73,11 +80,17 @@ def plan(
 ) -> tuple[Config, dict[tuple[str, int], Estimate]]:
     """Resolve `precision` = auto, and estimate the time of each job (name, seed).
 
-    auto means `recorded`, the precision of the run's checkpoints, else the one that trains the jobs faster.
+    auto means `recorded`, the precision of the run's checkpoints, else the one that trains the jobs faster. Raises
+    UserError if that is bfloat16 and its gradients are wrong here.
     """
     precisions = [recorded or "fp32"] if config.precision == "auto" else [config.precision]
-    if config.precision == "auto" and recorded is None and supports_bf16(config.device):
+    if config.precision == "auto" and recorded is None and supports_bf16(config.device, config.image_size):
         precisions = ["fp32", "bf16"]
+    if jobs and precisions == ["bf16"] and bf16_gradients_are_wrong(config.device, config.image_size):
+        raise UserError(
+            f"precision = 'bf16': PyTorch's gradients in bfloat16 are wrong for images of {config.image_size} px on a "
+            "CPU; use --precision fp32, or an --image_size above 16"
+        )
     archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
     with explain_device_errors(config):
         per_image = time_training(archs, config, dataset, precisions)

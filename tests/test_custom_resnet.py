@@ -410,13 +410,13 @@ def test_a_log_line_each_minute_shows_loss_and_time_left(config, digits, model, 
 
 def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
     faster = {"fp32": 2.0, "bf16": 1.0}
-    monkeypatch.setattr(estimate, "supports_bf16", lambda device: True)
+    monkeypatch.setattr(estimate, "supports_bf16", lambda *_: True)
     monkeypatch.setattr(
         estimate,
         "time_training",
         lambda archs, config, dataset, precisions: {(a, p): faster[p] for a in archs for p in precisions},
     )
-    words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1"]
+    words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1", "--image_size=32"]
     custom_resnet.main([*words, "--only=teacher"])
     assert "precision = auto: bf16 is faster for this run" in capsys.readouterr().err
     faster.update(fp32=0.5)  # as if the machine were another one now

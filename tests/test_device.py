@@ -114,15 +114,16 @@ def test_sync_batchnorm_is_refused_without_cuda(machine):
 def test_a_cpu_supports_bf16_if_it_has_the_instructions(monkeypatch, bf16, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert supports_bf16("cpu") == (bf16 or amx)
-    assert not supports_bf16("mps")
+    assert supports_bf16("cpu", 17) == (bf16 or amx)
+    assert not supports_bf16("cpu", 16)  # its gradients would be wrong
+    assert not supports_bf16("mps", 17)
 
 
 def test_a_gpu_supports_bf16_unless_it_would_emulate_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert not supports_bf16("cuda:0")
+    assert not supports_bf16("cuda:0", 16)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert supports_bf16("cuda:0")
+    assert supports_bf16("cuda:0", 16)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -28,6 +28,12 @@ SIZES = {"student": RESNET18_BYTES, "student_kd": RESNET18_BYTES}
 
 
 @pytest.fixture
+def config(config):
+    """The small experiment at a size at which bfloat16 can train on a CPU too."""
+    return replace(config, image_size=32)
+
+
+@pytest.fixture
 def timed(monkeypatch):
     """Replace the timing by a table of seconds per image: timed({(RESNET18, "fp32"): 0.1}); returns what it timed."""
 
@@ -48,7 +54,7 @@ def timed(monkeypatch):
 @pytest.fixture
 def bf16(monkeypatch):
     """Whether the device supports bf16: bf16(True)."""
-    return lambda supported: monkeypatch.setattr(estimate, "supports_bf16", lambda device: supported)
+    return lambda supported: monkeypatch.setattr(estimate, "supports_bf16", lambda *_: supported)
 
 
 def images_of(job: Job, config, dataset) -> float:
@@ -162,6 +168,17 @@ def test_a_fixed_precision_is_kept(config, digits, timed, bf16, precision):
     config = replace(config, precision=precision)
     assert plan([Job("student", 0, 1)], None, config, digits)[0] == config
     assert timed_pairs == [(RESNET18, precision)]
+
+
+@pytest.mark.parametrize(("precision", "recorded"), [("bf16", None), ("auto", "bf16")])
+def test_bf16_is_refused_where_its_gradients_are_wrong(config, digits, timed, bf16, precision, recorded):
+    bf16(True)
+    timed({(RESNET18, "bf16"): 1.0})
+    small, jobs = replace(config, device="cpu", image_size=16, precision=precision), [Job("student", 0, 1)]
+    with pytest.raises(UserError, match=r"precision = 'bf16': .* 16 px on a CPU; use --precision fp32"):
+        plan(jobs, recorded, small, digits)
+    assert plan(jobs, recorded, replace(small, image_size=17), digits)[0].precision == "bf16"
+    assert plan([], recorded, small, digits)[0].precision == "bf16"  # nothing to train
 
 
 def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
@@ -335,7 +352,7 @@ def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, tim
         assert timed_pairs == [(RESNET18, "bf16")]
         assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * (100 + 500 / 3)), 0.0)}
         output = capsys.readouterr().err
-        assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px" in output
+        assert "demo: digits, 1,297 training and 500 test images of 10 classes at 32 px" in output
         assert output.endswith(", bf16\n")
         assert len(dataset.train.labels) == 1297
 
