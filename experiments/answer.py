@@ -1,9 +1,10 @@
-"""The tables and the figure of docs/answer.md, from the kept logits.
+"""The tables and the figure of README.md and docs/answer.md, from the kept logits.
 
-python -m experiments.answer                    # prints the tables of every preset of the study
+python -m experiments.answer                    # prints the README's table, and one for each preset that has been run
 python -m experiments.answer docs/answer.png    # and draws the figure
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from engine.errors import exit_on_error
 from engine.files import write_durably
 from engine.recipes import baseline_of
-from experiments.archive import load
+from experiments.archive import FOLDER, has_own_models, load
 from experiments.presets import STUDY
 from report.comparisons import compare_all
 from report.figures import blank_figure, png
@@ -22,15 +23,15 @@ from report.markdown import align_tables, interval
 from report.metrics import Evaluated
 from report.statistics import accuracy_interval
 
-# The rows of the figure: in words, and by run and name.
+# The rows of the figure and of the README's table: in words, and by run and name.
 SHOWN = {
     "student alone": ("ablation", "student"),
     "alone, twice the epochs": ("ablation", "student_2x"),
-    "alone, loss times 0.25": ("ablation", "small_step"),
-    "distilled without T²": ("ablation", "kd_without_t2"),
-    "distilled without T², twice the epochs\n(the original)": ("ablation", "original"),
-    "distilled without T², larger learning rate": ("ablation", "kd_without_t2_lr"),
+    "alone, a quarter of the loss": ("ablation", "small_step"),
     "distilled with T²": ("ablation", "kd"),
+    "distilled without T²": ("ablation", "kd_without_t2"),
+    "distilled without T², 3.6 times the learning rate": ("ablation", "kd_without_t2_lr"),
+    "distilled without T², twice the epochs\n(as published)": ("ablation", "original"),
     "alone, labels smoothed": ("controls", "label_smoothing"),
     "distilled from an untrained teacher": ("controls", "kd_untrained"),
     "distilled from shuffled logits": ("controls", "kd_shuffled"),
@@ -39,7 +40,7 @@ SHOWN = {
 
 # What is compared beside each row with its baseline, in the same family of Holm's correction.
 FURTHER = {
-    "ablation": [(row, "student") for row in ("student_2x", "kd_without_t2", "original")],
+    "ablation": [(row, "student") for row in ("student_2x", "kd_without_t2", "kd_without_t2_lr", "original")],
     "controls": [(row, "student") for row in ("label_smoothing", "kd_untrained", "kd_shuffled", "kd_self")],
 }
 
@@ -81,6 +82,35 @@ def table(run: str) -> str:
     return align_tables("".join(f"| {' | '.join(map(str, row))} |\n" for row in rows))
 
 
+def gains() -> str:
+    """The README's table: each kept row of SHOWN against the student alone, Holm-corrected over its run's table."""
+    kept = {run: load(run) for run in ("ablation", "controls")}
+    found = {(run, c["model"]): c for run in kept for c in compared(run, *kept[run]) if c["baseline"] == "student"}
+    rows: list[tuple[Any, ...]] = [("student", "seeds", "accuracy (%)", "gain", "95% interval", "p, Holm")]
+    rows.append((":--", *["--:"] * 5))
+    for title, (run, name) in {**SHOWN, "the teacher": ("ablation", "teacher")}.items():
+        models, labels = kept[run]
+        if name in models:
+            cells, c = [""] * 3, found.get((run, name))
+            if c:
+                cells = [f"{100 * c['difference']:+.2f}", interval(c["ci95"], 2, signed=True), f"{c['p_holm']:.2g}"]
+            seeds = len(models[name].logits)
+            rows.append((title.replace("\n", " "), seeds, accuracy(models[name], labels), *cells))
+    return align_tables("".join(f"| {' | '.join(map(str, row))} |\n" for row in rows))
+
+
+def faults() -> str:
+    """How far the original's faults of evaluation move each accuracy, in points: mean (lowest to highest)."""
+    rows = ["| model | seed | accuracy (%) | training mode | flips | both |\n", "| :-- |" + " --: |" * 5 + "\n"]
+    for title, measured in json.loads((FOLDER / "evaluation_faults.json").read_text()).items():
+        name, seed = title.split("/seed")
+        right = 100 * measured["none"][0]
+        moved = [100 * np.array(measured[fault]) - right for fault in ("training mode", "flips", "both")]
+        cells = " | ".join(f"{m.mean():+.2f} ({m.min():+.2f} to {m.max():+.2f})" for m in moved)
+        rows.append(f"| `{name}` | {seed} | {right:.2f} | {cells} |\n")
+    return align_tables("".join(rows))
+
+
 def figure() -> Figure:
     """Accuracy of each kept row of SHOWN, mean with 95% interval, and of each of its seeds."""
     kept = {run: load(run) for run in ("ablation", "controls")}
@@ -109,10 +139,10 @@ def figure() -> Figure:
 
 
 def main() -> None:
+    print(f"{gains()}\n{faults()}")
     for run in STUDY:
-        models, labels = load(run)
-        if models:
-            print(f"{run} ({len(labels):,} test images)\n\n{table(run)}")
+        if has_own_models(run):
+            print(f"{run}\n\n{table(run)}")
     if sys.argv[1:]:
         write_durably(Path(sys.argv[1]), png(figure()))
 

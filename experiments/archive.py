@@ -59,6 +59,11 @@ def load(run: str) -> tuple[dict[str, Evaluated], np.ndarray]:
     return models, labels
 
 
+def has_own_models(run: str) -> bool:
+    """Whether a model of this run is kept that it does not share with `ablation`."""
+    return any(owner(run, name) == run for name in load(run)[0])
+
+
 if __name__ == "__main__":
     with exit_on_error():
         if len(sys.argv) != 2 or sys.argv[1] not in STUDY:

@@ -75,11 +75,12 @@ VIEWS = {
 METHODS = ROWS | {loss: replace(VARIANT, soft_loss=loss) for loss in ("dkd", "dist", "ttm", "standardised_kd")}
 
 COMMON = {"image_size": 64, "validation_size": 2000, "seeds": (0, 1, 2, 3, 4)}
+THREE_SEEDS = {**COMMON, "seeds": (0, 1, 2)}
 STUDY = {
     "ablation": Config(ABLATION, run="ablation", **COMMON),
     "controls": Config(CONTROLS, run="controls", **COMMON),
-    "low_data": Config(LOW_DATA, run="low_data", **COMMON),
-    "teachers": Config(TEACHERS, run="teachers", **COMMON),
-    "views": Config(VIEWS, run="views", augment="crop", **COMMON),
-    "methods": Config(METHODS, run="methods", **COMMON),
+    "low_data": Config(LOW_DATA, run="low_data", **THREE_SEEDS),
+    "teachers": Config(TEACHERS, run="teachers", **THREE_SEEDS),
+    "views": Config(VIEWS, run="views", augment="crop", **THREE_SEEDS),
+    "methods": Config(METHODS, run="methods", **THREE_SEEDS),
 }

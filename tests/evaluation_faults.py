@@ -1,15 +1,17 @@
 """What the original's two faults of evaluation do to the accuracy of a finished run.
 
-    python -m tests.evaluation_faults --run ablation --json docs/evaluation_faults.json
+    python -m tests.evaluation_faults --run ablation --only teacher student kd --json docs/data/evaluation_faults.json
 
 Its evaluation script never calls eval(), so that BatchNorm normalises with the statistics of each test batch, and its
 test images are flipped at random. Here both are repeated on checkpoints of this repository, several times each, as
-their outcome is random. They are no mode of evaluate.py, which always evaluates correctly.
+their outcome is random; models that the JSON file has are not measured again. They are no mode of evaluate.py, which
+always evaluates correctly.
 """
 
 import argparse
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from engine.checkpoints import checkpoint_path, load_finished, recorded_config
 from engine.datasets import Split, load_dataset
 from engine.device import autocast, configure_backends, resolve_device
 from engine.errors import UserError, exit_on_error
+from engine.files import write_durably
 from engine.images import prepare
 from engine.models import load_model
 from engine.settings import Config
@@ -58,11 +61,17 @@ def faulty_accuracy(
     return correct / len(order)
 
 
-def measure(config: Config, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """For each model and seed, and each fault, the accuracies of `repeats` evaluations: one where none is random."""
-    dataset, measured = load_dataset(config), {}
+def measure(
+    config: Config, repeats: int, measured: dict[str, dict[str, list[float]]]
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Each finished model that is not `measured` yet, as MODEL/seedS, and its accuracies under each fault.
+
+    An evaluation is repeated `repeats` times where it is random.
+    """
+    dataset = load_dataset(config)
     for name, seed in config.models():
-        if not (state := load_finished(checkpoint_path(config, name, seed))):
+        title, state = f"{name}/seed{seed}", load_finished(checkpoint_path(config, name, seed))
+        if title in measured or not state:
             continue
         model = load_model(state, config.device)
 
@@ -71,34 +80,36 @@ def measure(config: Config, repeats: int) -> dict[str, dict[str, list[float]]]:
                 model, dataset.test, config.image_size, **how, seed=repeat, precision=config.precision
             )
 
-        measured[f"{name}/seed{seed}"] = {
+        faults = {
             fault: [accuracy(how, repeat) for repeat in range(repeats if any(how.values()) else 1)]
             for fault, how in FAULTS.items()
         }
-    return measured
+        yield title, faults
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True)
+    parser.add_argument("--checkpoints_path", type=Path, default="checkpoints")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     own = parser.parse_args()
     with exit_on_error():
-        config = recorded_config(Path("checkpoints", own.run))
+        config = recorded_config(own.checkpoints_path / own.run)
         if not config:
-            raise UserError(f"checkpoints/{own.run}: holds no checkpoints; train first")
+            raise UserError(f"{own.checkpoints_path / own.run}: holds no checkpoints; train first")
         config = resolve_device(replace(config, only=tuple(own.only), precision=own.precision))
         configure_backends(config)
-        measured = measure(config, own.repeats)
-    for name, faults in measured.items():
-        for fault, accuracies in faults.items():
-            mean, lowest, highest = np.mean(accuracies), min(accuracies), max(accuracies)
-            print(f"{name:24}  {fault:14}  {mean:.2%}, {len(accuracies)} times: {lowest:.2%} to {highest:.2%}")
-    if own.json:
-        own.json.write_text(json.dumps(measured, indent=1) + "\n")
+        measured = json.loads(own.json.read_text()) if own.json and own.json.exists() else {}
+        for title, faults in measure(config, own.repeats, measured):
+            measured[title] = faults
+            for fault, accuracies in faults.items():
+                mean, lowest, highest = np.mean(accuracies), min(accuracies), max(accuracies)
+                print(f"{title:24}  {fault:14}  {mean:.2%}, {len(accuracies)} times: {lowest:.2%} to {highest:.2%}")
+            if own.json:
+                write_durably(own.json, (json.dumps(measured, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The study: its presets, the comparison of a repetition with it, and the numbers that the documents state."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ from scipy import stats
 from config import PRESETS
 from experiments import answer, archive
 from experiments import compare as compare_module
+from experiments.capacity_gap import accuracies, table
 from experiments.compare import compare, p_value, published
 from experiments.presets import STUDY
 from report.comparisons import differing_settings
-from report.markdown import summary
+from report.markdown import interval, summary
 from report.metrics import Evaluated
 from report.statistics import detectable_difference, mcnemar_p
-from tests.capacity_gap import accuracies, table
 
 
 def entry(values) -> dict:
@@ -136,15 +137,91 @@ def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
 
 # The numbers in the documents
 
+COMPARED = {(c["model"], c["baseline"]): c for c in answer.compared("ablation", *archive.load("ablation"))}
+
+
+def points(model: str, baseline: str = "student") -> str:
+    return f"{100 * COMPARED[model, baseline]['difference']:.2f}"
+
+
+def bounds(model: str, baseline: str = "student") -> str:
+    return interval(COMPARED[model, baseline]["ci95"], 2, signed=True)
+
 
 @pytest.mark.parametrize("run", STUDY)
 def test_the_documented_tables_are_those_of_the_kept_logits(run):
-    models, _ = archive.load(run)
-    if any(archive.owner(run, name) == run for name in models):
+    if archive.has_own_models(run):
         assert answer.table(run) in (ROOT / "docs/answer.md").read_text()
 
 
-README = " ".join((ROOT / "README.md").read_text().replace("\n> ", "\n").split())
+def words(path: str) -> str:
+    return " ".join((ROOT / path).read_text().replace("\n> ", "\n").split())
+
+
+README, ANSWER = words("README.md"), words("docs/answer.md")
+
+
+def test_the_readmes_table_is_that_of_the_kept_logits():
+    assert answer.gains() in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_answer_is_that_of_the_kept_logits():
+    kd, without = COMPARED["kd", "student"], COMPARED["kd_without_t2", "student"]
+    assert (kd["verdict"], without["verdict"]) == ("better", "indistinguishable")
+    assert f"gains +{points('kd')} percentage points of test accuracy from a teacher of 48,000" in README
+    assert f"(95% interval {bounds('kd')}, {len(kd['seeds'])} seeds)" in README
+    assert f"{float(points('kd_without_t2')):+.2f} ({bounds('kd_without_t2')}), which is indistinguishable" in README
+
+
+def test_the_readmes_costs_are_those_of_the_kept_logits():
+    lost, low, high = (
+        f"{-100 * x:.2f}" for c in [COMPARED["kd_without_t2", "kd"]] for x in (c["difference"], *reversed(c["ci95"]))
+    )
+    p = COMPARED["kd_without_t2", "kd"]["p_holm"]
+    assert f"**{lost} of the {points('kd')} points** (95% interval {low} to {high}, p = {p:.2g})" in README
+    regained = 100 * (COMPARED["kd_without_t2_lr", "kd"]["difference"] - COMPARED["kd_without_t2", "kd"]["difference"])
+    assert f"{points('small_step').lstrip('-')} points for a student alone" in README
+    assert f"3.6 times the learning rate regains {regained:.2f} of the {lost}" in README
+    returned = 100 * (
+        COMPARED["kd_without_t2", "student"]["difference"] - COMPARED["small_step", "student"]["difference"]
+    )
+    assert f"what is left of the teacher brings {returned:.2f} back" in README
+    longer = 100 * (COMPARED["original", "student"]["difference"] - COMPARED["kd_without_t2", "student"]["difference"])
+    assert f"the student alone gains {points('student_2x')} from that, the distilled one {longer:.2f}" in README
+
+
+def test_the_outcome_of_each_prediction_is_that_of_the_kept_logits():
+    section = (ROOT / "docs/answer.md").read_text().split("what came out\n")[1].split("\n## ")[0]
+    predicted = (ROOT / "docs/predictions.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:2] == "| "]
+    assert len(rows) > 1
+    for number, model, baseline, prediction, difference, verdict, needed, _ in rows[1:]:
+        assert f"| {number} | ablation | {model} | {baseline} | {prediction} |" in predicted
+        c = COMPARED[model.strip("`"), baseline.strip("`")]
+        assert (difference, verdict) == (f"{100 * c['difference']:+.2f}", c["verdict"])
+        assert needed == ("none" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}")
+    failed = sum(held.startswith("**no**") for *_, held in rows)
+    numbers = ("no", "one", "two", "three", "four", "five", "six")
+    assert f"{numbers[failed]} of {numbers[len(rows) - 1]} predictions have failed" in README
+
+
+def test_the_faults_of_evaluation_are_those_that_were_measured():
+    assert answer.faults() in (ROOT / "docs/answer.md").read_text()
+    measured = recorded("docs/data/evaluation_faults.json").values()
+    for fault, sentence in (
+        ("training mode", "{:.2f} points in the mean, another result each time: {:.2f} to {:.2f} (n = {} evaluations)"),
+        ("flips", "{:.2f} points in the mean, {:.2f} to {:.2f} (n = {})"),
+    ):
+        moved = [100 * (accuracy - model["none"][0]) for model in measured for accuracy in model[fault]]
+        assert sentence.format(np.mean(moved), min(moved), max(moved), len(moved)) in README
+
+
+def test_the_readmes_numbers_of_other_studies():
+    assert "| resnet18 | resnet50 | logit | +0.06 | -0.06 to +0.17 | 0.23 | 1.00 | 22 |" in table()
+    assert "is +0.06 points (-0.06 to +0.17, five seeds; about 22 would be needed)" in README
+    assert all(float(line.split("|")[-3]) > 0.05 for line in table().splitlines()[2:])
+    ratio = re.search(r"distilled ResNet18, .* \| ([\d.]+) \|", (ROOT / "docs/speed.md").read_text())[1]
+    assert f"[{ratio} times the time]" in README
 
 
 def recorded(path: str) -> dict:
@@ -165,21 +242,21 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
 
 def test_the_readmes_numbers_of_the_run_on_photographs_are_those_of_its_results():
     results = recorded("imgs/cifar10-jpeg/results.json")
-    teacher, alone, taught = (percent(m["accuracy"]) for m in results["models"].values())
-    assert f"teacher {teacher}%, student alone {alone}%, taught {taught}%" in README
+    teacher, alone = (f"{100 * results['models'][name]['accuracy']['mean']:.2f}" for name in ("teacher", "student"))
     (comparison,) = results["comparisons"]
-    assert f"over seeds that is p = {comparison['p_value']:.2f}" in README
-    before, after = (results["models"][name]["expected_calibration_error"] for name in ("student", "student_kd"))
-    assert f"falls from {100 * before:.1f} to {100 * after:.1f} points" in README
-    scaled = results["models"]["student"]["temperature_scaled"]["expected_calibration_error"]
-    assert f"a single number, achieves {100 * scaled:.1f}" in README
+    seeds = [m["accuracy"]["seeds"] for m in results["models"].values()]
+    assert all(seeds[2][seed] < seeds[1][seed] for seed in ("0", "1", "2"))
+    assert f"a teacher that is worse than its student ({teacher} against {alone}%, 32 px)" in README
+    mean = f"{100 * comparison['difference']:+.2f}"
+    assert f"by {mean} points in the mean with p = {comparison['p_value']:.2f}" in README
 
 
 def test_the_readmes_arithmetic_on_the_original():
-    assert f"about {0.75 / 25 / (0.25 + 0.75 / 25):.0%} of the gradient where its weight suggests 75%" in README
-    assert f"one seed detects about {100 * detectable_difference(400 / 10_000, 10_000):.2f} points" in README
+    least = f"{100 * detectable_difference(400 / 10_000, 10_000):.2f}"
+    assert f"a seed detects about {least} points" in README
+    assert f"one seed detects {least} points with 80% power (400 discordant images)" in README
     assert mcnemar_p(5, 15) < 0.05 < mcnemar_p(6, 16)
-    assert "significant only if at most 20 images" in README
+    assert "9,420 against 9,410 correct is significant only if at most 20 are discordant" in README
 
 
 def test_the_answer_holds_the_table_of_the_nearest_study():

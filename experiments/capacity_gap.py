@@ -1,6 +1,6 @@
 """The nearest published study through the statistics of this repository, as a Markdown table.
 
-    python -m tests.capacity_gap
+    python -m experiments.capacity_gap
 
 docs/data/kd-capacity-gap.csv has the test accuracy of each of the 50 final runs that umutonuryasar/kd-capacity-gap (MIT
 licence) published with arXiv 2605.31191: five seeds of each student alone, and with each teacher and method.
