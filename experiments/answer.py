@@ -27,8 +27,10 @@ from report.statistics import accuracy_interval
 SHOWN = {
     "student alone": ("ablation", "student"),
     "alone, twice the epochs": ("ablation", "student_2x"),
-    "alone, a quarter of the loss": ("ablation", "small_step"),
+    "alone, 3.6 times the learning rate": ("ablation", "student_lr"),
+    "alone, loss × 0.25": ("ablation", "small_step"),
     "distilled with T²": ("ablation", "kd"),
+    "distilled with T², twice the epochs": ("ablation", "kd_2x"),
     "distilled without T²": ("ablation", "kd_without_t2"),
     "distilled without T², 3.6 times the learning rate": ("ablation", "kd_without_t2_lr"),
     "distilled without T², twice the epochs\n(as published)": ("ablation", "original"),
@@ -40,7 +42,10 @@ SHOWN = {
 
 # What is compared beside each row with its baseline, in the same family of Holm's correction.
 FURTHER = {
-    "ablation": [(row, "student") for row in ("student_2x", "kd_without_t2", "kd_without_t2_lr", "original")],
+    "ablation": [
+        (row, "student")
+        for row in ("student_2x", "student_lr", "kd_without_t2", "kd_without_t2_lr", "original", "kd_2x")
+    ],
     "controls": [(row, "student") for row in ("label_smoothing", "kd_untrained", "kd_shuffled", "kd_self")],
 }
 
@@ -65,7 +70,7 @@ def comparison_cells(c: dict[str, Any]) -> list[str]:
         "none" if c["p_value"] is None else f"{c['p_value']:.2g}",
         f"{c['p_holm']:.2g}",
         c["verdict"],
-        "none" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}",
+        "n/a" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}",
     ]
 
 

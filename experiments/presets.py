@@ -25,10 +25,12 @@ ROWS = {"teacher": TEACHER, "student": STUDENT, "kd": KD}
 ABLATION = {
     **ROWS,
     "student_2x": replace(STUDENT, epochs=30),
+    "student_lr": replace(STUDENT, lr=3.6 * STUDENT.lr),
     "small_step": replace(KD, soft_weight=0.0),  # 0.25 CE and nothing else
     "kd_without_t2": replace(VARIANT, scale_soft_loss=False),
     "kd_without_t2_lr": replace(VARIANT, scale_soft_loss=False, lr=3.6 * STUDENT.lr),
     "original": replace(KD, scale_soft_loss=False, epochs=30, baseline="student_2x"),
+    "kd_2x": replace(KD, epochs=30, baseline="student_2x"),
     **{f"kd_t{t}": replace(VARIANT, temperature=float(t)) for t in (1, 2, 10)},
     **{f"kd_alpha_{percent}": replace(VARIANT, alpha=percent / 100) for percent in (0, 50, 90)},
 }
