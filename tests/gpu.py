@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from engine.device import environment
 from engine.errors import UserError, exit_on_error
 from engine.files import write_durably
 from tests.benchmark import H200_ROOFLINE
-from tests.gpu_measurements import ROOT, SECTIONS, Options
+from tests.gpu_measurements import ROOT, SECTIONS, Options, configure
 
 TARGETS = {  # images/s on an H200 at 224 px, batches of 100
     "ResNet50 training": 4_800,
@@ -113,9 +114,11 @@ def exactness(found: dict[str, Any]) -> list[str]:
             f"{record['rate']:,.0f} images/s."
         )
     if suite := found.get("suite"):
-        counts = ", ".join(f"{suite[what]} {what}" for what in ("passed", "failed", "skipped") if what in suite)
+        counts = ", ".join(
+            f"{suite[what]} {what}" for what in ("passed", "failed", "error", "skipped") if what in suite
+        )
         lines.append(
-            f"- Tests, on the device too: {counts}, in {suite['seconds']:.0f} s. {' '.join(suite['failures'])}"
+            f"- Tests, on the device too: {counts}, in {suite['seconds']:.0f} s. {' '.join(suite['failures'])}".rstrip()
         )
     return [*lines, ""]
 
@@ -166,14 +169,19 @@ def run_section(name: str, options: Options) -> tuple[dict[str, Any] | None, str
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return None, f"exit status {done.returncode}; its traceback is above"
-    return json.loads(done.stdout.splitlines()[-1]), ""
+    try:
+        return json.loads(done.stdout.splitlines()[-1]), ""
+    except (ValueError, IndexError):
+        return None, "printed something after its record"
 
 
 def run_sections(names: list[str], options: Options, path: Path) -> dict[str, Any]:
     """Every section that the JSON file lacks; the file is written after each."""
-    written = json.loads(path.read_text()) if path.exists() else {"options": options._asdict(), "sections": {}}
-    if written["options"] != json.loads(json.dumps(options._asdict())):
-        raise UserError(f"{path}: was measured with other options; delete it, or write to another --json")
+    now = {"options": options._asdict(), "environment": environment(configure(options))}
+    written = json.loads(path.read_text()) if path.exists() else {**now, "sections": {}}
+    for what in now:
+        if written[what] != now[what]:
+            raise UserError(f"{path}: was measured with other {what}; delete it, or write to another --folder")
     found = written["sections"]
     for name in names:
         if name in found and name not in found.get("failed", {}):

@@ -27,6 +27,7 @@ from custom_resnet import build_resnet, cross_entropy, fit
 from engine.checkpoints import load_checkpoint
 from engine.datasets import Dataset, Split, batches, to_device
 from engine.device import configure_backends, environment, memory_format, resolve_device, synchronize
+from engine.errors import first_line
 from engine.estimate import time_training
 from engine.images import prepare, resize
 from engine.inference import predict
@@ -73,16 +74,20 @@ def make_model(arch: str, config: Config) -> nn.Module:
 
 
 def measure(function: Callable[[], Any], count: int, options: Options) -> dict[str, Any]:
-    """Rate of `function`, which processes `count` things, its first call apart; the peak memory on CUDA."""
+    """Rate of `function`, which processes `count` things, its first call apart; the peak memory on CUDA.
+
+    A function that returns a float has timed itself, to leave preparations out: the seconds that it took.
+    """
     on_cuda, seconds = options.device.startswith("cuda"), []
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(1 + options.repeats):
         synchronize(options.device)
         started = time.perf_counter()
-        function()
+        own = function()
         synchronize(options.device)
-        seconds.append(time.perf_counter() - started)
+        took = time.perf_counter() - started
+        seconds.append(own if isinstance(own, float) else took)
     rates = [count / each for each in seconds[1:]]
     record = {"rate": median(rates), "min": min(rates), "max": max(rates), "n": len(rates), "first_seconds": seconds[0]}
     return record | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
@@ -98,7 +103,7 @@ def try_each(variants: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any
         try:
             found[name] = variant()
         except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+            found[name] = {"error": f"{type(error).__name__}: {first_line(error)}"}
     return found
 
 
@@ -109,17 +114,26 @@ def ceilings(options: Options) -> dict[str, Any]:
     a, b = torch.randn(2, side, side, device=options.device, dtype=torch.bfloat16)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), 2 * size, options)
-    product = measure(lambda: a @ b, 2 * side**3, options)
+    into = torch.empty_like(a)
+
+    def repeat(function: Callable[[], Any], times: int = 20) -> None:  # one alone takes a millisecond or two
+        for _ in range(times):
+            function()
+
+    copy = measure(lambda: repeat(lambda: target.copy_(source)), 20 * 2 * size, options)
+    product = measure(lambda: repeat(lambda: torch.mm(a, b, out=into)), 20 * 2 * side**3, options)
     return {"environment": environment(config), "bytes_per_second": copy["rate"], "flop_per_second": product["rate"]}
 
 
 def suite(options: Options) -> dict[str, Any]:
     """The test suite, whose device tests run on CUDA too where there is one."""
     started = time.perf_counter()
-    words = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout[-500:])}
+    words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=threads, capture_output=True, text=True)
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)s?\b", done.stdout[-500:])}
+    if done.returncode not in (0, 1) or not counts:
+        raise RuntimeError(f"pytest: exit status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, flags=re.MULTILINE)
     return {"seconds": time.perf_counter() - started, **counts, "failures": failures, "tail": done.stdout[-4000:]}
 
@@ -173,17 +187,17 @@ def exact_resume(options: Options) -> dict[str, Any]:
 
         def train(stop_after: int | None = None, state: dict | None = None, config=config, dataset=dataset) -> tuple:
             model, states, calls = make_model("resnet18", config), [], iter(range(10**9))
-            fit(
+            history = fit(
                 *(model, RECIPE, config, 0, dataset, cross_entropy, "resume", state, states.append),
                 stop=lambda: 15 * (next(calls) + 1 == stop_after),
             )
-            return model, states
+            return model, states, history
 
         once, twice = train()[0], train()[0]
         state = train(options.steps // 2)[1][0]
         resumed = train(state=state)[0]
         name = "deterministic" if deterministic else "default"
-        speed = measure(train, len(dataset.train.labels), options)
+        speed = measure(lambda train=train: train()[2][-1]["seconds"], len(dataset.train.labels), options)
         found[name] = {
             "repeats": all(map(torch.equal, weights(once), weights(twice))),
             "resumes": all(map(torch.equal, weights(once), weights(resumed))),
@@ -199,7 +213,7 @@ class Step:
     def __init__(self, arch: str, config: Config, fused: bool = True, compile: str | None = None, graph: bool = False):
         self.config, self.graph = config, graph
         self.model = make_model(arch, config).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.001, 0.9, fused=fused)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.001, 0.9, fused=fused or None)  # None: foreach
         self.forward = torch.compile(self.model, mode=compile) if compile else self.model
         dataset = random_dataset(config, 1)
         self.images, self.labels = prepare(dataset.train.images, config.image_size), dataset.train.labels
@@ -239,8 +253,14 @@ def bare_step(options: Options, arch: str, precision: str = "bf16", tf32: bool =
     """Training images/s of Step."""
     config = configure(options, precision=precision)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    started = time.perf_counter()
     step = Step(arch, config, **how)
-    return measure(lambda: step.run(options.steps), options.batch_size * options.steps, options)
+    prepared = time.perf_counter() - started  # with a graph, it has been captured by now, and compiled before
+    record = measure(lambda: step.run(options.steps), options.batch_size * options.steps, options)
+    record["first_seconds"] += prepared
+    if step.graph:
+        record.pop("peak_bytes", None)  # of replays, which allocate nothing
+    return record
 
 
 def whole_fit(options: Options, arch: str, compile: str = "off", on_host: bool = False) -> dict[str, Any]:
@@ -248,8 +268,8 @@ def whole_fit(options: Options, arch: str, compile: str = "off", on_host: bool =
     config = configure(options, compile=compile)
     dataset, model = random_dataset(config, options.steps, on_host), make_model(arch, config)
 
-    def epoch() -> None:
-        fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+    def epoch() -> float:
+        return fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)[-1]["seconds"]
 
     return measure(epoch, len(dataset.train.labels), options)
 
@@ -281,9 +301,9 @@ def training_speed(options: Options) -> dict[str, Any]:
             "fit, images in pinned host memory": (whole_fit, {"on_host": True}),
             "step": (bare_step, {}),
             "step, optimizer not fused": (bare_step, {"fused": False}),
-            "step, CUDA graph": (bare_step, {"graph": True}),
             "step, float32 in TF32": (bare_step, {"precision": "fp32"}),
             "step, float32": (bare_step, {"precision": "fp32", "tf32": False}),
+            "step, CUDA graph": (bare_step, {"graph": True}),
         },
         options,
     )
@@ -303,11 +323,11 @@ def compiled_speed(options: Options) -> dict[str, Any]:
 
 
 def evaluation_speed(options: Options) -> dict[str, Any]:
-    """Images/s of `predict` by the size of its batches; as in the product it is 500."""
+    """Images/s of `predict` by the size of its batches, which is 500 in the product."""
     config = configure(options)
 
     def at(arch: str, batch_size: int) -> dict[str, Any]:
-        dataset, model = random_dataset(config, options.steps), make_model(arch, config)
+        dataset, model = random_dataset(config, 4 * options.steps), make_model(arch, config)
         images = dataset.train.images
         return measure(
             lambda: predict(model, images, config.image_size, config.precision, batch_size), len(images), options
@@ -321,9 +341,10 @@ KERNELS = {  # kind -> a pattern of the kernels' names, the first that matches c
     "optimizer": r"multi_tensor|sgd|adam",
     "BatchNorm": r"batch_?norm|bn_(fw|bw)|welford",
     "pooling": r"pool",
-    "convolution and matrix product": r"conv|gemm|cutlass|xmma|wgrad|dgrad|cudnn|nchwToNhwc|nhwcToNchw",
+    "convolution and matrix product": r"conv|gemm|cutlass|xmma|nvjet|wgrad|dgrad|cudnn|nchwToNhwc|nhwcToNchw",
     "copy and cast": r"copy|memcpy|memset",
-    "elementwise": r"elementwise|relu|threshold|where|add",
+    "reduction": r"reduce",
+    "elementwise": r"elementwise|relu|threshold|where",
 }
 
 
@@ -336,12 +357,12 @@ def step_profile(options: Options) -> dict[str, Any]:
         fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
         synchronize(config.device)
         with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
-            started = time.perf_counter()
-            fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+            wall = fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)[-1]["seconds"]
             synchronize(config.device)
-            wall = time.perf_counter() - started
         seconds, names = defaultdict(float), Counter()
         for event in recorded.key_averages():
+            if getattr(event, "is_user_annotation", False):  # spans kernels that are counted themselves
+                continue
             took = (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6
             kinds = (kind for kind, pattern in KERNELS.items() if re.search(pattern, event.key, re.IGNORECASE))
             seconds[next(kinds, "other")] += took

@@ -21,6 +21,30 @@ FOUND = {
     "evaluation_speed": {"resnet50: batches of 500": SPEED},
     "step_profile": {"resnet50": {"step_milliseconds": 20.8, "shares": {"BatchNorm": 0.3, "other": 0.1}}},
     "synchronisations": {"steps": 50, "places": {"training.py:74": 2}},
+    "exact_resize": {
+        "sizes": {"32 to 224 px": {"values": 10_000, "different": 7}},
+        "normalised_largest_difference": 2e-7,
+    },
+    "stored_against_online": {
+        "images": 5000,
+        "largest_difference": 0.03,
+        "standard_deviation_of_logits": 1.5,
+        "same_class": 0.998,
+        "kl_at_temperature_5": 2e-6,
+    },
+    "exact_resume": {"deterministic": {"repeats": True, "resumes": True, **SPEED}},
+    "suite": {"passed": 800, "error": 1, "seconds": 99.5, "failures": ["tests/test_a.py::test_b"]},
+    "experiment": {
+        "flags": "--preset original",
+        "wall_seconds": {"evaluate.py": 20.4},
+        "training_seconds": 107.6,
+        "models": {"teacher/seed0": {"seconds": 60.0, "first_epoch": 14.0, "last_epoch": 11.5}},
+        "accuracies": {"teacher": 0.812},
+    },
+    "original_way": {
+        "distilled_over_plain_epoch": 1.0123,
+        "ratios": [{"ours": "ResNet18 training", "plain": "the original's way", "ratio": 5.25}],
+    },
 }
 
 
@@ -33,13 +57,26 @@ def test_the_page_shows_what_was_measured():
     assert "| resnet18: step, CUDA graph | RuntimeError: a / b |" in page
     assert "| BatchNorm | 30.0% |" in page
     assert "Synchronisations: training.py:74 (2)." in page
+    assert "differ from PIL's: 32 to 224 px: 7 of 10,000. Normalised: at most 2e-07 apart." in page
+    assert (
+        "(5,000 images): at most 0.03 apart, of logits with standard deviation 1.5; the same class for 99.80%" in page
+    )
+    assert "- ResNet18, deterministic: repeats bit for bit: True; resumes bit for bit: True; 1,234 images/s." in page
+    assert "- Tests, on the device too: 800 passed, 1 error, in 100 s. tests/test_a.py::test_b" in page
+    assert "`--preset original`: evaluate.py 20 s. Test accuracy: teacher 81.20%." in page
+    assert "| teacher/seed0 | 60.0 s | 14.0 s | 11.5 s |" in page
+    assert "| training of the whole experiment | 110 s | 108 s |" in page
+    assert "| distilled epoch over plain epoch | 1.05 | 1.012 |" in page
+    assert "| ResNet18 training | the original's way | 5.2 |" in page
 
 
 def test_an_empty_page_claims_nothing():
-    assert not any(
-        digit in gpu.page({}, OPTIONS._asdict()).split("## Targets")[1].split("target (")[0] for digit in "123"
-    )
-    assert "Failed" not in gpu.page({}, OPTIONS._asdict())
+    page = gpu.page({}, OPTIONS._asdict())
+    assert [line for line in page.split("## Targets")[1].splitlines() if line.startswith("|")] == [
+        "|  | target (H200, 224 px) | here | of the roofline |",
+        "| :-- | --: | --: | --: |",
+    ]
+    assert "Failed" not in page
 
 
 def test_sections_are_resumed_and_failures_repeated(tmp_path, monkeypatch):
@@ -60,6 +97,9 @@ def test_sections_are_resumed_and_failures_repeated(tmp_path, monkeypatch):
     assert "failed" not in found
     with pytest.raises(UserError, match="measured with other options"):
         gpu.run_sections(["ceilings"], OPTIONS._replace(steps=5), path)
+    path.write_text(path.read_text().replace('"python": "', '"python": "0.'))
+    with pytest.raises(UserError, match="measured with other environment"):
+        gpu.run_sections(["ceilings"], OPTIONS, path)
 
 
 def test_a_section_runs_in_a_process_of_its_own():
@@ -79,6 +119,12 @@ def test_a_rate_leaves_the_first_call_out(monkeypatch):
     times = iter([0.0, 8.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
     monkeypatch.setattr("tests.gpu_measurements.time.perf_counter", lambda: next(times))
     assert measure(lambda: None, 4, OPTIONS) == {"rate": 2.0, "min": 1.0, "max": 4.0, "n": 3, "first_seconds": 8.0}
+
+
+def test_a_rate_is_that_of_the_seconds_that_a_function_returns():
+    seconds = iter([9.0, 2.0, 4.0, 1.0])
+    record = measure(lambda: next(seconds), 4, OPTIONS)
+    assert record == {"rate": 2.0, "min": 1.0, "max": 4.0, "n": 3, "first_seconds": 9.0}
 
 
 def test_a_variant_that_fails_leaves_the_others():
