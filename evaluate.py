@@ -42,7 +42,7 @@ from engine.models import load_model
 from engine.settings import Config
 from report.comparisons import Models, TrainingLogits, distilled
 from report.export import check_export, export_program
-from report.markdown import align_tables, escape_markdown, percent, summary
+from report.markdown import escape_markdown, markdown_table, percent, summary
 from report.metrics import Evaluated
 from report.write import write_report
 from utils import load_config, run_script
@@ -163,10 +163,9 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
         predicted = [dict(zip(classes, p[number].tolist(), strict=True)) for _, classes, p in columns]
         classes = dict.fromkeys(itertools.chain(*predicted))
         likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in predicted), reverse=True)[:20]
-        rows = [[escape_markdown(path), *(title for title, *_ in columns)], [":--"] + ["--:"] * len(columns)]
-        rows += [["**class**", *(f"**{escape_markdown(max(p, key=p.get))}**" for p in predicted)]]
+        rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.get))}**" for p in predicted)]]
         rows += [[escape_markdown(c), *(percent(p.get(c)) for p in predicted)] for c in classes if c in likeliest]
-        return align_tables("".join(f"| {' | '.join(row)} |\n" for row in rows))
+        return markdown_table([escape_markdown(path), *(title for title, *_ in columns)], rows)
 
     return [table(number, path) for number, path in enumerate(paths)]
 

@@ -58,7 +58,7 @@ def bf16_gradients_are_wrong(device: str, image_size: int) -> bool:
 
 
 def supports_bf16(device: str, image_size: int) -> bool:
-    """Whether bfloat16 may be faster than float32, as the hardware computes in it natively, and is right."""
+    """Whether bfloat16 may be faster than float32 here, as the hardware has it, and its gradients are correct."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

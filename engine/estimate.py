@@ -86,12 +86,14 @@ def plan(
     precisions = [recorded or "fp32"] if config.precision == "auto" else [config.precision]
     if config.precision == "auto" and recorded is None and supports_bf16(config.device, config.image_size):
         precisions = ["fp32", "bf16"]
-    if jobs and precisions == ["bf16"] and bf16_gradients_are_wrong(config.device, config.image_size):
+    archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
+    if archs and precisions == ["bf16"] and bf16_gradients_are_wrong(config.device, config.image_size):
         raise UserError(
             f"precision = 'bf16': PyTorch's gradients in bfloat16 are wrong for images of {config.image_size} px on a "
-            "CPU; use --precision fp32, or an --image_size above 16"
+            "CPU; use --precision fp32 or an --image_size above 16"
+            + ", with --overwrite or another --run"
+            * (recorded is not None)
         )
-    archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
     with explain_device_errors(config):
         per_image = time_training(archs, config, dataset, precisions)
 

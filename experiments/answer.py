@@ -1,10 +1,9 @@
 """The tables and the figure of README.md and docs/answer.md, from the kept logits.
 
-python -m experiments.answer                    # prints the README's table, and one for each preset that has been run
+python -m experiments.answer                    # prints the README's table and those of docs/answer.md
 python -m experiments.answer docs/answer.png    # and draws the figure
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from matplotlib.figure import Figure
 from engine.errors import exit_on_error
 from engine.files import write_durably
 from engine.recipes import baseline_of
-from experiments.archive import FOLDER, has_own_models, load
+from experiments import archive
+from experiments.archive import has_own_models, load
 from experiments.presets import STUDY
 from report.comparisons import compare_all
 from report.figures import blank_figure, png
-from report.markdown import align_tables, interval
+from report.markdown import format_or_none, interval, markdown_table
 from report.metrics import Evaluated
 from report.statistics import accuracy_interval
 
@@ -57,63 +57,62 @@ def accuracy(model: Evaluated, labels: np.ndarray) -> str:
 
 
 def compared(run: str, models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str, Any]]:
-    """The comparisons that this study makes of the kept models of a run."""
-    pairs = [(name, baseline) for name in models if (baseline := baseline_of(name, STUDY[run].recipes))]
+    """The comparisons that this study makes of the kept models of a run; Holm-corrected for all that it plans."""
+    recipes = STUDY[run].recipes
+    pairs = [(name, baseline) for name in recipes if (baseline := baseline_of(name, recipes))]
     return compare_all(models, labels, pairs=pairs + FURTHER.get(run, []))
 
 
-def comparison_cells(c: dict[str, Any]) -> list[str]:
-    return [
-        f"`{c['baseline']}`",
-        f"{100 * c['difference']:+.2f}",
-        interval(c["ci95"], 2, signed=True),
-        "none" if c["p_value"] is None else f"{c['p_value']:.2g}",
-        f"{c['p_holm']:.2g}",
-        c["verdict"],
-        "n/a" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}",
-    ]
+def comparison_cells(c: dict[str, Any]) -> dict[str, str]:
+    return {
+        "against": f"`{c['baseline']}`",
+        "difference": f"{100 * c['difference']:+.2f}",
+        "95% interval": interval(c["ci95"], 2, signed=True),
+        "p": format_or_none(c["p_value"], ".2g"),
+        "p, Holm": f"{c['p_holm']:.2g}",
+        "verdict": c["verdict"],
+        "seeds needed": "n/a" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}",
+    }
+
+
+COLUMNS = ("against", "difference", "95% interval", "p", "p, Holm", "verdict", "seeds needed")
 
 
 def table(run: str) -> str:
-    """Every kept model of a run as a Markdown table, with its comparisons, if any; Holm-corrected over the table."""
+    """Every kept model of a run with its comparisons, if any."""
     models, labels = load(run)
-    head = ("model", "seeds", "accuracy (%)", "against", "difference", "95% interval", "p", "p, Holm", "verdict")
-    rows: list[tuple[Any, ...]] = [(*head, "seeds needed"), (":--", *["--:"] * len(head))]
-    comparisons = compared(run, models, labels)
+    comparisons, rows = compared(run, models, labels), []
     for name, model in models.items():
-        own = (f"`{name}`", len(model.logits), accuracy(model, labels))
         found = [comparison_cells(c) for c in comparisons if c["model"] == name]
-        rows += [(*own, *cells) for cells in found or [[""] * 7]]
-    return align_tables("".join(f"| {' | '.join(map(str, row))} |\n" for row in rows))
+        own = (f"`{name}`", len(model.logits), accuracy(model, labels))
+        rows += [(*own, *(cells.get(column, "") for column in COLUMNS)) for cells in found or [{}]]
+    return markdown_table(("model", "seeds", "accuracy (%)", *COLUMNS), rows)
 
 
 def gains() -> str:
-    """The README's table: each kept row of SHOWN against the student alone, Holm-corrected over its run's table."""
-    kept = {run: load(run) for run in ("ablation", "controls")}
+    """The README's table: each kept row of SHOWN against the student alone, Holm-corrected as in its run's table."""
+    kept, rows = {run: load(run) for run in ("ablation", "controls")}, []
+    columns = ("difference", "95% interval", "p, Holm")
     found = {(run, c["model"]): c for run in kept for c in compared(run, *kept[run]) if c["baseline"] == "student"}
-    rows: list[tuple[Any, ...]] = [("student", "seeds", "accuracy (%)", "gain", "95% interval", "p, Holm")]
-    rows.append((":--", *["--:"] * 5))
     for title, (run, name) in {**SHOWN, "the teacher": ("ablation", "teacher")}.items():
         models, labels = kept[run]
         if name in models:
-            cells, c = [""] * 3, found.get((run, name))
-            if c:
-                cells = [f"{100 * c['difference']:+.2f}", interval(c["ci95"], 2, signed=True), f"{c['p_holm']:.2g}"]
-            seeds = len(models[name].logits)
-            rows.append((title.replace("\n", " "), seeds, accuracy(models[name], labels), *cells))
-    return align_tables("".join(f"| {' | '.join(map(str, row))} |\n" for row in rows))
+            cells = comparison_cells(found[run, name]) if (run, name) in found else {}
+            own = (title.replace("\n", " "), len(models[name].logits), accuracy(models[name], labels))
+            rows.append((*own, *(cells.get(column, "") for column in columns)))
+    return markdown_table(("model", "seeds", "accuracy (%)", "gain", *columns[1:]), rows)
 
 
 def faults() -> str:
     """How far the original's faults of evaluation move each accuracy, in points: mean (lowest to highest)."""
-    rows = ["| model | seed | accuracy (%) | training mode | flips | both |\n", "| :-- |" + " --: |" * 5 + "\n"]
-    for title, measured in json.loads((FOLDER / "evaluation_faults.json").read_text()).items():
+    rows = []
+    for title, measured in archive.evaluation_faults()["models"].items():
         name, seed = title.split("/seed")
         right = 100 * measured["none"][0]
         moved = [100 * np.array(measured[fault]) - right for fault in ("training mode", "flips", "both")]
-        cells = " | ".join(f"{m.mean():+.2f} ({m.min():+.2f} to {m.max():+.2f})" for m in moved)
-        rows.append(f"| `{name}` | {seed} | {right:.2f} | {cells} |\n")
-    return align_tables("".join(rows))
+        cells = (f"{m.mean():+.2f} ({m.min():+.2f} to {m.max():+.2f})" for m in moved)
+        rows.append((f"`{name}`", seed, f"{right:.2f}", *cells))
+    return markdown_table(("model", "seed", "accuracy (%)", "training mode", "flips", "both"), rows)
 
 
 def figure() -> Figure:

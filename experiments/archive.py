@@ -6,8 +6,10 @@ keeps those of the run's finished models, except for those that it shares with `
 """
 
 import io
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +63,12 @@ def load(run: str) -> tuple[dict[str, Evaluated], np.ndarray]:
 
 def has_own_models(run: str) -> bool:
     """Whether a model of this run is kept that it does not share with `ablation`."""
-    return any(owner(run, name) == run for name in load(run)[0])
+    return any((FOLDER / run).glob("seed*/*.npz"))
+
+
+def evaluation_faults() -> dict[str, Any]:
+    """What `tests.evaluation_faults` has measured and written."""
+    return json.loads((FOLDER / "evaluation_faults.json").read_text())
 
 
 if __name__ == "__main__":

@@ -34,14 +34,17 @@ def published() -> dict[str, Any]:
 def p_value(first: Mapping[str, Any], second: Mapping[str, Any], n_test: int) -> float:
     """Two-sided p-value that two accuracies, entries of results.json, have the same expectation.
 
-    Welch's t-test over seeds, its standard error at least the binomial one of `n_test` images for each, as the test
-    images, or the machine's rounding, may differ.
+    Welch's t-test over seeds. The standard deviation of each side is at least the binomial one of `n_test` images, as
+    the test images, or the machine's rounding, may differ; that one is known, with infinite degrees of freedom.
     """
-    variances = []
+    variances, uncertainty = [], 0.0
     for entry in (first, second):
-        seeds, mean = len(entry["seeds"]), entry["mean"]
-        variances.append(max((entry["std"] or 0.0) ** 2, mean * (1 - mean) / n_test) / seeds)
-    freedom = max(1, min(len(first["seeds"]), len(second["seeds"])) - 1)
+        seeds, of_seeds = len(entry["seeds"]), (entry["std"] or 0.0) ** 2
+        binomial = entry["mean"] * (1 - entry["mean"]) / n_test
+        variances.append(max(of_seeds, binomial) / seeds)
+        if of_seeds > binomial:
+            uncertainty += variances[-1] ** 2 / (seeds - 1)
+    freedom = sum(variances) ** 2 / uncertainty if uncertainty else math.inf
     return float(2 * stats.t.sf(abs(first["mean"] - second["mean"]) / math.sqrt(sum(variances)), freedom))
 
 

@@ -110,17 +110,24 @@ def compare_all(
 ) -> list[dict[str, Any]]:
     """Each model against its baseline, or the `pairs`, with p-values adjusted for their number, and a verdict on it.
 
+    Of `pairs`, those whose models are missing count too, as a test that is undefined.
+
     The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05 and ci95 excludes 0, otherwise
     "indistinguishable". A test that is undefined (p_value None) counts as p = 1. With one seed the verdict is on two
     trained models, not on two recipes, and other seeds may differ.
     """
+
+    def evaluated(pair: tuple[str, str | None]) -> bool:
+        return all(name in models for name in pair) and bool(common_seeds(*(models[name] for name in pair)))
+
     if pairs is None:
-        pairs = [(name, baseline_of(name, models)) for name in models]
-    pairs = [(a, b) for a, b in pairs if a in models and b in models and common_seeds(models[a], models[b])]
-    level = 0.05 / max(1, len(pairs))  # Holm's threshold for the smallest p-value
-    comparisons = [compare(*pair, models, labels, classes, level) for pair in pairs]
-    adjusted = holm([1.0 if c["p_value"] is None else c["p_value"] for c in comparisons])
-    for comparison, p_holm in zip(comparisons, adjusted, strict=True):
+        pairs = filter(evaluated, ((name, baseline_of(name, models)) for name in models))
+    planned = list(pairs)
+    level = 0.05 / max(1, len(planned))  # Holm's threshold for the smallest p-value
+    comparisons = [compare(*pair, models, labels, classes, level) for pair in planned if evaluated(pair)]
+    p_values = [1.0 if c["p_value"] is None else c["p_value"] for c in comparisons]
+    adjusted = holm(p_values + [1.0] * (len(planned) - len(comparisons)))
+    for comparison, p_holm in zip(comparisons, adjusted, strict=False):
         low, high = comparison["ci95"]
         significant = p_holm < 0.05 and not low <= 0 <= high
         verdict = ("better" if comparison["difference"] > 0 else "worse") if significant else "indistinguishable"

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,6 +89,12 @@ def align_tables(markdown: str) -> str:
         return "".join(lines)
 
     return re.sub(r"(?:^\|.*\n)+", align, markdown, flags=re.MULTILINE)
+
+
+def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, its first column aligned to the left and the others to the right; cells are not escaped."""
+    lines = [head, (":--", *["--:"] * (len(head) - 1)), *rows]
+    return align_tables("".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
 
 
 def render(results: dict[str, Any]) -> ModuleType:

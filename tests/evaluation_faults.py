@@ -1,6 +1,6 @@
 """What the original's two faults of evaluation do to the accuracy of a finished run.
 
-    python -m tests.evaluation_faults --run ablation --only teacher student kd --json docs/data/evaluation_faults.json
+    python -m tests.evaluation_faults --run ablation --precision bf16 --json docs/data/evaluation_faults.json
 
 Its evaluation script never calls eval(), so that BatchNorm normalises with the statistics of each test batch, and its
 test images are flipped at random. Here both are repeated on checkpoints of this repository, several times each, as
@@ -11,7 +11,7 @@ always evaluates correctly.
 import argparse
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,17 +61,15 @@ def faulty_accuracy(
     return correct / len(order)
 
 
-def measure(
-    config: Config, repeats: int, measured: dict[str, dict[str, list[float]]]
-) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """Each finished model that is not `measured` yet, as MODEL/seedS, and its accuracies under each fault.
+def measure(config: Config, repeats: int, skip: Container[str] = ()) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Each finished model that is not in `skip`, as MODEL/seedS, and its accuracies under each fault.
 
     An evaluation is repeated `repeats` times where it is random.
     """
     dataset = load_dataset(config)
     for name, seed in config.models():
-        title, state = f"{name}/seed{seed}", load_finished(checkpoint_path(config, name, seed))
-        if title in measured or not state:
+        title = f"{name}/seed{seed}"
+        if title in skip or not (state := load_finished(checkpoint_path(config, name, seed))):
             continue
         model = load_model(state, config.device)
 
@@ -87,29 +85,32 @@ def measure(
         yield title, faults
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True)
     parser.add_argument("--checkpoints_path", type=Path, default="checkpoints")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    own = parser.parse_args()
+    own = parser.parse_args(argv)
     with exit_on_error():
         config = recorded_config(own.checkpoints_path / own.run)
         if not config:
             raise UserError(f"{own.checkpoints_path / own.run}: holds no checkpoints; train first")
         config = resolve_device(replace(config, only=tuple(own.only), precision=own.precision))
         configure_backends(config)
-        measured = json.loads(own.json.read_text()) if own.json and own.json.exists() else {}
-        for title, faults in measure(config, own.repeats, measured):
-            measured[title] = faults
+        how = {"run": own.run, "precision": own.precision, "repeats": own.repeats}
+        written = json.loads(own.json.read_text()) if own.json and own.json.exists() else {**how, "models": {}}
+        if {key: written[key] for key in how} != how:
+            raise UserError(f"{own.json}: was measured with another run, precision or number of repeats; delete it")
+        for title, faults in measure(config, own.repeats, written["models"].copy()):
+            written["models"][title] = faults
             for fault, accuracies in faults.items():
                 mean, lowest, highest = np.mean(accuracies), min(accuracies), max(accuracies)
                 print(f"{title:24}  {fault:14}  {mean:.2%}, {len(accuracies)} times: {lowest:.2%} to {highest:.2%}")
             if own.json:
-                write_durably(own.json, (json.dumps(measured, indent=1) + "\n").encode())
+                write_durably(own.json, (json.dumps(written, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -119,6 +119,18 @@ def test_a_cpu_supports_bf16_if_it_has_the_instructions(monkeypatch, bf16, amx):
     assert not supports_bf16("mps", 17)
 
 
+def test_gradients_in_bf16_are_correct_from_17_px_on():
+    """There the last strided convolution of a ResNet has an input of 2 x 2 pixels."""
+    torch.manual_seed(0)
+    layer, images, gradients = nn.Conv2d(64, 64, 3, stride=2, padding=1), torch.randn(8, 64, 2, 2), {}
+    for precision in ("fp32", "bf16"):
+        layer.zero_grad()
+        with autocast("cpu", precision):
+            layer(images).float().square().mean().backward()
+        gradients[precision] = layer.weight.grad.clone()
+    assert torch.allclose(gradients["bf16"], gradients["fp32"], atol=0.02 * gradients["fp32"].abs().max().item())
+
+
 def test_a_gpu_supports_bf16_unless_it_would_emulate_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not supports_bf16("cuda:0", 16)

@@ -177,6 +177,8 @@ def test_bf16_is_refused_where_its_gradients_are_wrong(config, digits, timed, bf
     small, jobs = replace(config, device="cpu", image_size=16, precision=precision), [Job("student", 0, 1)]
     with pytest.raises(UserError, match=r"precision = 'bf16': .* 16 px on a CPU; use --precision fp32"):
         plan(jobs, recorded, small, digits)
+    with pytest.raises(UserError, match="with --overwrite" if recorded else "above 16$"):
+        plan(jobs, recorded, small, digits)
     assert plan(jobs, recorded, replace(small, image_size=17), digits)[0].precision == "bf16"
     assert plan([], recorded, small, digits)[0].precision == "bf16"  # nothing to train
 

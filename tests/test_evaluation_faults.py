@@ -1,12 +1,14 @@
 """The measurement of the original's faults of evaluation, on models for which the outcome is known."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from engine.datasets import Split
 from engine.inference import predict
-from tests.evaluation_faults import FAULTS, faulty_accuracy
+from tests.evaluation_faults import FAULTS, faulty_accuracy, main
 
 
 class BrighterThanTheBatch(nn.Module):
@@ -53,3 +55,21 @@ def test_flips_mirror_half_of_the_images():
     accuracies = [faulty_accuracy(model, split, 8, **FAULTS["flips"], seed=seed) for seed in range(3)]
     assert len(set(accuracies)) == 3
     assert all(0.4 < accuracy < 0.6 for accuracy in accuracies)
+
+
+def test_models_that_were_measured_are_not_measured_again(trained, tmp_path, capsys):
+    path = tmp_path / "faults.json"
+    words = ["--run", "demo", "--checkpoints_path", str(trained / "checkpoints"), "--json", str(path)]
+    main([*words, "--only", "teacher", "--repeats", "2"])
+    assert capsys.readouterr().out.count("teacher/seed") == 2 * len(FAULTS)
+    before = json.loads(path.read_text())["models"]
+    main([*words, "--only", "teacher", "student", "--repeats", "2"])
+    assert "teacher" not in capsys.readouterr().out
+    after = json.loads(path.read_text())["models"]
+    assert list(after) == ["teacher/seed0", "teacher/seed1", "student/seed0", "student/seed1"]
+    assert {title: after[title] for title in before} == before
+    assert [len(accuracies) for accuracies in after["student/seed1"].values()] == [1, 2, 2, 2]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--repeats", "3"])
+    assert ended.value.code == 2
+    assert "number of repeats" in capsys.readouterr().err
