@@ -206,9 +206,10 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     returned = compared()["kd_without_t2", "student"]["difference"] - compared()["small_step", "student"]["difference"]
     assert f"costs {step} points, and what is left of the teacher brings {100 * returned:.2f} back" in README
     assert f"costs {step} points (`small_step`); what is left of the teacher brings {100 * returned:.2f} back" in ANSWER
-    published = points("original"), points("original", "student_2x")
-    assert "as published it gains {}, of which {} are left".format(*published) in README
-    assert "gains {} points here, of which {} are left".format(*published) in ANSWER
+    published = points("original"), points("original", "student_2x"), bounds("original", "student_2x")
+    assert compared()["original", "student_2x"]["verdict"] == "indistinguishable"
+    assert "it gains {}, of which {} ({}) are left against a student alone of as many".format(*published) in README
+    assert "gains {} points here, of which {} ({}) are left against a student alone".format(*published) in ANSWER
 
 
 def gain(model: str, baseline: str = "student") -> float:
