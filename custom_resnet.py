@@ -20,11 +20,11 @@ from engine.checkpoints import checkpoint_path, save_checkpoint
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
 from engine.device import (
-    autocast,
     code_digest,
     compiled,
     environment,
     explain_device_errors,
+    forward_pass,
     memory_format,
     seed_torch,
 )
@@ -88,7 +88,7 @@ def fit(
         with Progress(f"{title} epoch {epoch + 1}/{recipe.epochs}", total, done) as progress:
             for batch in batches(dataset.train, subset, config, seed, epoch, training.step):
                 seed_torch(seed, epoch, training.step, rank())  # for dropout: a resumed run draws the same masks
-                with autocast(config.device, config.precision):
+                with forward_pass(config.device, config.precision):
                     logits = forward(batch.images).float()
                 terms = loss_fn(logits, batch)
                 if len(terms) > 1 and training.step % max(1, training.steps // 50) == 0:

@@ -30,7 +30,7 @@ from engine.checkpoints import (
 )
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
-from engine.device import autocast, configure_backends
+from engine.device import configure_backends, forward_pass
 from engine.distributed import broadcast_from_rank0
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
@@ -175,7 +175,7 @@ def online_logits(teacher: nn.Module, config: Config) -> Lookup:
     folded = fold_batchnorm(teacher)
 
     def run(batch: Batch) -> torch.Tensor:
-        with torch.inference_mode(), autocast(config.device, config.precision):
+        with torch.inference_mode(), forward_pass(config.device, config.precision):
             return folded(batch.images).float()
 
     return run

@@ -16,6 +16,7 @@ import torchvision
 from torch import nn
 
 from engine.console import log
+from engine.convolution import SmallConvolutions
 from engine.distributed import RankError, local_rank, world_size
 from engine.errors import UserError, first_line
 from engine.settings import Config
@@ -48,23 +49,13 @@ def resolve_device(config: Config) -> Config:
     return replace(config, device=device)
 
 
-def bf16_gradients_are_wrong(device: str, image_size: int) -> bool:
-    """Whether gradients in bfloat16 may be wrong: on a CPU, for images of at most 16 px.
-
-    In a network that reduces images 32-fold, the input of the last strided convolution is then a single pixel, and
-    oneDNN (3.12, in bfloat16 only) leaves the gradients of some weights that only padding meets uninitialised.
-    """
-    return torch.device(device).type == "cpu" and image_size <= 16
-
-
-def supports_bf16(device: str, image_size: int) -> bool:
-    """Whether bfloat16 may be faster than float32 here, as the hardware has it, and its gradients are correct."""
+def supports_bf16(device: str) -> bool:
+    """Whether bfloat16 may be faster than float32 here, as the hardware has it."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # PyTorch has no public name for these two.
-    native = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return native and not bf16_gradients_are_wrong(device, image_size)
+    return kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def memory_format(device: str | torch.device) -> torch.memory_format:
@@ -72,9 +63,13 @@ def memory_format(device: str | torch.device) -> torch.memory_format:
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
-def autocast(device: str | torch.device, precision: str) -> torch.autocast:
-    """The context of every forward pass: bfloat16 where that is the precision, else no change."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+@contextlib.contextmanager
+def forward_pass(device: str | torch.device, precision: str) -> Iterator[None]:
+    """The context of every forward pass: bfloat16 where that is the precision, and fast small convolutions on a CPU."""
+    kind = torch.device(device).type
+    small_convolutions = SmallConvolutions() if kind == "cpu" else contextlib.nullcontext()
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"), small_convolutions:
+        yield
 
 
 def seed_torch(*position: int) -> None:

@@ -13,9 +13,8 @@ from engine.checkpoints import checkpoint_path
 from engine.console import duration, log
 from engine.datasets import Dataset
 from engine.device import (
-    autocast,
-    bf16_gradients_are_wrong,
     explain_device_errors,
+    forward_pass,
     memory_format,
     supports_bf16,
     synchronize,
@@ -63,7 +62,7 @@ def time_training(
             for precision in precisions:
                 synchronize(config.device)
                 before = time.perf_counter()
-                with autocast(config.device, precision):
+                with forward_pass(config.device, precision):
                     logits = model(images)
                 F.cross_entropy(logits.float(), labels).backward()
                 synchronize(config.device)
@@ -80,20 +79,12 @@ def plan(
 ) -> tuple[Config, dict[tuple[str, int], Estimate]]:
     """Resolve `precision` = auto, and estimate the time of each job (name, seed).
 
-    auto means `recorded`, the precision of the run's checkpoints, else the one that trains the jobs faster. Raises
-    UserError if that is bfloat16 and its gradients are wrong here.
+    auto means `recorded`, the precision of the run's checkpoints, else the one that trains the jobs faster.
     """
     precisions = [recorded or "fp32"] if config.precision == "auto" else [config.precision]
-    if config.precision == "auto" and recorded is None and supports_bf16(config.device, config.image_size):
+    if config.precision == "auto" and recorded is None and supports_bf16(config.device):
         precisions = ["fp32", "bf16"]
     archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
-    if archs and precisions == ["bf16"] and bf16_gradients_are_wrong(config.device, config.image_size):
-        raise UserError(
-            f"precision = 'bf16': PyTorch's gradients in bfloat16 are wrong for images of {config.image_size} px on a "
-            "CPU; use --precision fp32 or an --image_size above 16"
-            + ", with --overwrite or another --run"
-            * (recorded is not None)
-        )
     with explain_device_errors(config):
         per_image = time_training(archs, config, dataset, precisions)
 

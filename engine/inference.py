@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from engine.console import Progress
-from engine.device import autocast
+from engine.device import forward_pass
 from engine.distributed import all_reduce_max, all_reduce_sum, shard
 from engine.images import prepare
 
@@ -49,7 +49,7 @@ def predict(
             chunk = chunk.to(device, non_blocking=True)
             if chunk.dtype == torch.uint8:
                 chunk = prepare(chunk, image_size)
-            with autocast(device, precision):
+            with forward_pass(device, precision):
                 parts.append(folded(chunk).float())
             if progress.update(len(chunk)):
                 progress.describe()

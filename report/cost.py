@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoints import checkpoint_path
 from engine.datasets import Dataset
-from engine.device import autocast, memory_format, synchronize
+from engine.device import forward_pass, memory_format, synchronize
 from engine.images import prepare
 from engine.inference import fold_batchnorm
 from engine.models import Architecture
@@ -51,7 +51,7 @@ def time_inference(
     def timed(arch: Architecture, batch: torch.Tensor) -> float:
         synchronize(device)
         started = time.perf_counter()
-        with torch.inference_mode(), autocast(device, config.precision):
+        with torch.inference_mode(), forward_pass(device, config.precision):
             models[arch](prepare(batch, config.image_size)).float()
         synchronize(device)
         return time.perf_counter() - started

@@ -210,7 +210,7 @@ VARIANTS = {  # name -> a method of Benchmark and its arguments
 
 def choose_precision(config: Config) -> Config:
     """The config in the precision that `auto` chooses for training a ResNet50 and a ResNet18 equally long."""
-    precisions = ["fp32", *["bf16"] * supports_bf16(config.device, config.image_size)]
+    precisions = ["fp32", *["bf16"] * supports_bf16(config.device)]
     archs = [Architecture(arch, "imagenet") for arch in ("resnet50", "resnet18")]
     per_image = time_training(archs, config, Benchmark(config, 1).dataset, precisions)
     return replace(config, precision=min(precisions, key=lambda p: sum(per_image[arch, p] for arch in archs)))
@@ -246,7 +246,7 @@ def measure(config: Config, steps: int, rounds: int, enough: float) -> dict[str,
     The two ways run in processes of their own; then the two precisions of ours, when the memory of these is free again.
     """
     times = in_turn([n for n in VARIANTS if "other precision" not in n], config, steps, rounds, enough)
-    if supports_bf16(config.device, config.image_size):
+    if supports_bf16(config.device):
         both = in_turn([name for name in VARIANTS if "training, ours" in name], config, steps, rounds, enough)
         times |= {f"{name} (alternating)": records for name, records in both.items()}
     return times

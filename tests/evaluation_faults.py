@@ -21,7 +21,7 @@ from torch import nn
 
 from engine.checkpoints import checkpoint_path, load_finished, recorded_config
 from engine.datasets import Split, load_dataset
-from engine.device import autocast, configure_backends, resolve_device
+from engine.device import configure_backends, forward_pass, resolve_device
 from engine.errors import UserError, exit_on_error
 from engine.files import write_durably
 from engine.images import prepare
@@ -55,7 +55,7 @@ def faulty_accuracy(
         for index in order.split(batch_size):
             images = split.images[index]
             images = torch.where(flipped[index].view(-1, 1, 1, 1), images.flip(3), images)
-            with autocast(images.device, precision):
+            with forward_pass(images.device, precision):
                 logits = model(prepare(images, image_size)).float()
             correct += int((logits.argmax(1) == split.labels[index]).sum())
     return correct / len(order)

@@ -416,7 +416,7 @@ def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
         "time_training",
         lambda archs, config, dataset, precisions: {(a, p): faster[p] for a in archs for p in precisions},
     )
-    words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1", "--image_size=32"]
+    words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1"]
     custom_resnet.main([*words, "--only=teacher"])
     assert "precision = auto: bf16 is faster for this run" in capsys.readouterr().err
     faster.update(fp32=0.5)  # as if the machine were another one now

@@ -170,19 +170,6 @@ def test_a_fixed_precision_is_kept(config, digits, timed, bf16, precision):
     assert timed_pairs == [(RESNET18, precision)]
 
 
-@pytest.mark.parametrize(("precision", "recorded"), [("bf16", None), ("auto", "bf16")])
-def test_bf16_is_refused_where_its_gradients_are_wrong(config, digits, timed, bf16, precision, recorded):
-    bf16(True)
-    timed({(RESNET18, "bf16"): 1.0})
-    small, jobs = replace(config, device="cpu", image_size=16, precision=precision), [Job("student", 0, 1)]
-    with pytest.raises(UserError, match=r"precision = 'bf16': .* 16 px on a CPU; use --precision fp32"):
-        plan(jobs, recorded, small, digits)
-    with pytest.raises(UserError, match="with --overwrite" if recorded else "above 16$"):
-        plan(jobs, recorded, small, digits)
-    assert plan(jobs, recorded, replace(small, image_size=17), digits)[0].precision == "bf16"
-    assert plan([], recorded, small, digits)[0].precision == "bf16"  # nothing to train
-
-
 def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
     bf16(False)
     timed_pairs = timed({(RESNET18, "fp32"): 1.0})
