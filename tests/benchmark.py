@@ -5,15 +5,16 @@
 
 "plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
 forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them, in the
-precision that `auto` chooses; where the hardware supports bfloat16, training is also measured in the other one. The
-variants alternate, so that drift in the machine's speed affects all, and plain runs in a process of its own, as our
-process-wide settings would speed it up. The first, cold call of each is reported separately; the figures are medians
-of the others, with their range.
+precision that `auto` chooses; where the hardware supports bfloat16, training is also measured in the other one, and
+on a CPU, at up to 64 px, also without engine/convolution.py. The variants alternate, so that drift in the machine's
+speed affects all, and plain runs in a process of its own, as our process-wide settings would speed it up. The first,
+cold call of each is reported separately; the figures are medians of the others, with their range.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
+import engine.convolution
 from custom_resnet import build_resnet, cross_entropy, fit
 from engine.datasets import Dataset, Split, batches, to_device, to_split
 from engine.device import (
@@ -129,14 +132,20 @@ class Benchmark:
             running += loss.item() + (logits.argmax(1) == labels).sum().item()
         return {"seconds": time.perf_counter() - started, "waited": waited}
 
-    def our_training(self, arch: str, distilled: bool = False, other_precision: bool = False) -> dict[str, float]:
+    def our_training(
+        self, arch: str, distilled: bool = False, other_precision: bool = False, conv2d_alone: bool = False
+    ) -> dict[str, float]:
         precision = (
             {"bf16": "fp32", "fp32": "bf16"}[self.config.precision] if other_precision else self.config.precision
         )
         recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if distilled else None)
         logits = torch.randn(2, self.n, 10, device=self.config.device)
         loss_fn = distilled_loss(stored_logits(logits), recipe) if distilled else cross_entropy
-        with contextlib.redirect_stderr(io.StringIO()):  # its line for each epoch
+        convolution = torch.conv2d if conv2d_alone else engine.convolution.convolution
+        with (
+            contextlib.redirect_stderr(io.StringIO()),  # its line for each epoch
+            mock.patch("engine.convolution.convolution", convolution),
+        ):
             config = replace(self.config, precision=precision)
             history = fit(self.model(arch, ours=True), recipe, config, 0, self.dataset, loss_fn, "ours")
         return {"seconds": history[-1]["seconds"]}
@@ -192,9 +201,11 @@ VARIANTS = {  # name -> a method of Benchmark and its arguments
     "ResNet50 training, plain": ("plain_training", {"arch": "resnet50"}),
     "ResNet50 training, ours": ("our_training", {"arch": "resnet50"}),
     "ResNet50 training, ours in the other precision": ("our_training", {"arch": "resnet50", "other_precision": True}),
+    "ResNet50 training, ours with conv2d alone": ("our_training", {"arch": "resnet50", "conv2d_alone": True}),
     "ResNet18 training, plain": ("plain_training", {"arch": "resnet18"}),
     "ResNet18 training, ours": ("our_training", {"arch": "resnet18"}),
     "ResNet18 training, ours in the other precision": ("our_training", {"arch": "resnet18", "other_precision": True}),
+    "ResNet18 training, ours with conv2d alone": ("our_training", {"arch": "resnet18", "conv2d_alone": True}),
     "distilled ResNet18, the original's (teacher with gradients)": (
         "plain_training",
         {**DISTILLED, "teacher_gradients": True},
@@ -206,6 +217,7 @@ VARIANTS = {  # name -> a method of Benchmark and its arguments
     "ResNet18 evaluation, plain": ("plain_evaluation", {"arch": "resnet18"}),
     "ResNet18 evaluation, ours": ("our_evaluation", {"arch": "resnet18"}),
 }
+VARIATIONS = (" in the other precision", " with conv2d alone")  # of our training
 
 
 def choose_precision(config: Config) -> Config:
@@ -243,12 +255,14 @@ def run_in_process(name: str) -> dict[str, float]:
 def measure(config: Config, steps: int, rounds: int, enough: float) -> dict[str, list[dict[str, float]]]:
     """Each variant once, cold, and then in turn until it was measured `rounds` times or `enough` seconds.
 
-    The two ways run in processes of their own; then the two precisions of ours, when the memory of these is free again.
+    The two ways run in processes of their own; then the variations of ours, when the memory of these is free again.
     """
-    times = in_turn([n for n in VARIANTS if "other precision" not in n], config, steps, rounds, enough)
-    if supports_bf16(config.device):
-        both = in_turn([name for name in VARIANTS if "training, ours" in name], config, steps, rounds, enough)
-        times |= {f"{name} (alternating)": records for name, records in both.items()}
+    times = in_turn([name for name in VARIANTS if not name.endswith(VARIATIONS)], config, steps, rounds, enough)
+    applicable = (supports_bf16(config.device), config.device == "cpu" and config.image_size <= 64)
+    endings = ("training, ours", *itertools.compress(VARIATIONS, applicable))
+    if any(applicable):
+        varied = in_turn([name for name in VARIANTS if name.endswith(endings)], config, steps, rounds, enough)
+        times |= {f"{name} (alternating)": records for name, records in varied.items()}
     return times
 
 
@@ -297,11 +311,13 @@ def summarise(times: dict[str, list[dict[str, float]]], images: int) -> dict:
     pairs += [(ours, plain) for ours in (amortised, alone) for plain in of_kd]
     pairs += [(f"{what}, ours", f"{what}, plain") for what in ("ResNet50 evaluation", "ResNet18 evaluation")]
     waited = [record["waited"] / record["seconds"] for record in times["ResNet50 training, plain"]]
-    others = {name: per_image[name] for name in rates if "other precision" in name}
     return {
         "rates": rates,
-        "other_over_chosen_precision": {
-            name: seconds / per_image[name.replace(" in the other precision", "")] for name, seconds in others.items()
+        "variation_over_ours": {
+            name: per_image[name] / per_image[name.replace(variation, "")]
+            for name in rates
+            for variation in VARIATIONS
+            if variation in name
         },
         "ratios": [{"ours": a, "plain": b, "ratio": per_image[b] / per_image[a]} for a, b in pairs],
         "distilled_over_plain_epoch": stored / per_image["ResNet18 training, ours"],
@@ -331,8 +347,8 @@ def show(summary: dict, config: Config) -> None:
     print(f"\nA distilled step takes {summary['distilled_over_plain_epoch']:.3f} of a plain student's.")
     measuring = summary["gradient_share_of_step"]
     print(f"Measuring the share of the gradient takes {measuring:.2%} of a distilled step, if done in each.")
-    for name, ratio in summary["other_over_chosen_precision"].items():
-        print(f"{name} ({summary['environment']['precision']} is chosen): {ratio:.2f} times the chosen one's time.")
+    for name, ratio in summary["variation_over_ours"].items():
+        print(f"{name} ({summary['environment']['precision']} is chosen): {ratio:.2f} times the time of ours.")
     for name, share in summary["input_share_of_step"].items():
         print(f"Input path, share of the training step of {name}: {share:.1%}")
 
