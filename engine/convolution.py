@@ -12,9 +12,9 @@ class SmallConvolutions(TorchFunctionMode):
     """Within this context, convolutions whose output is at most 2 x 2 px are computed as matrix products.
 
     Those are the last of a ResNet on images of at most 64 px, and have most of its weights. The sums are the same and
-    only rounding differs, but a training step is up to 1.6 times as fast (docs/speed.md), as oneDNN (3.12) is slow at the
-    gradient of such weights. In bfloat16 oneDNN is also wrong: where the input of a strided convolution is a single
-    pixel, it leaves the gradients of the weights that only padding meets uninitialised.
+    only rounding differs, but oneDNN (3.12) is slow at the gradients of such weights: without this, a training step
+    takes up to 1.6 times as long (docs/speed.md). In bfloat16 oneDNN is also wrong: where the input of a strided
+    convolution is a single pixel, it leaves the gradients of the weights that only padding meets uninitialised.
     """
 
     def __torch_function__(
