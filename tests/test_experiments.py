@@ -291,7 +291,7 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
     assert f"One teacher, {100 * models['teacher']['mean']:.2f}%" in README
     assert f"alone {percent(models['student'])} and taught {percent(models['student_kd'])}%" in README
     assert summary(results).splitlines()[-1] in README
-    (elsewhere,) = recorded("docs/data/demo-intel.json")["comparisons"]
+    (elsewhere,) = recorded("docs/data/demo-amd.json")["comparisons"]
     gain = f"{100 * elsewhere['difference']:+.2f} ({interval(elsewhere['ci95'], 2, signed=True)})"
     assert f"{gain}, p = {elsewhere['p_value']:.2g}: {elsewhere['verdict']}, in" in README
 
