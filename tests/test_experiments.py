@@ -1,6 +1,5 @@
 """The study: its presets, the comparison of a repetition with it, and the numbers that the documents state."""
 
-import functools
 import json
 import re
 
@@ -10,7 +9,7 @@ from conftest import ROOT
 from scipy import stats
 
 from config import PRESETS
-from experiments import answer, archive
+from experiments import answer, archive, predictions
 from experiments import compare as compare_module
 from experiments.capacity_gap import accuracies, table
 from experiments.compare import compare, p_value, published
@@ -53,8 +52,8 @@ def test_models_of_only_one_side_are_left_out():
     assert found[0][1] == pytest.approx(1.0)
 
 
-def test_what_is_published_is_what_was_kept(predictions):
-    path, arrays, labels = predictions
+def test_what_is_published_is_what_was_kept(kept_predictions):
+    path, arrays, labels = kept_predictions
     archive.keep("ablation", path)
     (name, model), *others = published()["models"].items()
     assert (name, others, published()["n_test"]) == ("student", [], 20)
@@ -146,9 +145,8 @@ def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
 # The numbers in the documents
 
 
-@functools.cache
 def compared() -> dict[tuple[str, str], dict]:
-    return {(c["model"], c["baseline"]): c for c in answer.compared("ablation", *archive.load("ablation"))}
+    return predictions.comparisons("ablation")
 
 
 def points(model: str, baseline: str = "student") -> str:
@@ -212,38 +210,39 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     assert "gains {} points here, of which {} ({}) are left against a student alone".format(*published) in ANSWER
 
 
-def gain(model: str, baseline: str = "student") -> float:
-    return 100 * compared()[model, baseline]["difference"]
-
-
-HELD = {  # the predictions that have been tested, as docs/predictions.md words them
-    1: lambda verdict: gain("kd") >= 2 and verdict == "better",
-    2: lambda verdict: gain("kd_without_t2", "kd") <= -gain("kd") / 2 and verdict == "worse",
-    3: lambda verdict: gain("kd_without_t2_lr", "kd") < gain("kd_without_t2", "kd") / 2,
-    4: lambda verdict: abs(gain("small_step")) <= 1 and verdict == "indistinguishable",
-    5: lambda verdict: "in part" if 0.5 <= gain("student_2x") <= 2 else False,  # but the published loss gains more
-    6: lambda verdict: gain("original", "student_2x") < 1 and verdict == "indistinguishable",
-    19: lambda verdict: abs(gain("student_lr")) <= 1 and verdict == "indistinguishable",
-    20: lambda verdict: gain("kd_2x", "student_2x") >= 4 and verdict == "better",
-}
-
-
 def test_the_outcome_of_each_prediction_is_that_of_the_kept_logits():
-    section = (ROOT / "docs/answer.md").read_text().split("what came out\n")[1].split("\n## ")[0]
-    predicted = (ROOT / "docs/predictions.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:2] == "| "][1:]
-    outcomes = []
-    for number, model, baseline, prediction, difference, verdict, needed, held in rows:
-        assert f"| {number} | ablation | {model} | {baseline} | {prediction} |" in predicted
-        c = compared()[model.strip("`"), baseline.strip("`")]
-        assert (difference, verdict) == (f"{100 * c['difference']:+.2f}", c["verdict"])
-        assert needed == ("n/a" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}")
-        outcomes.append({True: "yes", False: "**no**"}.get(found := HELD[int(number)](c["verdict"]), found))
-        assert held == outcomes[-1]
-    last = max(int(number) for number in re.findall(r"^\| (\d+) \|", predicted, flags=re.MULTILINE))
-    failed, in_part = outcomes.count("**no**"), outcomes.count("in part")
-    assert f"Of [{last} predictions](docs/predictions.md) made before the runs, {failed} of the {len(rows)}" in README
-    assert f"tested so far have failed and {in_part} in part" in README
+    assert predictions.table() in (ROOT / "docs/answer.md").read_text()
+    number, counts = len(list(predictions.predictions())), predictions.counts()
+    failed = "{failed} of the {tested} tested so far have failed and {in part} in part".format_map(counts)
+    assert f"Of [{number} predictions](docs/predictions.md) made before the runs, {failed}" in README
+
+
+def test_every_row_of_a_prediction_is_one_of_its_preset():
+    for prediction in predictions.predictions():
+        assert prediction.rows or prediction.run in ("low_data", "teachers"), prediction
+        assert set(prediction.rows) <= STUDY[prediction.run].recipes.keys()
+
+
+@pytest.mark.parametrize(
+    ("number", "row", "difference", "verdict", "held"),
+    [
+        (1, "kd", 0.02, "better", True),
+        (1, "kd", 0.019, "better", False),
+        (1, "kd", 0.02, "indistinguishable", False),
+        (4, "small_step", -0.01, "indistinguishable", True),
+        (4, "small_step", -0.011, "indistinguishable", False),
+        (4, "small_step", 0.001, "better", False),
+        (10, "kd_alpha_50", 0.05, "indistinguishable", True),
+        (10, "kd_alpha_90", 0.05, "indistinguishable", False),
+        (10, "kd_alpha_90", -0.01, "worse", True),
+        (18, "ttm", -0.05, "worse", True),
+        (18, "ttm", 0.05, "better", False),
+    ],
+)
+def test_when_a_prediction_holds(monkeypatch, number, row, difference, verdict, held):
+    comparison = {"difference": difference, "verdict": verdict}
+    monkeypatch.setattr(predictions, "comparisons", lambda run: {(row, b): comparison for b in ("student", "kd")})
+    assert predictions.HOLDS[number]("a run", row) == held
 
 
 def test_the_faults_of_evaluation_are_those_that_were_measured():
@@ -319,7 +318,7 @@ def test_the_table_of_the_nearest_study_is_that_of_scipy():
 
 
 @pytest.fixture
-def predictions(tmp_path, monkeypatch):
+def kept_predictions(tmp_path, monkeypatch):
     """predictions.npz of two models of `controls`, one of which is also a model of `ablation`."""
     monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
     random, labels = np.random.default_rng(0), np.arange(20) % 10
@@ -333,8 +332,8 @@ def predictions(tmp_path, monkeypatch):
     return tmp_path / "predictions.npz", arrays, labels
 
 
-def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(predictions):
-    path, arrays, labels = predictions
+def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(kept_predictions):
+    path, arrays, labels = kept_predictions
     written = archive.keep("controls", path)
     assert sorted(str(p.relative_to(archive.FOLDER)) for p in written) == [
         "controls/seed0/kd_self.npz",
@@ -350,6 +349,6 @@ def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(predictions
         assert all(np.array_equal(model.logits[seed], arrays[f"{name}/seed{seed}"]) for seed in (0, 1))
 
 
-def test_views_has_models_of_its_own(predictions):
-    archive.keep("ablation", predictions[0])
+def test_views_has_models_of_its_own(kept_predictions):
+    archive.keep("ablation", kept_predictions[0])
     assert archive.load("views")[0] == {}

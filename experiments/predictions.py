@@ -1,0 +1,128 @@
+"""Which of the predictions in docs/predictions.md have come true, by the kept logits.
+
+python -m experiments.predictions    # prints the table of docs/answer.md
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.errors import exit_on_error
+from experiments.answer import compared, comparison_cells
+from experiments.archive import load
+from report.markdown import markdown_table
+
+PAGE = Path(__file__).parent.parent / "docs/predictions.md"
+
+
+class Prediction(NamedTuple):
+    number: int
+    run: str
+    rows: list[str]
+    against: str
+    text: str
+
+
+class Outcome(NamedTuple):
+    """The comparison of one row, and whether the prediction holds for it: "yes", "in part" or "no"."""
+
+    prediction: Prediction
+    comparison: dict[str, Any]
+    held: str
+
+
+def predictions() -> Iterator[Prediction]:
+    """Those of the page's table, one for each of its lines."""
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0].isdigit():
+            number, run, rows, against, text, _ = cells
+            yield Prediction(int(number), run, re.findall(r"`(\w+)`", rows), against, text)
+
+
+@cache
+def comparisons(run: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The comparisons of a run's kept models, by model and baseline."""
+    return {(c["model"], c["baseline"]): c for c in compared(run, *load(run))}
+
+
+def gain(run: str, model: str, baseline: str = "student") -> float:
+    """The difference in percentage points."""
+    return 100 * comparisons(run)[model, baseline]["difference"]
+
+
+def loses(run: str, model: str, baseline: str = "kd") -> bool:
+    return comparisons(run)[model, baseline]["verdict"] == "worse"
+
+
+def gains(run: str, model: str, baseline: str = "student") -> bool:
+    return comparisons(run)[model, baseline]["verdict"] == "better"
+
+
+def undecided_within(points: float, run: str, model: str, baseline: str = "kd") -> bool:
+    verdict = comparisons(run)[model, baseline]["verdict"]
+    return abs(gain(run, model, baseline)) <= points and verdict == "indistinguishable"
+
+
+# Whether each prediction holds for a row of its run. "in part": one half of it does.
+HOLDS: dict[int, Callable[[str, str], bool | str]] = {
+    1: lambda run, row: gains(run, row) and gain(run, row) >= 2,
+    2: lambda run, row: loses(run, row) and gain(run, row, "kd") <= -gain(run, "kd") / 2,
+    3: lambda run, row: gain(run, row, "kd") < gain(run, "kd_without_t2", "kd") / 2,
+    4: lambda run, row: undecided_within(1, run, row, "student"),
+    5: lambda run, row: 0.5 <= gain(run, row) <= 2 and (gain(run, row) >= gain(run, "original") or "in part"),
+    6: lambda run, row: undecided_within(1, run, row, "student_2x"),
+    7: lambda run, row: loses(run, row),
+    8: lambda run, row: undecided_within(0.5, run, row),
+    9: lambda run, row: undecided_within(1, run, row),
+    10: lambda run, row: loses(run, row) if row == "kd_alpha_90" else undecided_within(100, run, row),
+    11: lambda run, row: loses(run, row) and gain(run, row) < 1,
+    12: lambda run, row: loses(run, row) and gain(run, row) <= 0,
+    13: lambda run, row: loses(run, row) and gain(run, row) < gain(run, "kd") / 2,
+    14: lambda run, row: loses(run, row) and gain(run, row) < 1,
+    18: lambda run, row: not gains(run, row, "kd"),
+    19: lambda run, row: undecided_within(1, run, row, "student"),
+    20: lambda run, row: gains(run, row, "student_2x") and gain(run, row, "student_2x") >= 4,
+}
+
+
+def outcomes() -> list[Outcome]:
+    """Those of the predictions that have a condition here and whose logits are kept."""
+    found = []
+    for prediction in predictions():
+        for row in prediction.rows:
+            comparison = comparisons(prediction.run).get((row, prediction.against.strip("`")))
+            if comparison and prediction.number in HOLDS:
+                held = HOLDS[prediction.number](prediction.run, row)
+                found.append(
+                    Outcome(prediction, comparison, held if isinstance(held, str) else "yes" if held else "no")
+                )
+    return found
+
+
+def counts() -> dict[str, int]:
+    """The number of predictions that have been tested, have failed for all their rows, or for a part of them."""
+    found: dict[int, set[str]] = {}
+    for outcome in outcomes():
+        found.setdefault(outcome.prediction.number, set()).add(outcome.held)
+    failed, held = sum(h == {"no"} for h in found.values()), sum(h == {"yes"} for h in found.values())
+    return {"tested": len(found), "failed": failed, "in part": len(found) - failed - held}
+
+
+def table() -> str:
+    """The table of docs/answer.md: what was predicted for each row, and what came out."""
+    rows = []
+    for prediction, comparison, held in outcomes():
+        cells = comparison_cells(comparison)
+        own = (prediction.number, f"`{comparison['model']}`", prediction.against, prediction.text)
+        measured = (cells["difference"], len(comparison["seeds"]), cells["verdict"])
+        rows.append((*own, *measured, "**no**" if held == "no" else held))
+    return markdown_table(("#", "row", "against", "predicted", "difference", "seeds", "verdict", "held"), rows)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        print(table())
+        print(counts())
