@@ -9,12 +9,12 @@ from torch.overrides import TorchFunctionMode
 
 
 class SmallConvolutions(TorchFunctionMode):
-    """Within this context, convolutions whose output is at most 2 x 2 px are computed as matrix products.
+    """Within this context, convolutions whose output is at most 2 x 2 px are computed in a faster way on a CPU.
 
     Those are the last of a ResNet on images of at most 64 px, and have most of its weights. The sums are the same and
     only rounding differs, but oneDNN (3.12) is slow at the gradients of such weights: without this, a training step
-    takes up to 1.6 times as long (docs/speed.md). In bfloat16 oneDNN is also wrong: where the input of a strided
-    convolution is a single pixel, it leaves the gradients of the weights that only padding meets uninitialised.
+    takes up to 1.8 times as long (docs/speed.md). In bfloat16 oneDNN is also wrong: where the input of a convolution
+    is smaller than its stride, it leaves the gradients of the weights that only padding meets uninitialised.
     """
 
     def __torch_function__(
@@ -23,8 +23,9 @@ class SmallConvolutions(TorchFunctionMode):
         return (convolution if function is torch.conv2d else function)(*args, **(kwargs or {}))
 
 
-def pair(number: int | tuple[int, int]) -> tuple[int, int]:
-    return (number, number) if isinstance(number, int) else number
+def pair(number: int | tuple[int, ...]) -> tuple[int, int]:
+    numbers = (number,) if isinstance(number, int) else tuple(number)
+    return numbers * (2 // len(numbers))
 
 
 def convolution(
@@ -36,31 +37,46 @@ def convolution(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """`torch.conv2d`, by `multiply` where the output is at most 2 x 2 px."""
-    if input.dim() == 4 and not isinstance(padding, str):
-        pads, steps, gaps, taps = pair(padding), pair(stride), pair(dilation), weight.shape[2:]
-        spans = [input.shape[2 + i] + 2 * pads[i] - gaps[i] * (taps[i] - 1) for i in range(2)]
-        if all(1 <= spans[i] <= 2 * steps[i] for i in range(2)):
-            padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, pads[1], pads[1], pads[0], pads[0]))
-            shifted = [
-                padded[:, y * gaps[0] :][:, : spans[0] : steps[0], x * gaps[1] :][:, :, : spans[1] : steps[1]]
-                for y in range(taps[0])
-                for x in range(taps[1])
-            ]
-            return multiply(torch.stack(shifted, dim=3), weight, bias, groups)
-    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    """`torch.conv2d`; where the output is at most 2 x 2 px, by `multiply`, and without taps that only padding meets."""
+    if isinstance(padding, str) or input.dim() != 4 or input.shape[1] != groups * weight.shape[1]:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    steps, pads, gaps = pair(stride), list(pair(padding)), pair(dilation)
+    sizes = [
+        (input.shape[2 + i] + 2 * pads[i] - gaps[i] * (weight.shape[2 + i] - 1) - 1) // steps[i] + 1 for i in range(2)
+    ]
+    if min(sizes) < 1 or max(sizes) > 2 or min(pads) < 0:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    for i, axis in enumerate((2, 3)):
+        met = [tap for tap in range(weight.shape[axis]) if 0 <= tap * gaps[i] - pads[i] < input.shape[axis]]
+        if sizes[i] == 1 and met:
+            weight = weight.narrow(axis, met[0], len(met))
+            input = input.narrow(axis, met[0] * gaps[i] - pads[i], gaps[i] * (len(met) - 1) + 1)
+            pads[i] = 0
+    if groups > 1 or len(input) == 1:  # here conv2d is faster
+        return torch.conv2d(input, weight, bias, steps, pads, gaps, groups)
+    return multiply(input, weight, bias, steps, pads, gaps, sizes)
 
 
-def multiply(images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
-    """The product (N, K, H, W) of a weight (K, C / groups, h, w) and images (N, H, W, h * w, C), shifted h * w times.
+def multiply(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    steps: tuple[int, int],
+    pads: list[int],
+    gaps: tuple[int, int],
+    sizes: list[int],
+) -> torch.Tensor:
+    """The convolution of input (N, C, H, W) with a weight (K, C, h, w), as a product of two matrices: (N, K, *sizes).
 
-    The matrices' columns are in the order of channels_last memory; groups are a batch of such products.
+    One has a row for each of the `sizes` positions in each image, the other for each of the K channels; their columns
+    are the h * w * C weights of a channel, in the order of channels_last memory.
     """
-    kernel = weight.permute(0, 2, 3, 1).flatten(1, 2)
-    if groups == 1:
-        output = F.linear(images.flatten(3), kernel.flatten(1), bias)
-    else:
-        images, kernel = images.unflatten(4, (groups, -1)), kernel.unflatten(0, (groups, -1))
-        output = torch.einsum("nyxtgc,gktc->nyxgk", images, kernel).flatten(3)
-        output = output if bias is None else output + bias
-    return output.permute(0, 3, 1, 2)
+    padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, pads[1], pads[1], pads[0], pads[0]))
+    ends = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
+    shifted = [
+        padded[:, y : y + ends[0] : steps[0], x : x + ends[1] : steps[1]]
+        for y in range(0, gaps[0] * weight.shape[2], gaps[0])
+        for x in range(0, gaps[1] * weight.shape[3], gaps[1])
+    ]
+    rows = torch.stack(shifted, dim=3).flatten(3)
+    return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)

@@ -65,7 +65,7 @@ def memory_format(device: str | torch.device) -> torch.memory_format:
 
 @contextlib.contextmanager
 def forward_pass(device: str | torch.device, precision: str) -> Iterator[None]:
-    """The context of every forward pass: bfloat16 where that is the precision, and fast small convolutions on a CPU."""
+    """The context of training and prediction: bfloat16 where that is the precision, small convolutions on a CPU."""
     kind = torch.device(device).type
     small_convolutions = SmallConvolutions() if kind == "cpu" else contextlib.nullcontext()
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"), small_convolutions:

@@ -35,9 +35,8 @@ SHOWN = {
     "distilled without T², 3.6 times the learning rate": ("ablation", "kd_without_t2_lr"),
     "distilled without T², twice the epochs\n(as published)": ("ablation", "original"),
     "alone, labels smoothed": ("controls", "label_smoothing"),
-    "distilled from an untrained teacher": ("controls", "kd_untrained"),
     "distilled from shuffled logits": ("controls", "kd_shuffled"),
-    "distilled from itself": ("controls", "kd_self"),
+    "distilled from a student like itself": ("controls", "kd_self"),
 }
 
 # What is compared beside each row with its baseline, in the same family of Holm's correction.
@@ -57,7 +56,11 @@ def accuracy(model: Evaluated, labels: np.ndarray) -> str:
 
 
 def compared(run: str, models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str, Any]]:
-    """The comparisons that this study makes of the kept models of a run; Holm-corrected for all that it plans."""
+    """The comparisons that this study makes of the kept models of a run; Holm-corrected for all that it plans.
+
+    A model of a single seed is compared with none.
+    """
+    models = {name: model for name, model in models.items() if len(model.logits) > 1}
     recipes = STUDY[run].recipes
     pairs = [(name, baseline) for name in recipes if (baseline := baseline_of(name, recipes))]
     return compare_all(models, labels, pairs=pairs + FURTHER.get(run, []))

@@ -1,6 +1,6 @@
 """Which of the predictions in docs/predictions.md have come true, by the kept logits.
 
-python -m experiments.predictions    # prints the table of docs/answer.md
+python -m experiments.predictions    # prints the table of docs/answer.md, and how many have failed
 """
 
 import re
@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
     held: str
 
 
-def predictions() -> Iterator[Prediction]:
-    """Those of the page's table, one for each of its lines."""
+def predicted() -> Iterator[Prediction]:
+    """The predictions of the page, one for each line of its table."""
     for line in PAGE.read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if cells and cells[0].isdigit():
@@ -61,9 +61,10 @@ def gains(run: str, model: str, baseline: str = "student") -> bool:
     return comparisons(run)[model, baseline]["verdict"] == "better"
 
 
-def undecided_within(points: float, run: str, model: str, baseline: str = "kd") -> bool:
+def undecided(run: str, model: str, baseline: str = "kd", within: float = 100) -> bool:
+    """Whether the comparison has no verdict, and the difference is at most `within` points."""
     verdict = comparisons(run)[model, baseline]["verdict"]
-    return abs(gain(run, model, baseline)) <= points and verdict == "indistinguishable"
+    return abs(gain(run, model, baseline)) <= within and verdict == "indistinguishable"
 
 
 # Whether each prediction holds for a row of its run. "in part": one half of it does.
@@ -71,30 +72,30 @@ HOLDS: dict[int, Callable[[str, str], bool | str]] = {
     1: lambda run, row: gains(run, row) and gain(run, row) >= 2,
     2: lambda run, row: loses(run, row) and gain(run, row, "kd") <= -gain(run, "kd") / 2,
     3: lambda run, row: gain(run, row, "kd") < gain(run, "kd_without_t2", "kd") / 2,
-    4: lambda run, row: undecided_within(1, run, row, "student"),
+    4: lambda run, row: undecided(run, row, "student", within=1),
     5: lambda run, row: 0.5 <= gain(run, row) <= 2 and (gain(run, row) >= gain(run, "original") or "in part"),
-    6: lambda run, row: undecided_within(1, run, row, "student_2x"),
+    6: lambda run, row: undecided(run, row, "student_2x", within=1),
     7: lambda run, row: loses(run, row),
-    8: lambda run, row: undecided_within(0.5, run, row),
-    9: lambda run, row: undecided_within(1, run, row),
-    10: lambda run, row: loses(run, row) if row == "kd_alpha_90" else undecided_within(100, run, row),
+    8: lambda run, row: undecided(run, row, within=0.5),
+    9: lambda run, row: undecided(run, row, within=1),
+    10: lambda run, row: loses(run, row) if row == "kd_alpha_90" else undecided(run, row),
     11: lambda run, row: loses(run, row) and gain(run, row) < 1,
     12: lambda run, row: loses(run, row) and gain(run, row) <= 0,
     13: lambda run, row: loses(run, row) and gain(run, row) < gain(run, "kd") / 2,
     14: lambda run, row: loses(run, row) and gain(run, row) < 1,
     18: lambda run, row: not gains(run, row, "kd"),
-    19: lambda run, row: undecided_within(1, run, row, "student"),
+    19: lambda run, row: undecided(run, row, "student", within=1),
     20: lambda run, row: gains(run, row, "student_2x") and gain(run, row, "student_2x") >= 4,
 }
 
 
 def outcomes() -> list[Outcome]:
-    """Those of the predictions that have a condition here and whose logits are kept."""
+    """Those of the predictions whose rows are kept with at least three seeds."""
     found = []
-    for prediction in predictions():
+    for prediction in predicted():
         for row in prediction.rows:
             comparison = comparisons(prediction.run).get((row, prediction.against.strip("`")))
-            if comparison and prediction.number in HOLDS:
+            if comparison and len(comparison["seeds"]) >= 3:
                 held = HOLDS[prediction.number](prediction.run, row)
                 found.append(
                     Outcome(prediction, comparison, held if isinstance(held, str) else "yes" if held else "no")
