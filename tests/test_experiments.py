@@ -201,6 +201,10 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     regained = compared()["kd_without_t2_lr", "kd"]["difference"] - c["difference"]
     assert f"regains {100 * regained:.2f} of the {lost}" in README
     assert f"{regained / -c['difference']:.0%} of the damage is the step" in ANSWER
+    alone = "a student alone gains {} points by it ({}, undecided after Holm's correction)"
+    assert alone.format(points("student_lr"), bounds("student_lr")) in ANSWER
+    above = compared()["kd", "student"]["difference"] - compared()["student_lr", "student"]["difference"]
+    assert f"is {100 * above:.2f} points above that" in ANSWER
     returned = compared()["kd_without_t2", "student"]["difference"] - compared()["small_step", "student"]["difference"]
     assert f"costs {step} points, and what is left of the teacher brings {100 * returned:.2f} back" in README
     assert f"costs {step} points (`small_step`); what is left of the teacher brings {100 * returned:.2f} back" in ANSWER
