@@ -48,7 +48,7 @@ def convolution(
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     for i, axis in enumerate((2, 3)):
         met = [tap for tap in range(weight.shape[axis]) if 0 <= tap * gaps[i] - pads[i] < input.shape[axis]]
-        if sizes[i] == 1 and met:
+        if sizes[i] == 1 and met:  # the output's only position meets no other tap, and no other part of the input
             weight = weight.narrow(axis, met[0], len(met))
             input = input.narrow(axis, met[0] * gaps[i] - pads[i], gaps[i] * (len(met) - 1) + 1)
             pads[i] = 0

@@ -262,6 +262,13 @@ def test_when_a_prediction_holds(monkeypatch, number, row, difference, verdict, 
     assert predictions.HOLDS[number]("a run", row) == held
 
 
+def test_what_the_student_of_an_untrained_teacher_knows():
+    models, labels = archive.load("controls")
+    centred = [logits - logits.mean(0) for logits in models["kd_untrained"].logits.values()]
+    accuracy = np.mean([(logits.argmax(1) == labels).mean() for logits in centred])
+    assert f"over the test images subtracted, its accuracy is {accuracy:.1%}" in ANSWER
+
+
 def test_the_faults_of_evaluation_are_those_that_were_measured():
     assert answer.faults() in (ROOT / "docs/answer.md").read_text()
     measured = archive.evaluation_faults()["models"].values()
