@@ -206,7 +206,10 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     above = compared()["kd", "student"]["difference"] - compared()["student_lr", "student"]["difference"]
     assert f"is {100 * above:.2f} points above that" in ANSWER
     returned = compared()["kd_without_t2", "student"]["difference"] - compared()["small_step", "student"]["difference"]
-    assert f"costs {step} points, and what is left of the teacher brings {100 * returned:.2f} back" in README
+    assert (
+        f"costs {step} points, and what is left of the teacher brings {100 * returned:.2f} back; as published, {points('original')} remains"
+        in README
+    )
     assert f"costs {step} points (`small_step`); what is left of the teacher brings {100 * returned:.2f} back" in ANSWER
     published = points("original"), points("original", "student_2x"), bounds("original", "student_2x")
     assert compared()["original", "student_2x"]["verdict"] == "indistinguishable"
@@ -282,7 +285,7 @@ def test_the_faults_of_evaluation_are_those_that_were_measured():
 
 def test_the_readmes_numbers_of_other_studies():
     assert "| resnet18 | resnet50 | logit | +0.06 | -0.06 to +0.17 | 0.23 | 1.00 | 22 |" in table()
-    assert "gains +0.06 points (-0.06 to +0.17, five seeds; about 22 would be needed)" in README
+    assert "gains +0.06 points (-0.06 to +0.17, five seeds; about 22 seeds would be needed to detect it)" in README
     assert all(float(line.split("|")[-3]) > 0.05 for line in table().splitlines()[2:])
 
 
@@ -315,7 +318,7 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
     assert f"alone {percent(models['student'])} and taught {percent(models['student_kd'])}%" in README
     assert summary(results).splitlines()[-1] in README
     for file, sentence in (
-        ("demo-conv2d", "{}, p = {:.2g}, there"),
+        ("demo-conv2d", "{}, p = {:.2g}, and, on an AMD EPYC"),
         ("demo-amd", "{}, p = {:.2g}: indistinguishable.)"),
     ):
         (earlier,) = recorded(f"docs/data/{file}.json")["comparisons"]
@@ -326,9 +329,9 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
 
 def test_the_readmes_arithmetic_on_the_original():
     least = f"{100 * detectable_difference(400 / 10_000, 10_000):.2f}"
-    assert f"with 80% power a seed detects {least} points (if 400 images are discordant)" in README
+    assert f"if two models disagree on 400 images, one seed detects {least} points with 80% power" in README
     assert mcnemar_p(5, 15) < 0.05 < mcnemar_p(6, 16)
-    assert "9,420 against 9,410 correct is significant only if at most 20 are |" in README
+    assert "9,420 against 9,410 correct is significant only if they disagree on at most 20 |" in README
 
 
 def test_the_answer_holds_the_table_of_the_nearest_study():
