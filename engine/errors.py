@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 
 def escape_control(text: str) -> str:
@@ -28,6 +29,9 @@ class UserError(Exception):
     def __str__(self) -> str:
         return "\n       ".join(self.args)
 
+    def end_process(self) -> NoReturn:
+        raise SystemExit(self.status)
+
 
 class Diverged(UserError):
     """The loss, the logits or the weights became NaN or infinite."""
@@ -46,7 +50,7 @@ def exit_on_error() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.status) from None
+        error.end_process()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
