@@ -13,7 +13,7 @@ class SmallConvolutions(TorchFunctionMode):
 
     Those are the last of a ResNet on images of at most 64 px, and have most of its weights. The sums are the same and
     only rounding differs, but oneDNN (3.12) is slow at the gradients of such weights: without this, a training step
-    takes up to 1.8 times as long (docs/speed.md). In bfloat16 oneDNN is also wrong: where the input of a convolution
+    takes up to 1.6 times as long (docs/speed.md). In bfloat16 oneDNN is also wrong: where the input of a convolution
     is smaller than its stride, it leaves the gradients of the weights that only padding meets uninitialised.
     """
 

@@ -305,6 +305,20 @@ def test_the_readmes_speeds_are_those_of_the_page_on_speed():
     assert f"its mirror image: {ours} images/s" in README
 
 
+def test_what_small_convolutions_save_is_what_was_measured():
+    ratios = [
+        recorded(f"docs/data/speed-{size}px.json")["variation_over_ours"][
+            f"{arch} training, ours with conv2d alone (alternating)"
+        ]
+        for size in (64, 32)
+        for arch in ("ResNet50", "ResNet18")
+    ]
+    sentence = (
+        "{:.2f} (ResNet50) and {:.2f} times (ResNet18) the time at 64 px in bfloat16, and {:.2f} and {:.2f} times at"
+    )
+    assert sentence.format(*ratios) in words("docs/speed.md")
+
+
 def test_make_reproduce_trains_the_rows_of_the_readmes_table():
     rows = re.search(r"MAIN_ROWS := (.*)", (ROOT / "Makefile").read_text())[1].split()
     shown = {name for run, name in answer.SHOWN.values() if run == "ablation"}
