@@ -97,9 +97,7 @@ def outcomes() -> list[Outcome]:
             comparison = comparisons(prediction.run).get((row, prediction.against.strip("`")))
             if comparison and len(comparison["seeds"]) >= 3:
                 held = HOLDS[prediction.number](prediction.run, row)
-                found.append(
-                    Outcome(prediction, comparison, held if isinstance(held, str) else "yes" if held else "no")
-                )
+                found.append(Outcome(prediction, comparison, held if held == "in part" else "yes" if held else "no"))
     return found
 
 
