@@ -51,7 +51,7 @@ def load(run: str) -> tuple[dict[str, Evaluated], np.ndarray]:
     models, labels = {}, np.array([], dtype=int)
     for name, recipe in STUDY[run].recipes.items():
         logits = {}
-        for seed in STUDY[run].seeds:
+        for seed in STUDY[run].seeds_of(name):
             path = FOLDER / owner(run, name) / f"seed{seed}" / f"{name}.npz"
             if path.exists():
                 with np.load(path) as arrays:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from engine.errors import exit_on_error
 from experiments.answer import compared, comparison_cells
 from experiments.archive import load
+from experiments.presets import STUDY
 from report.markdown import markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs/predictions.md"
@@ -20,7 +21,7 @@ PAGE = Path(__file__).parent.parent / "docs/predictions.md"
 class Prediction(NamedTuple):
     number: int
     run: str
-    rows: list[str]
+    rows: dict[str, str]  # each row of the run, and the row that it is compared with
     against: str
     text: str
 
@@ -39,7 +40,13 @@ def predicted() -> Iterator[Prediction]:
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if cells and cells[0].isdigit():
             number, run, rows, against, text, _ = cells
-            yield Prediction(int(number), run, re.findall(r"`(\w+)`", rows), against, text)
+            names = re.findall(r"`(\w+)`", rows)
+            if " to " in rows:
+                known = list(STUDY[run].recipes)
+                names = known[known.index(names[0]) : known.index(names[1]) + 1]
+            baseline = re.findall(r"`([\w*]+)`", against)[0]  # student_*: kd_2 is compared with student_2
+            pairs = {name: baseline.replace("*", name.rsplit("_")[-1]) for name in names}
+            yield Prediction(int(number), run, pairs, against, text)
 
 
 @cache
@@ -67,6 +74,23 @@ def undecided(run: str, model: str, baseline: str = "kd", within: float = 100) -
     return abs(gain(run, model, baseline)) <= within and verdict == "indistinguishable"
 
 
+def falls_with_labels(run: str, row: str) -> bool:
+    """The gain over the student of as many labels; `kd` has 10% of them."""
+    found = gain(run, row, row.replace("kd", "student"))
+    if row == "kd_100":
+        return not gains(run, row, "student_100")
+    return found > gain(run, "kd") if row == "kd_2" else found < gain(run, "kd")
+
+
+def rises_with_the_teacher(run: str, row: str) -> bool:
+    """Whether no row with a worse teacher gains more, and the row loses if its teacher is worse than the student."""
+    models, labels = load(run)
+    accuracy = {name: model.correct(labels).mean() for name, model in models.items()}
+    taught_by = {name: accuracy[STUDY[run].recipes[name].teacher] for name, _ in comparisons(run)}
+    harmless = taught_by[row] >= accuracy["student"] or loses(run, row, "student")
+    return harmless and all(gain(run, row) >= gain(run, name) for name in taught_by if taught_by[name] < taught_by[row])
+
+
 # Whether each prediction holds for a row of its run. "in part": one half of it does.
 HOLDS: dict[int, Callable[[str, str], bool | str]] = {
     1: lambda run, row: gains(run, row) and gain(run, row) >= 2,
@@ -83,6 +107,9 @@ HOLDS: dict[int, Callable[[str, str], bool | str]] = {
     12: lambda run, row: loses(run, row) and gain(run, row) <= 0,
     13: lambda run, row: loses(run, row) and gain(run, row) < gain(run, "kd") / 2,
     14: lambda run, row: loses(run, row) and gain(run, row) < 1,
+    15: falls_with_labels,
+    16: rises_with_the_teacher,
+    17: lambda run, row: gain(run, row) > gain("ablation", "kd"),
     18: lambda run, row: not gains(run, row, "kd"),
     19: lambda run, row: undecided(run, row, "student", within=1),
     20: lambda run, row: gains(run, row, "student_2x") and gain(run, row, "student_2x") >= 4,
@@ -93,8 +120,8 @@ def outcomes() -> list[Outcome]:
     """Those of the predictions whose rows are kept with at least three seeds."""
     found = []
     for prediction in predicted():
-        for row in prediction.rows:
-            comparison = comparisons(prediction.run).get((row, prediction.against.strip("`")))
+        for row, baseline in prediction.rows.items():
+            comparison = comparisons(prediction.run).get((row, baseline))
             if comparison and len(comparison["seeds"]) >= 3:
                 held = HOLDS[prediction.number](prediction.run, row)
                 found.append(Outcome(prediction, comparison, held if held == "in part" else "yes" if held else "no"))

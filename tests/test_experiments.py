@@ -9,6 +9,7 @@ from conftest import ROOT
 from scipy import stats
 
 from config import PRESETS
+from engine.recipes import baseline_of
 from experiments import answer, archive, predictions
 from experiments import compare as compare_module
 from experiments.capacity_gap import accuracies, table
@@ -224,9 +225,11 @@ def test_the_outcome_of_each_prediction_is_that_of_the_kept_logits():
 
 def test_every_row_of_a_prediction_is_one_of_its_preset():
     for prediction in predictions.predicted():
-        assert prediction.rows or prediction.run in ("low_data", "teachers"), prediction
-        assert set(prediction.rows) <= STUDY[prediction.run].recipes.keys()
-        assert prediction.number in predictions.HOLDS or not archive.has_own_models(prediction.run)
+        recipes = STUDY[prediction.run].recipes
+        planned = {(name, baseline_of(name, recipes)) for name in recipes} | set(answer.FURTHER.get(prediction.run, ()))
+        assert prediction.rows
+        assert prediction.rows.items() <= planned
+        assert prediction.number in predictions.HOLDS
 
 
 @pytest.mark.parametrize(
@@ -261,6 +264,60 @@ def test_when_a_prediction_holds(monkeypatch, number, row, difference, verdict, 
     comparison = {"difference": difference, "verdict": verdict}
     monkeypatch.setattr(predictions, "comparisons", lambda run: {(row, b): comparison for b in ("student", "kd")})
     assert predictions.HOLDS[number]("a run", row) == held
+
+
+LABELS = {"kd_2": 0.1, "kd": 0.06, "kd_20": 0.03, "kd_100": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("row", "difference", "verdict", "held"),
+    [
+        ("kd_2", 0.1, "better", True),
+        ("kd_2", 0.05, "better", False),
+        ("kd_20", 0.03, "better", True),
+        ("kd_20", 0.07, "better", False),
+        ("kd_100", 0.01, "indistinguishable", True),
+        ("kd_100", 0.01, "better", False),
+    ],
+)
+def test_when_the_prediction_on_labels_holds(monkeypatch, row, difference, verdict, held):
+    found = {
+        (name, name.replace("kd", "student")): {"difference": gain, "verdict": "better"}
+        for name, gain in LABELS.items()
+    }
+    found[row, row.replace("kd", "student")] = {"difference": difference, "verdict": verdict}
+    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
+    assert predictions.HOLDS[15]("low_data", row) == held
+
+
+@pytest.mark.parametrize(
+    ("row", "differences", "verdict", "held"),
+    [
+        ("kd_d", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "better", True),
+        ("kd_d", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.05}, "better", False),  # less than with a worse teacher
+        ("kd_a", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "worse", True),
+        ("kd_a", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "indistinguishable", False),  # harms not
+    ],
+)
+def test_when_the_prediction_on_teachers_holds(monkeypatch, row, differences, verdict, held):
+    found = {(name, "student"): {"difference": gain, "verdict": verdict} for name, gain in differences.items()}
+    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
+    labels = np.arange(100) % 10
+    right = {"student": 60, "teacher": 70, "teacher_a": 50, "teacher_d": 75}
+    recipes = STUDY["teachers"].recipes
+    models = {}
+    for name in [*right, *differences]:
+        predicted = np.where(np.arange(100) < right.get(name, 0), labels, labels + 1) % 10
+        models[name] = Evaluated(recipes[name], {0: np.eye(10)[predicted]}, {})
+    monkeypatch.setattr(predictions, "load", lambda run: (models, labels))
+    assert predictions.HOLDS[16]("teachers", row) == held
+
+
+@pytest.mark.parametrize(("cropped", "held"), [(0.07, True), (0.05, False)])
+def test_when_the_prediction_on_views_holds(monkeypatch, cropped, held):
+    gains = {"views": cropped, "ablation": 0.06}
+    monkeypatch.setattr(predictions, "comparisons", lambda run: {("kd", "student"): {"difference": gains[run]}})
+    assert predictions.HOLDS[17]("views", "kd") == held
 
 
 def test_what_a_teacher_like_its_student_brings():
