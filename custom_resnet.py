@@ -1,6 +1,6 @@
 """Train the models that have no teacher; the training loop of all recipes.
 
-    python custom_resnet.py                     # teacher and student, as in the README's table
+    python custom_resnet.py                     # teacher, student and student_10 of the default preset
     python custom_resnet.py --preset demo       # two minutes on a CPU, nothing to download
 
 Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained again.
@@ -40,7 +40,7 @@ from engine.distributed import (
 )
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
-from engine.fingerprints import load_or_adopt, training_settings
+from engine.fingerprints import load_or_copy, training_settings
 from engine.inference import Stopped, predict
 from engine.models import build_model, initial_model
 from engine.recipes import Recipe
@@ -51,7 +51,7 @@ from utils import load_config, run_script, start_training
 # logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the batch; the loss is their sum
 LossFunction = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
 
-build_resnet = build_model  # (arch, num_classes, pretrained); any architecture by now
+build_resnet = build_model  # the original's name; it now builds any architecture
 
 
 def cross_entropy(logits: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> dict[str, torch.Tensor]:
@@ -74,8 +74,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train the model in place and return its history, a record for each epoch.
 
-    After each epoch (the short ones in between excepted), every few minutes, and when `stop` returns a signal, `write`
-    receives the state from which a later call resumes exactly. Raises Diverged if the loss becomes NaN or infinite.
+    After an epoch (see `epoch_save_due`), every few minutes, and when `stop` returns a signal, `write` receives the
+    state from which a later call resumes exactly. Raises Diverged if the loss becomes NaN or infinite.
     """
     subset, own = dataset.subset(recipe.train_size), shard(config.batch_size)
     share = (own.stop - own.start) / config.batch_size  # of each batch that is on this rank
@@ -122,7 +122,7 @@ def fit(
 
 
 def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) -> bool:
-    """Evaluate the model on the held-out images and add a record to the history. No model is selected by it.
+    """Evaluate the model on the held-out images and add a record to the history. It is not used for model selection.
 
     Returns False if a signal interrupts the evaluation, which is repeated when training resumes.
     """
@@ -179,9 +179,10 @@ def train(
     SystemExit after a signal.
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
-    state = broadcast_from_rank0(lambda: load_or_adopt(name, seed, config, dataset))
+    state = broadcast_from_rank0(lambda: load_or_copy(name, seed, config, dataset))
     if state and state["finished"]:
-        other_code = "; it was trained by other code" * (state["environment"].get("code") != code_digest())
+        same_code = state["environment"].get("code") == code_digest()
+        other_code = "" if same_code else "; it was trained with another version of the code"
         log.info(f"{title}  is finished: {path}{other_code}")
         return
     settings = broadcast_from_rank0(lambda: training_settings(name, seed, config, dataset))

@@ -33,7 +33,7 @@ from engine.datasets import Dataset, load_dataset
 from engine.distributed import broadcast_from_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
-from engine.fingerprints import logits_fingerprint, refuse_other_settings, training_settings
+from engine.fingerprints import check_settings, logits_fingerprint, training_settings
 from engine.flags import Parser
 from engine.folder import find_images, open_image, to_array
 from engine.images import resize
@@ -72,7 +72,7 @@ def finished_checkpoints(
             continue
         settings = broadcast_from_rank0(lambda n=name, s=seed: training_settings(n, s, config, dataset))
         del settings["precision"]  # the evaluation may use a different one
-        refuse_other_settings(path, state, settings)
+        check_settings(path, state, settings)
         yield name, seed, state, tensors_digest(state["model"])
 
 
@@ -172,8 +172,8 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
 
 def export(config: Config, dataset: Dataset) -> None:
     """Write MODEL.pt2 for each distilled model (or each that `only` names), checked on the test images."""
-    everyone = config.selected()
-    names = everyone if config.only else [n for n in everyone if config.recipes[n].teacher] or everyone
+    selected = config.selected()
+    names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
         for name, seed, state, _ in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):

@@ -34,7 +34,7 @@ from engine.device import configure_backends, forward_pass
 from engine.distributed import broadcast_from_rank0
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
-from engine.fingerprints import logits_fingerprint, refuse_other_settings, training_settings
+from engine.fingerprints import check_settings, logits_fingerprint, training_settings
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import run_in_processes
 from engine.models import load_model
@@ -54,9 +54,9 @@ def distillation_loss(
 ) -> torch.Tensor:
     """alpha * CE(z, y) + (1 - alpha) * T^2 * KL(softmax(v / T) || softmax(z / T)), averaged over the batch.
 
-    z are the student's logits and v the teacher's, both (B, C); y are the labels (B,). alpha weighs the hard loss. The
-    gradients of the soft loss shrink by 1/T^2, which the factor T^2 compensates for (Hinton, Vinyals, Dean 2015, arXiv
-    1503.02531, section 2); scale_soft_loss=False omits it. No gradient flows to the teacher.
+    z are the student's logits and v the teacher's, both (B, C); y are the labels (B,). alpha is the weight of the hard
+    loss. The gradients of the soft loss scale as 1/T^2, which the factor T^2 compensates for (Hinton, Vinyals, Dean
+    2015, arXiv 1503.02531, section 2); scale_soft_loss=False omits it. No gradient flows to the teacher.
     """
     terms = distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss)
     return sum(terms.values())
@@ -98,7 +98,7 @@ def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teac
     state = broadcast_from_rank0(lambda: load_finished(path))
     if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it first: --only {name}")
-    refuse_other_settings(path, state, training_settings(name, seed, config, dataset))
+    check_settings(path, state, training_settings(name, seed, config, dataset))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
 
@@ -157,7 +157,7 @@ def stored_logits(logits: torch.Tensor) -> Lookup:
 
 
 def shuffle_within_classes(logits: torch.Tensor, dataset: Dataset, subset: torch.Tensor, seed: int) -> torch.Tensor:
-    """Stored logits (2, N, C), those of `subset` exchanged at random between images of the same class.
+    """Stored logits (2, N, C), those of `subset` permuted at random among images of the same class.
 
     A student that gains from these as much as from the true ones gains from smoother labels, not from what the teacher
     sees in each image.
@@ -181,7 +181,7 @@ def online_logits(teacher: nn.Module, config: Config) -> Lookup:
     return run
 
 
-def distilled_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
+def make_distillation_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
     """The distillation loss of a recipe against the teacher's logits that `lookup` returns for a batch."""
 
     def loss_fn(student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -207,13 +207,13 @@ def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, esti
 
     def make_loss() -> LossFunction:
         teacher = load_teacher(*of_teacher, config, dataset)
-        if config.endless_views:
-            return distilled_loss(online_logits(teacher.model, config), recipe)
+        if config.unlimited_views:
+            return make_distillation_loss(online_logits(teacher.model, config), recipe)
         subset = dataset.subset(recipe.train_size)
         logits = teacher_logits(teacher, config, dataset, subset, logits_path(config, *of_teacher))
         if recipe.shuffle_teacher:
             logits = shuffle_within_classes(logits, dataset, subset, seed)
-        return distilled_loss(stored_logits(logits), recipe)
+        return make_distillation_loss(stored_logits(logits), recipe)
 
     train(name, seed, config, dataset, make_loss, estimate)
 

@@ -14,7 +14,7 @@ from engine.distributed import broadcast_from_rank0, main_process_first, process
 from engine.errors import UserError, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
-from engine.fingerprints import load_or_adopt
+from engine.fingerprints import load_or_copy
 from engine.settings import Config
 
 with exit_on_error(), locate_errors():  # a mistake in an edited config.py is one line, not a traceback
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
 def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:
     """The config that config.py and the command line describe, its device resolved and configured.
 
-    Scripts with flags of their own work on a run that exists, whose settings its checkpoints have recorded.
+    A script with flags of its own works on an existing run, whose settings are read from its checkpoints.
     """
     config = broadcast_from_rank0(lambda: settings.parse(argv) if script_flags is None else parse(argv, script_flags))
     config = main_process_first(lambda: resolve_device(config))
@@ -88,7 +88,7 @@ def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) 
         probe = checkpoint_path(config, name, seed).with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
-        state = load_or_adopt(name, seed, config, dataset)
+        state = load_or_copy(name, seed, config, dataset)
         if not (state and state["finished"]):
             teacher = config.teacher_of(name, seed)
             if teacher and teacher not in models and not load_finished(checkpoint_path(config, *teacher)):

@@ -115,7 +115,7 @@ def recorded_precision(config: Config) -> str | None:
 
 
 def recorded_config(folder: Path) -> Config | None:
-    """The settings of a run, from its checkpoints in `folder`: the last ones, with the seeds of all; None if none."""
+    """The settings in the newest checkpoint of a run's `folder`, with the seeds of all; None without checkpoints."""
     paths = sorted(folder.glob("seed*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
     recorded = [state["config"] for path in paths if (state := read_metadata(path))]
     if not recorded:

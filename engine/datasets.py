@@ -74,7 +74,7 @@ def batches(
         if padding:
             images = shift(images, *shifts[:, here])
         images = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
-        view = None if config.endless_views else flipped[here]
+        view = None if config.unlimited_views else flipped[here]
         yield Batch(prepare(images, config.image_size), split.labels[order[here]], order[here], view)
 
 
@@ -110,7 +110,7 @@ def read_dataset(config: Config) -> Dataset:
         for tensor in split:
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())
-    refuse_sizes(config, train)
+    check_sizes(config, train)
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
         validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
@@ -134,7 +134,7 @@ def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
     return tuple(Split(train.images[index], train.labels[index]) for index in (kept, held_out))
 
 
-def refuse_sizes(config: Config, train: Split) -> None:
+def check_sizes(config: Config, train: Split) -> None:
     """Raise UserError for settings that the number or the size of the training images does not allow."""
     available, side = len(train.labels) - config.validation_size, min(train.images.shape[2:])
     problems = []

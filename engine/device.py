@@ -50,7 +50,7 @@ def resolve_device(config: Config) -> Config:
 
 
 def supports_bf16(device: str) -> bool:
-    """Whether bfloat16 may be faster than float32 here, as the hardware has it."""
+    """Whether bfloat16 may be faster than float32 here, because the hardware supports it."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -24,7 +24,7 @@ def number(expected: str, accepts: Callable[[float], bool]) -> Kind:
 
 
 def integer(minimum: int, maximum: int = 2**31 - 1) -> Kind:
-    upper = f" to {maximum}" if maximum < 2**31 - 1 else " or more"
+    upper = " or more" if maximum == 2**31 - 1 else f" to {maximum}"
     expected = f"an integer, {minimum}{upper}"
     return Kind(expected, lambda value: type(value) is int and minimum <= value <= maximum, int)
 
@@ -60,11 +60,13 @@ def value_of(field: dataclasses.Field, given: str | list[str]) -> Any:
 
 
 FLAG = Kind("true or false", lambda v: isinstance(v, bool), lambda w: {"true": True, "false": False}[w.lower()], "?")
-NAME = text("of letters, digits, '.', '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RECIPE_NAME = text(
-    "of letters, digits, '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
+NAME = text(
+    "1 to 100 letters, digits, '.', '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 )
-PATH = text("the path of a folder", r"[^\0\n]+")
+RECIPE_NAME = text(
+    "1 to 100 letters, digits, '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
+)
+PATH = text("a path", r"[^\0\n]+")
 FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 NONNEGATIVE = number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)

@@ -50,7 +50,7 @@ def training_settings(name: str, seed: int, config: Config, dataset: Dataset) ->
     return settings
 
 
-def refuse_other_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise UserError, naming what differs, if a checkpoint was trained with different settings."""
 
     def abbreviate(value: Any) -> Any:
@@ -80,7 +80,7 @@ def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict
     try:
         state = load_training(path)
         if state:
-            refuse_other_settings(path, state, settings)
+            check_settings(path, state, settings)
     except UserError:
         if not overwrite:
             raise
@@ -88,7 +88,7 @@ def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict
     return state
 
 
-def load_or_adopt(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any] | None:
+def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any] | None:
     """The state of a model, finished or not; that of a finished model with the same settings elsewhere; or None.
 
     Raises UserError as `load_matching` does.
@@ -98,7 +98,7 @@ def load_or_adopt(name: str, seed: int, config: Config, dataset: Dataset) -> dic
         del settings["precision"]
     state = load_matching(path, settings, config.overwrite)
     if state is None and (source := same_model(name, settings, config)):
-        adopt(source, path, name)
+        copy_model(source, path, name)
         state = load_training(path)
     return state
 
@@ -118,13 +118,13 @@ def same_model(name: str, settings: dict[str, Any], config: Config) -> Path | No
     return None
 
 
-def adopt(source: Path, path: Path, name: str) -> None:
+def copy_model(source: Path, path: Path, name: str) -> None:
     """Copy the model in `source`, which another row or run has trained, to `path`, with its stored logits, if any."""
     save_checkpoint(path, {**load_checkpoint(source), "name": name})
     logits = source.with_suffix(".logits")
     if logits.exists():
         write_durably(path.with_suffix(".logits"), logits.read_bytes())
-    log.info(f"{path}: has the settings of {source}, which is used instead of training it again")
+    log.info(f"{path}: copied from {source}, which was trained with the same settings")
 
 
 def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:

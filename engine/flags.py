@@ -82,7 +82,7 @@ def help_text(preset: Config, preset_name: str, presets: Iterable[str], script_f
         return textwrap.fill(help, 110, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
     lines = [wrap(flag, help) for flag, help in script_flags.items()]
-    lines += [wrap("--preset", f"{', '.join(presets)} (now {preset_name})"), "", "settings (and their values now):"]
+    lines += [wrap("--preset", f"{', '.join(presets)} (now {preset_name})"), "", "settings (and their current values):"]
     for field in settings_of(Config):
         value = show(getattr(preset, field.name)) or "all"
         lines.append(wrap(f"--{field.name}", f"{field.metadata['help']} ({value})"))

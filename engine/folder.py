@@ -21,7 +21,7 @@ def read_folder(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays | None,
     """The classes, and the training, validation and test images of a folder; None for those that it does not have.
 
     It holds train/CLASS/*, test/CLASS/* and val/CLASS/*; without test/, val/ is the test set; without train/ it holds
-    CLASS/*. Files are in one of IMAGE_FORMATS; others are skipped, which is logged, as are hidden ones, silently.
+    CLASS/*. Files in formats other than IMAGE_FORMATS are skipped and logged; hidden files are skipped silently.
     """
     root = Path(config.dataset)
     folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
@@ -48,7 +48,7 @@ def image_files(folder: Path) -> dict[str, list[Path]]:
         files[name.name] = [path for path in visible(name) if is_image(path)]
         skipped += [path for path in visible(name) if not is_image(path)]
     if skipped:
-        log.info(f"{folder}: skipped, as they are no images: " + ", ".join(at_most_ten([*map(str, skipped)])))
+        log.info(f"{folder}: skipped, as they are not images: " + ", ".join(at_most_ten([*map(str, skipped)])))
     return files
 
 

@@ -1,4 +1,4 @@
-"""Image transforms on uint8 tensors, on any device: flip, shift, augment, resize as PIL does to the bit, normalise."""
+"""Image transforms on uint8 tensors, on any device: flip, shift, augment, resize bit-identically to PIL, normalise."""
 
 from collections.abc import Callable
 from functools import cache, lru_cache

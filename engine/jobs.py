@@ -14,7 +14,7 @@ Model = tuple[str, int]  # name and seed
 def run_in_processes(work: Callable[[Model, int], None], models: dict[Model, Model | None], jobs: int) -> None:
     """Call work(model, threads) for each model, each in a process of its own, at most `jobs` at a time.
 
-    `models` maps each to its teacher, which has to be finished before if it is among them. If a process fails, or a
+    `models` maps each to its teacher, which must finish first if it is among them. If a process fails, or a
     signal arrives, the others are asked to stop, which saves their state. Raises SystemExit with the status of the
     first process that failed.
     """

@@ -35,7 +35,7 @@ def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str
 
     The parameters keep the library's names. stem="cifar" replaces a ResNet's 7 x 7 convolution of stride 2 by one of
     3 x 3 and stride 1, and removes the pooling after it (He et al. 2015, arXiv 1512.03385, section 4.2). Raises
-    UserError if the ImageNet weights are neither in the library's cache nor can be downloaded, or timm is missing.
+    UserError if the ImageNet weights are not cached and cannot be downloaded, or timm is missing.
     """
     if arch.startswith("timm:"):
         return build_timm(arch.removeprefix("timm:"), num_classes, pretrained)

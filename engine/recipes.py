@@ -1,4 +1,4 @@
-"""The fields of Recipe, how one model is trained, and their validation."""
+"""Recipe, which describes how one model is trained: its fields and their validation."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ SEED = integer(0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class RecipeFields:
-    """Recipe without the parameters of the soft losses."""
+    """How one model is trained. Raises UserError, naming every field that is wrong."""
 
     arch: str = setting("resnet18", ARCH, "torchvision model, or timm:NAME if timm is installed")
     stem: str = setting(
@@ -62,11 +62,9 @@ class RecipeFields:
     soft_weight: float | None = setting(None, optional(NONNEGATIVE), "weight of the soft loss; none: 1 - alpha")
     soft_loss: str = setting("kd", choice(*SOFT_LOSSES), "measure of the distance from the teacher's logits")
     temperature: float = setting(5.0, POSITIVE, "T of the soft loss, softens the probabilities of both models")
-    scale_soft_loss: bool = setting(
-        True, FLAG, "multiply the soft loss by T^2; otherwise its gradients shrink by 1/T^2"
-    )
+    scale_soft_loss: bool = setting(True, FLAG, "multiply the soft loss by T^2; otherwise its gradients scale as 1/T^2")
     teacher_seed: int | None = setting(
-        None, optional(SEED), "seed of the teacher, for one teacher of all seeds; none: the student's own"
+        None, optional(SEED), "seed of the teacher, to share one teacher among all seeds; none: the student's seed"
     )
     shuffle_teacher: bool = setting(
         False, FLAG, "a control: shuffle the teacher's logits among the training images of each class"
@@ -140,7 +138,7 @@ def describe_parameter(name: str) -> str:
     return f"of soft_loss = {' and '.join(loss for loss in SOFT_LOSSES if name in parameters(loss))}"
 
 
-# How one model is trained. Raises UserError, naming every field that is wrong.
+# RecipeFields and the parameters of the soft losses.
 Recipe = dataclasses.make_dataclass(
     "Recipe",
     [(name, float, setting(default, NONNEGATIVE, describe_parameter(name))) for name, default in DEFAULTS.items()],

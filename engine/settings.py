@@ -59,13 +59,13 @@ class Config:
     only: tuple[str, ...] = setting((), several(NAME, "names of recipes"), "train or evaluate just these recipes")
     sweep: tuple[str, ...] = setting(
         (),
-        several(text("ROW.FIELD=VALUE,VALUE", r"[^\0\n]+"), "of the form ROW.FIELD=VALUE,VALUE"),
+        several(text("RECIPE.SETTING=VALUE,VALUE", r"[^\0\n]+"), "of the form RECIPE.SETTING=VALUE,VALUE"),
         "train a recipe with all combinations of these values, such as student_kd.temperature=1,2,4",
     )
     overwrite: bool = setting(False, FLAG, "retrain, in place, models that were trained with other settings")
     jobs: int = setting(1, integer(1, 64), "models to train at the same time, each with its share of the CPU's threads")
     checkpoint_minutes: float = setting(
-        10, POSITIVE, "save the state of training this often, and after each epoch of more than 5 s"
+        10, POSITIVE, "save the training state this often, and after an epoch if the last save was over 5 s ago"
     )
     device: str = setting(
         "auto",
@@ -83,7 +83,7 @@ class Config:
         "torch.compile the model; auto: on CUDA, if the training is long enough to repay the minute it takes",
     )
     deterministic: bool = setting(
-        False, FLAG, "on CUDA, bit-reproducible and slower, without compile = auto (a CPU always is reproducible)"
+        False, FLAG, "bit-reproducible but slower on CUDA, without compile = auto (a CPU is always reproducible)"
     )
     sync_batchnorm: bool = setting(
         False, FLAG, "with several processes, BatchNorm over the whole batch instead of each process's part; CUDA only"
@@ -114,7 +114,7 @@ class Config:
         if not self.recipes:
             problems.append("recipes = {}: must hold one recipe or more")
         if not seeds or len(set(seeds)) < len(seeds):
-            problems.append(f"seeds = {seeds}: must be one or more different seeds")
+            problems.append(f"seeds = {seeds}: must be one or more distinct seeds")
         for name in only:
             if name not in self.recipes:
                 problems.append(f"only = {name!r}: no such recipe; {suggest(name, self.recipes)}")
@@ -135,7 +135,7 @@ class Config:
             for field, other in (("teacher", recipe.teacher), ("baseline", recipe.baseline)):
                 if other is not None and other not in self.recipes:
                     problems.append(f"{name}.{field} = {other!r}: no such recipe; {suggest(other, self.recipes)}")
-            if recipe.shuffle_teacher and self.endless_views:
+            if recipe.shuffle_teacher and self.unlimited_views:
                 problems.append(
                     f"{name}.shuffle_teacher = True: needs stored logits, so no crop_padding and no augment"
                 )
@@ -147,7 +147,7 @@ class Config:
         return problems
 
     @property
-    def endless_views(self) -> bool:
+    def unlimited_views(self) -> bool:
         """Whether a training image has more views than itself and its mirror image, so that logits cannot be stored."""
         return self.crop_padding > 0 or self.augment != "none"
 
@@ -163,9 +163,9 @@ class Config:
         return sorted(self.only or self.recipes, key=lambda name: len(self.teachers_of(name)))
 
     def seeds_of(self, name: str) -> list[int]:
-        """The seeds that a recipe is trained with: all, except for one that is only a teacher.
+        """The seeds that a recipe is trained with: all of them.
 
-        That one is trained with the `teacher_seed`s of its students, if each names one.
+        A recipe that is only a teacher has the `teacher_seed`s of its students instead, if each of them sets one.
         """
         chosen = [recipe.teacher_seed for recipe in self.recipes.values() if recipe.teacher == name]
         only_a_teacher = chosen and name not in [baseline_of(other, self.recipes) for other in self.recipes]

@@ -1,4 +1,4 @@
-"""The data sets that are no folder: torchvision's, which are downloaded, and scikit-learn's digits."""
+"""The data sets that are not folders: torchvision's, which are downloaded, and scikit-learn's digits."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

@@ -17,7 +17,7 @@ def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Ten
     except ValueError:  # a class would have no image on one of the sides
         classes = len(np.unique(labels))
         raise UserError(
-            f"{setting} = {size}: must select and leave an image of each class; with {classes} classes and "
-            f"{len(labels)} images that is {classes} to {len(labels) - classes}, and two images of each class or more"
+            f"{setting} = {size}: must select and leave at least one image of each class: {classes} to "
+            f"{len(labels) - classes} of these {len(labels)} images, if every class has two or more"
         ) from None
     return tuple(torch.from_numpy(np.sort(part)) for part in parts)

@@ -1,4 +1,4 @@
-"""Sweeps: rows of a run that differ in a few settings, written as "ROW.FIELD=VALUE,VALUE,..."."""
+"""Sweeps: rows of a run that differ in a few settings, written as "RECIPE.SETTING=VALUE,VALUE,..."."""
 
 import dataclasses
 import itertools
@@ -22,13 +22,13 @@ class Point(NamedTuple):
 def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, list[Point]]:
     """The rows that replace each swept row: all combinations of its values, named by them.
 
-    Raises UserError for words that do not have the form ROW.FIELD=VALUE,VALUE or name unknown fields.
+    Raises UserError for words that do not have the form RECIPE.SETTING=VALUE,VALUE or name unknown fields.
     """
     swept: dict[str, dict[str, list[Any]]] = {}
     for word in sweep:
         match = re.fullmatch(r"([^.=]+)\.(\w+)=([^=]+)", word)
         if not match:
-            raise UserError(f"sweep = {word!r}: must have the form ROW.FIELD=VALUE,VALUE,...")
+            raise UserError(f"sweep = {word!r}: must have the form RECIPE.SETTING=VALUE,VALUE,...")
         row, field, values = match.groups()
         if field not in fields:
             raise UserError(f"sweep = {word!r}: no such setting; {suggest(field, fields)}")

@@ -36,10 +36,10 @@ SHOWN = {
     "distilled without T², twice the epochs\n(as published)": ("ablation", "original"),
     "alone, labels smoothed": ("controls", "label_smoothing"),
     "distilled from shuffled logits": ("controls", "kd_shuffled"),
-    "distilled from a student like itself": ("controls", "kd_self"),
+    "distilled from the student alone (self-distillation)": ("controls", "kd_self"),
 }
 
-# What is compared beside each row with its baseline, in the same family of Holm's correction.
+# Comparisons other than that of each row with its baseline, in the same family of Holm's correction.
 FURTHER = {
     "ablation": [
         (row, "student")
@@ -58,7 +58,7 @@ def accuracy(model: Evaluated, labels: np.ndarray) -> str:
 def compared(run: str, models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str, Any]]:
     """The comparisons that this study makes of the kept models of a run; Holm-corrected for all that it plans.
 
-    A model of a single seed is compared with none.
+    Models with a single seed are not compared.
     """
     models = {name: model for name, model in models.items() if len(model.logits) > 1}
     recipes = STUDY[run].recipes

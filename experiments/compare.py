@@ -1,9 +1,9 @@
-"""Whether a repetition of an experiment agrees with the published one.
+"""Whether a reproduction of the ablation agrees with the published results.
 
     python -m experiments.compare imgs/reproduction/results.json
 
-For each model of `ablation` that the repetition has too: the two accuracies (mean ± standard deviation over seeds),
-their difference, and whether chance explains it. Exit status 1 if for any model it does not.
+For each model of `ablation` that the reproduction has too: the two accuracies (mean ± standard deviation over seeds),
+their difference, and whether chance could explain it. Exit status 1 if for any model it could not.
 """
 
 import json
@@ -32,7 +32,7 @@ def published() -> dict[str, Any]:
 
 
 def p_value(first: Mapping[str, Any], second: Mapping[str, Any], n_test: int) -> float:
-    """Two-sided p-value that two accuracies, entries of results.json, have the same expectation.
+    """Two-sided p-value that two accuracies, entries of results.json, have the same mean.
 
     Welch's t-test over seeds. The standard deviation of each side is at least the binomial one of `n_test` images, as
     the test images, or the machine's rounding, may differ; that one is known, with infinite degrees of freedom.
@@ -48,15 +48,15 @@ def p_value(first: Mapping[str, Any], second: Mapping[str, Any], n_test: int) ->
     return float(2 * stats.t.sf(abs(first["mean"] - second["mean"]) / math.sqrt(sum(variances)), freedom))
 
 
-def compare(published: Mapping[str, Any], repeated: Mapping[str, Any]) -> list[tuple[str, float]]:
+def compare(published: Mapping[str, Any], reproduced: Mapping[str, Any]) -> list[tuple[str, float]]:
     """A line for each model of both, and its p-value. Raises UserError if they have no model in common."""
-    common = [name for name in published["models"] if name in repeated["models"]]
+    common = [name for name in published["models"] if name in reproduced["models"]]
     if not common:
         raise UserError("the two results have no model in common")
     found = []
     for name in common:
-        first, second = (results["models"][name]["accuracy"] for results in (published, repeated))
-        p = p_value(first, second, min(published["n_test"], repeated["n_test"]))
+        first, second = (results["models"][name]["accuracy"] for results in (published, reproduced))
+        p = p_value(first, second, min(published["n_test"], reproduced["n_test"]))
         shown = " | ".join(
             f"{100 * entry['mean']:6.2f} ± {100 * (entry['std'] or 0):.2f} ({len(entry['seeds'])})"
             for entry in (first, second)
@@ -71,16 +71,16 @@ def main() -> None:
             raise UserError("usage: python -m experiments.compare imgs/RUN/results.json")
         try:
             with open(sys.argv[1]) as file:
-                repeated = json.load(file)
+                reproduced = json.load(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{sys.argv[1]}: cannot be read ({error})") from None
-        lines = compare(published(), repeated)
+        lines = compare(published(), reproduced)
     level = 0.05 / len(lines)  # Bonferroni
-    print(f"{'model':<20} | published (seeds) | here (seeds) | difference (points) | same expectation")
+    print(f"{'model':<20} | published (seeds) | here (seeds) | difference (points) | equal means")
     for line, p in lines:
         print(line + ", differs" * (p < level))
     agreed = all(p >= level for _, p in lines)
-    print("The repetition agrees with the published results." if agreed else "The repetition differs.")
+    print("The reproduction agrees with the published results." if agreed else "The reproduction differs.")
     raise SystemExit(0 if agreed else 1)
 
 

@@ -3,9 +3,9 @@
     python teacher_student_model.py --preset ablation --jobs 2
     python evaluate.py --run ablation
 
-A ResNet50 learns from all 50,000 images, its students from 5,000 of them, so that the teacher knows clearly more than a
-student can learn alone; from random weights, at 64 px, to be affordable on a CPU. A model that is the same in two
-presets is trained once. What each row was expected to show is in docs/predictions.md.
+A ResNet50 is trained on 48,000 images and its students on 5,000 of them, so that the teacher is well ahead of a student
+trained alone; from random weights, at 64 px, to be affordable on a CPU. A model that is the same in two presets is
+trained once. What each row was expected to show is in docs/predictions.md.
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ ABLATION = {
     **{f"kd_alpha_{percent}": replace(VARIANT, alpha=percent / 100) for percent in (0, 50, 90)},
 }
 
-# What these gain is regularisation, not the teacher's knowledge. Labels smoothed by 0.15 have the mean entropy of the
+# Controls: targets without the knowledge of a better teacher. Labels smoothed by 0.15 have the mean entropy of the
 # teacher's probabilities at T = 1 on the training images, 0.71 nats (teacher of seed 0).
 CONTROLS = {
     **ROWS,
@@ -46,7 +46,7 @@ CONTROLS = {
     "kd_self": replace(VARIANT, teacher="student"),
 }
 
-# Percent of the labels: number of images, epochs of both students. 10% is the student of the other presets.
+# Percent of the 50,000 images: number of images, epochs of both students. 10% is the student of the other presets.
 LABELS = {2: (1_000, 60), 20: (10_000, 12), 100: (None, 3)}
 LOW_DATA = {
     **ROWS,

@@ -108,9 +108,9 @@ def compare(
 def compare_all(
     models: Models, labels: np.ndarray, classes: Sequence[str] = (), pairs: Iterable[tuple[str, str]] | None = None
 ) -> list[dict[str, Any]]:
-    """Each model against its baseline, or the `pairs`, with p-values adjusted for their number, and a verdict on it.
+    """Each model against its baseline, or the `pairs`, with p-values adjusted for the number of comparisons.
 
-    Of `pairs`, those whose models are missing count too, as a test that is undefined.
+    Of `pairs`, those whose models are missing count towards that number, with p = 1.
 
     The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05 and ci95 excludes 0, otherwise
     "indistinguishable". A test that is undefined (p_value None) counts as p = 1. With one seed the verdict is on two

@@ -38,8 +38,8 @@ def time_inference(
 ) -> dict[Architecture, dict[str, Any]]:
     """Latency of one image and throughput of a large batch for each architecture, from uint8 images to logits.
 
-    The architectures alternate, so that drift in the machine's speed affects all, for 3 to 20 rounds within about these
-    seconds. The weights do not matter: they are random, with BatchNorm folded.
+    The architectures alternate, so that drift in the machine's speed affects all, for 3 to 20 rounds in about
+    `seconds` seconds. The weights do not matter: they are random, with BatchNorm folded.
     """
     count, device = len(dataset.test.images), config.device
     images = dataset.test.images[torch.arange(batch_size, device=dataset.test.images.device) % count].to(device)

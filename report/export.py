@@ -54,7 +54,7 @@ def export_program(model: nn.Module, image_size: int, about: dict[str, Any]) -> 
 
 
 def check_export(content: bytes, path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference from the expected probabilities (n, C). Raises UserError if it is another model."""
+    """The largest difference from the expected probabilities (n, C). Raises UserError if the predictions differ."""
     program = torch.export.load(io.BytesIO(content)).module()
     with torch.inference_mode():
         found = torch.cat([program(chunk) for chunk in images.split(100)])

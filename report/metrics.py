@@ -122,8 +122,9 @@ def reliability(by_seed: Sequence[np.ndarray], labels: np.ndarray, bins: int = 1
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T, from 0.01 to 100, that minimises the negative log-likelihood of softmax(logits / T); NaN for NaN.
 
-    Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2). In b = 1/T the likelihood is convex; its
-    derivative is the mean of sum_c p_c z_c - z_label. If every image is right there is no minimum, and T is 0.01.
+    Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2). The negative log-likelihood is convex in
+    b = 1/T; its derivative is the mean of sum_c p_c z_c - z_label. If every image is classified correctly there is no
+    minimum, and T is 0.01.
     """
     z = torch.as_tensor(logits, dtype=torch.float64)
     if not z.isfinite().all():

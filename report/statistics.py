@@ -45,8 +45,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     """Two-sided exact p-value of McNemar's test, from the counts of discordant images.
 
     `only_first` images are classified correctly by the first model only, and vice versa. If both are equally good, each
-    is a fair coin flip (McNemar 1947, Psychometrika 12, 153-157, in its
-    exact binomial form).
+    discordant image is a fair coin flip (McNemar 1947, Psychometrika 12, 153-157, in its exact binomial form).
     """
     discordant = only_first + only_second
     return float(stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
@@ -73,7 +72,7 @@ def image_variance(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[f
 
     From `correct` and `correct_baseline`, both (S, n) bool, averaged over the S seeds first. Pseudo-counts, half an
     image that only the model classifies correctly, half an image that only the baseline does, and one concordant image,
-    make intervals hold from few images on (Agresti and Min 2005, Statistics in Medicine 24, 729-740).
+    make intervals valid even with few images (Agresti and Min 2005, Statistics in Medicine 24, 729-740).
     """
     difference = correct.mean(0) - correct_baseline.mean(0)  # (n,)
     n = len(difference) + 2
@@ -128,8 +127,8 @@ def detects(difference: float, std: float, variance: float, seeds: int, level: f
     """Whether two or more seeds detect a true difference of this size with 80% power.
 
     `std` is the standard deviation of the difference over the seeds; `variance` is that of the sampling of test images,
-    which no number of seeds makes smaller. To be detected, a difference needs both the t-test over seeds and the
-    interval to exclude 0.
+    which no number of seeds makes smaller. To be detected, a difference needs a significant t-test over
+    seeds and an interval that excludes 0.
     """
     images, error = math.sqrt(variance), std / math.sqrt(seeds)
     half = math.hypot(Z * images, stats.t.ppf(0.975, seeds - 1) * error)
@@ -138,7 +137,7 @@ def detects(difference: float, std: float, variance: float, seeds: int, level: f
 
 
 def detectable_over_seeds(std: float, variance: float, seeds: int, level: float = 0.05) -> float | None:
-    """The smallest true difference that `detects` accepts; None if there is none, or if it does not vary over seeds."""
+    """The smallest true difference that `detects` accepts; None if there is none, or if `std` is 0."""
     if not std or not detects(1.0, std, variance, seeds, level):
         return None
 

@@ -53,7 +53,7 @@ from engine.models import Architecture
 from engine.recipes import Recipe
 from engine.settings import Config
 from engine.training import Meter
-from teacher_student_model import distillation_terms, distilled_loss, stored_logits
+from teacher_student_model import distillation_terms, make_distillation_loss, stored_logits
 
 KD_EPOCHS = 10  # of the original's distilled student, over which the teacher's logits are shared
 # Images/s that memory traffic allows one H200 at 224 px in bf16, eager: measured bandwidth, traffic layer by layer.
@@ -140,7 +140,7 @@ class Benchmark:
         )
         recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if distilled else None)
         logits = torch.randn(2, self.n, 10, device=self.config.device)
-        loss_fn = distilled_loss(stored_logits(logits), recipe) if distilled else cross_entropy
+        loss_fn = make_distillation_loss(stored_logits(logits), recipe) if distilled else cross_entropy
         convolution = torch.conv2d if conv2d_alone else engine.convolution.convolution
         with (
             contextlib.redirect_stderr(io.StringIO()),  # its line for each epoch

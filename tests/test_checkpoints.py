@@ -90,27 +90,27 @@ def test_differing_settings_are_refused_by_name(config, digits, monkeypatch):
     path = Path("model.pt")
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "a" * 64)
     settings = fingerprints.training_settings("student_kd", 0, config, digits)
-    fingerprints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, settings)
+    fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, settings)
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], temperature=4.0)}
     changed = replace(config, recipes=recipes, batch_size=20)
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "b" * 64)
     other = fingerprints.training_settings("student_kd", 0, changed, digits)
     with pytest.raises(UserError) as error:
-        fingerprints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, other)
+        fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, other)
     output = str(error.value)
     assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in output
     assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in output
     assert "--overwrite" in output
     with pytest.raises(UserError, match="seed was 0, is now 1"):
-        fingerprints.refuse_other_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
+        fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
 
 
 def test_a_checkpoint_older_than_a_setting_counts_as_its_default(config, digits):
     settings = fingerprints.training_settings("student", 0, config, digits)
     older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
-    fingerprints.refuse_other_settings(Path("model.pt"), {"name": "student", "settings": older}, settings)
+    fingerprints.check_settings(Path("model.pt"), {"name": "student", "settings": older}, settings)
     with pytest.raises(UserError, match="sync_batchnorm was False, is now True"):
-        fingerprints.refuse_other_settings(
+        fingerprints.check_settings(
             Path("model.pt"), {"name": "student", "settings": older}, {**settings, "sync_batchnorm": True}
         )
 

@@ -98,7 +98,7 @@ def test_a_training_step_of_a_resnet_has_the_same_gradients(outputs):
 
 @pytest.mark.parametrize(("groups", "size", "stride"), [(1, 1, 2), (32, 1, 2), (1, 3, 4)])
 def test_gradients_in_bf16_are_right_where_the_input_is_smaller_than_the_stride(groups, size, stride):
-    """oneDNN would leave those of the weights that only padding meets as they were in memory: here NaN."""
+    """oneDNN would leave those of the weights that only multiply padding as they were in memory: here NaN."""
     torch.manual_seed(0)
     images = torch.randn(8, 256, size, size)
     for _ in range(10):

@@ -339,8 +339,8 @@ def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
         (["--dataset", "nowhere"], "dataset = 'nowhere': no such folder"),
         (["--student.pretrained", "true"], "resnet18-f37072fd.pth: is missing"),
         (["--student.train_size", "1290", "--validation_size", "100"], "student.train_size = 1290"),
-        (["--student.train_size", "1290"], "train_size = 1290: must select and leave an image of each class"),
-        (["--validation_size", "3"], "validation_size = 3: must select and leave an image of each class"),
+        (["--student.train_size", "1290"], "train_size = 1290: must select and leave at least one image of each class"),
+        (["--validation_size", "3"], "validation_size = 3: must select and leave at least one image of each class"),
         (["--checkpoints_path", "/proc/nowhere"], "/proc/nowhere/demo: cannot be written"),
     ],
 )

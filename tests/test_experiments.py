@@ -1,4 +1,4 @@
-"""The study: its presets, the comparison of a repetition with it, and the numbers that the documents state."""
+"""The study: its presets, the comparison of a reproduction with it, and the numbers that the documents state."""
 
 import json
 import re
@@ -30,19 +30,19 @@ def results(**models) -> dict:
     return {"n_test": 10_000, "models": {name: {"accuracy": entry(values)} for name, values in models.items()}}
 
 
-def test_a_repetition_is_compared_by_welchs_test_if_seeds_vary_more_than_images():
+def test_a_reproduction_is_compared_by_welchs_test_if_seeds_vary_more_than_images():
     first, second = [0.60, 0.63, 0.62, 0.64], [0.65, 0.68, 0.64]
     p = p_value(entry(first), entry(second), 10**9)
     assert p == pytest.approx(stats.ttest_ind(first, second, equal_var=False).pvalue)
 
 
-def test_a_repetition_of_few_seeds_is_not_excused():
+def test_a_reproduction_of_few_seeds_is_not_excused():
     published = entry([0.617, 0.618, 0.620])
     for accuracy, agrees in ((0.615, True), (0.625, True), (0.60, False), (0.45, False)):
         assert (p_value(published, entry([accuracy]), 10_000) > 0.05 / 8) == agrees
 
 
-def test_a_repetition_with_one_seed_allows_for_the_sampling_of_images():
+def test_a_reproduction_with_one_seed_allows_for_the_sampling_of_images():
     assert p_value(entry([0.9]), entry([0.903]), 10_000) > 0.4
     assert p_value(entry([0.9, 0.9, 0.9]), entry([0.7, 0.7, 0.7]), 10_000) < 0.01
 
@@ -65,9 +65,9 @@ def test_what_is_published_is_what_was_kept(kept_predictions):
 
 @pytest.mark.parametrize(("other", "status"), [([0.6, 0.61, 0.62], 0), ([0.1, 0.11, 0.12], 1)])
 def test_the_comparison_as_a_program(tmp_path, monkeypatch, capsys, other, status):
-    (tmp_path / "repeated.json").write_text(json.dumps(results(student=other)))
+    (tmp_path / "reproduced.json").write_text(json.dumps(results(student=other)))
     monkeypatch.setattr(compare_module, "published", lambda: results(student=[0.6, 0.61, 0.62]))
-    monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "repeated.json")])
+    monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "reproduced.json")])
     with pytest.raises(SystemExit) as ended:
         compare_module.main()
     assert ended.value.code == status
@@ -195,12 +195,12 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     interval_and_p = f"(95% interval {low} to {high}, p = {c['p_holm']:.2g} after Holm)"
     assert f"**{lost} of the {gain} points** at equal epochs {interval_and_p}" in README
     step = points("small_step").lstrip("-")
-    assert f"a student alone loses {step} points by it" in README
+    assert f"it costs a student alone {step} points" in README
     ratio = 1 / (0.25 + 0.75 / 25)
     assert f"1 / (0.25 + 0.75 / 25) = {ratio:.1f} times the learning rate" in README
     assert STUDY["ablation"].recipes["kd_without_t2_lr"].lr == pytest.approx(0.05 * round(ratio, 1))
     regained = compared()["kd_without_t2_lr", "kd"]["difference"] - c["difference"]
-    assert f"regains {100 * regained:.2f} of the {lost}" in README
+    assert f"recovers {100 * regained:.2f} of the {lost}" in README
     assert f"{regained / -c['difference']:.0%} of the damage is the step" in ANSWER
     alone = "a student alone gains {} points by it ({}, undecided after Holm's correction)"
     assert alone.format(points("student_lr"), bounds("student_lr")) in ANSWER
@@ -212,8 +212,8 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     assert f"costs {step} points (`small_step`); what is left of the teacher brings {100 * returned:.2f} back" in ANSWER
     published = points("original"), points("original", "student_2x"), bounds("original", "student_2x")
     assert compared()["original", "student_2x"]["verdict"] == "indistinguishable"
-    assert "it gains {}, of which {} ({}) are left against a student alone of as many".format(*published) in README
-    assert "gains {} points here, of which {} ({}) are left against a student alone".format(*published) in ANSWER
+    assert "it gains {}, of which {} ({}) remain against a student alone with as many".format(*published) in README
+    assert "gains {} points here, of which {} ({}) remain against a student alone".format(*published) in ANSWER
 
 
 def test_the_outcome_of_each_prediction_is_that_of_the_kept_logits():
@@ -323,7 +323,7 @@ def test_when_the_prediction_on_views_holds(monkeypatch, cropped, held):
 def test_what_a_teacher_like_its_student_brings():
     c, kd = predictions.comparisons("controls")["kd_self", "student"], compared()["kd", "student"]
     brought = f"{100 * c['difference']:+.2f} points ({interval(c['ci95'], 2, signed=True)})"
-    assert f"a student like its pupil brings {brought}, a third of the gain" in README
+    assert f"self-distillation, with the student alone as teacher, brings {brought}, a third of the gain" in README
     assert f"on the same 5,000 images, brings {brought}: a third of the gain" in ANSWER
     assert c["difference"] / kd["difference"] == pytest.approx(1 / 3, abs=0.05)
     assert c["verdict"] == "better"
@@ -393,8 +393,8 @@ def percent(accuracy: dict) -> str:
 def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
     results = recorded("docs/data/demo.json")
     models = {name: model["accuracy"] for name, model in results["models"].items()}
-    assert f"One teacher, {100 * models['teacher']['mean']:.2f}%" in README
-    assert f"alone {percent(models['student'])} and taught {percent(models['student_kd'])}%" in README
+    assert f"One teacher trained on 1,200 digits: {100 * models['teacher']['mean']:.2f}%" in README
+    assert f"alone {percent(models['student'])}%, distilled {percent(models['student_kd'])}%" in README
     assert summary(results).splitlines()[-1] in README
     for file, sentence in (
         ("demo-conv2d", "{}, p = {:.2g}, and, on an AMD EPYC"),

@@ -27,7 +27,7 @@ def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trai
     output = capsys.readouterr().err
     for name in ("teacher", "student"):
         source = tmp_path / f"checkpoints/demo/seed0/{name}.pt"
-        assert f"warmer/seed0/{name}.pt: has the settings of {source}, which is used" in output
+        assert f"warmer/seed0/{name}.pt: copied from {source}, which was trained with" in output
         assert f"{name} seed 0  epoch" not in output
     assert output.count("student_kd seed 0  epoch") == 2
     assert "logits of teacher  read from" in output  # they came along
@@ -40,7 +40,7 @@ def test_other_settings_are_trained_again(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     teacher_student_model.main([*flags(tmp_path), "--run=other", "--only=student", "--student.lr=0.02"])
     output = capsys.readouterr().err
-    assert "which is used" not in output
+    assert "trained with the same settings" not in output
     assert output.count("student seed 0  epoch") == 2
 
 
@@ -48,7 +48,7 @@ def test_auto_precision_follows_a_model_that_is_used(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     teacher_student_model.main([*flags(tmp_path), "--run=auto", "--precision=auto", "--only", "teacher", "student"])
     output = capsys.readouterr().err
-    assert output.count("which is used") == 2
+    assert output.count("trained with the same settings") == 2
     assert output.count("is finished") == 2
 
 
@@ -133,9 +133,9 @@ def test_models_trained_by_other_code_are_named(tmp_path, monkeypatch, capsys):
     assert "other code" not in capsys.readouterr().err
     monkeypatch.undo()
     teacher_student_model.main(words)
-    assert "it was trained by other code" in capsys.readouterr().err
+    assert "it was trained with another version" in capsys.readouterr().err
     evaluate.main(words)
-    assert "Trained by other code than this: student seed 0" in (tmp_path / "imgs/demo/results.md").read_text()
+    assert "Trained with another version of the code: student seed 0" in (tmp_path / "imgs/demo/results.md").read_text()
 
 
 def test_the_code_digest_changes_with_the_loss_but_not_with_the_settings(monkeypatch, tmp_path):

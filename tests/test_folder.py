@@ -72,7 +72,7 @@ def test_files_that_are_no_images_are_skipped_and_named(config, image_folder, ca
     output = capsys.readouterr().err
     for name in ("notes.txt", "b/Thumbs.db", "b/more"):
         assert str(root / "train" / name) in output
-    assert f"{root / 'train'}: skipped, as they are no images" in output
+    assert f"{root / 'train'}: skipped, as they are not images" in output
 
 
 def test_val_holds_the_validation_images_if_there_is_a_test_folder(config, image_folder):
@@ -126,7 +126,7 @@ def test_circular_links_are_reported(config, image_folder, capsys):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     (root / "train" / "a" / "up").symlink_to(root, target_is_directory=True)
     datasets.load_dataset(folder_config(config, root))
-    assert "skipped, as they are no images: " + str(root / "train" / "a" / "up") in capsys.readouterr().err
+    assert "skipped, as they are not images: " + str(root / "train" / "a" / "up") in capsys.readouterr().err
     (root / "train" / "a" / "up").unlink()
     (root / "train" / "a" / "self.png").symlink_to(root / "train" / "a" / "self.png")
     with pytest.raises(UserError, match=r"self.png: cannot be read as an image"):

@@ -106,7 +106,7 @@ def test_each_preset_has_its_own_run():
         ("64", ["'64'", "a value without a flag"]),
         ("--batch_size", ["--batch_size", "expected one argument"]),
         ("--batch_size many", ["batch_size = 'many'", "an integer, 2 or more"]),
-        ("--seeds 1 2 1", ["seeds = (1, 2, 1)", "different seeds"]),
+        ("--seeds 1 2 1", ["seeds = (1, 2, 1)", "distinct seeds"]),
         ("--seeds 0,1", ["seeds = ['0,1']", "separated by spaces"]),
         ("--crop_padding 2000", ["crop_padding = 2000", "0 to 1000"]),
         ("-preset demo", ["-preset", "did you mean --preset?"]),

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.recipes import Recipe
 from engine.soft_losses import SOFT_LOSSES, dist, dkd, kd, parameters, standardised_kd, ttm
 from engine.training import explain_share
-from teacher_student_model import distillation_loss, distillation_terms, distilled_loss, stored_logits
+from teacher_student_model import distillation_loss, distillation_terms, make_distillation_loss, stored_logits
 
 B, C, T = 7, 5, 3.0
 
@@ -152,7 +152,7 @@ def test_a_recipe_passes_its_weights_and_parameters_on(logits, name):
     recipe = Recipe(teacher="t", soft_loss=name, temperature=T, soft_weight=9.0, alpha=0.1, **changed)
     assert recipe.loss_parameters() == changed
     batch = type("Batch", (), {"labels": y, "index": torch.arange(B), "flipped": torch.zeros(B)})
-    terms = distilled_loss(stored_logits(torch.stack([v, v + 1])), recipe)(z, batch)
+    terms = make_distillation_loss(stored_logits(torch.stack([v, v + 1])), recipe)(z, batch)
     assert terms["soft loss"].item() == pytest.approx(9 * PLAIN[name](*logits, T, **changed), rel=1e-6)
     hard = -log_softmax(logits[0], axis=1)[np.arange(B), logits[2]].mean()
     assert terms["hard loss"].item() == pytest.approx(0.1 * hard, rel=1e-9)
@@ -207,7 +207,7 @@ def test_the_share_of_the_gradient_is_that_of_a_plain_loop(config, digits, scale
     torch.manual_seed(0)
     recipe = replace(config.recipes["student_kd"], epochs=1, scale_soft_loss=scale, train_size=75)
     logits = 3 * torch.randn(2, len(digits.train.labels), 10, device=config.device)
-    norms, loss_fn = [], distilled_loss(stored_logits(logits), recipe)
+    norms, loss_fn = [], make_distillation_loss(stored_logits(logits), recipe)
 
     def spy(z, batch):
         leaf = z.detach().requires_grad_()

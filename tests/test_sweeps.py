@@ -32,7 +32,7 @@ def test_a_sweep_replaces_a_row_by_all_combinations():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("student_kd", "must have the form ROW.FIELD=VALUE,VALUE"),
+        ("student_kd", "must have the form RECIPE.SETTING=VALUE,VALUE"),
         ("student_kd.temperature", "must have the form"),
         ("student_kd.temperatur=1", "did you mean temperature?"),
         ("student_dk.alpha=1", "did you mean student_kd?"),
@@ -59,7 +59,7 @@ def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys
     grown = [*words, "student_kd.temperature=1,4", "student_kd.alpha=0.25,0"]
     teacher_student_model.main(grown)
     output = capsys.readouterr().err
-    assert output.count("which is used instead of training it again") == 2  # the rows with alpha = 0.25
+    assert output.count("which was trained with the same settings") == 2  # the rows with alpha = 0.25
     assert len(re.findall(r"student_kd\S+ seed 0  epoch", output)) == 2
     evaluate.main(["--run=demo", f"--checkpoints_path={tmp_path / 'checkpoints'}"])
     report = tmp_path / "imgs/demo"

@@ -17,8 +17,8 @@ from engine.images import prepare
 from teacher_student_model import (
     Teacher,
     distillation_loss,
-    distilled_loss,
     load_teacher,
+    make_distillation_loss,
     online_logits,
     shuffle_within_classes,
     stored_logits,
@@ -129,7 +129,7 @@ def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits
     subset = digits.subset(100)
     lookup = stored_logits(teacher_logits(teacher, config, digits, subset))
     online = online_logits(teacher.model, config)
-    loss_fn = distilled_loss(lookup, replace(config.recipes["student_kd"], alpha=0.0))
+    loss_fn = make_distillation_loss(lookup, replace(config.recipes["student_kd"], alpha=0.0))
     for batch in datasets.batches(digits.train, subset, config, seed=0, epoch=0):
         expected = teacher.model(batch.images)
         for logits in (lookup(batch), online(batch)):
@@ -199,7 +199,9 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     config = replace(config, recipes=recipes)
     anything = stored_logits(torch.full((2, 1297, C), 0.5))
     custom_resnet.train("student", 0, config, digits)
-    custom_resnet.train("student_kd", 0, config, digits, lambda: distilled_loss(anything, recipes["student_kd"]))
+    custom_resnet.train(
+        "student_kd", 0, config, digits, lambda: make_distillation_loss(anything, recipes["student_kd"])
+    )
     states = [checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
@@ -217,7 +219,7 @@ def test_distillation_leaves_the_teacher_unchanged(config, digits, monkeypatch):
 
     def make_loss():
         logits = teacher_logits(teacher, config, digits, digits.subset(100))
-        return distilled_loss(stored_logits(logits), config.recipes["student_kd"])
+        return make_distillation_loss(stored_logits(logits), config.recipes["student_kd"])
 
     custom_resnet.train("student_kd", 0, config, digits, make_loss)
     for name, tensor in teacher.model.state_dict().items():
@@ -249,7 +251,7 @@ def test_the_teacher_sees_the_very_pixels_of_the_student(config, digits, teacher
         teacher.model.register_forward_pre_hook(lambda _, images, shown=shown: shown.append(images[0]))
         logits = online_logits(teacher.model, other)(batch)
         teacher.model._forward_pre_hooks.clear()
-        assert other.endless_views
+        assert other.unlimited_views
         torch.testing.assert_close(logits, teacher.model(batch.images), atol=1e-4, rtol=0)
 
 
@@ -351,7 +353,7 @@ def test_online_and_stored_logits_train_the_same_student(config, digits, teacher
         torch.manual_seed(0)
         model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
         recipe = replace(recipe, temperature=2.0, lr=0.001)
-        history = custom_resnet.fit(model, recipe, config, 0, digits, distilled_loss(lookup, recipe), "test")
+        history = custom_resnet.fit(model, recipe, config, 0, digits, make_distillation_loss(lookup, recipe), "test")
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]).detach())
         assert len(history) == 2
     moved = (weights[0] - weights[1]).norm() / weights[0].norm()
