@@ -202,11 +202,11 @@ def train(
         check_given_weights(model, recipe, config, dataset, title)
         write({"model": model.state_dict(), "history": []})
         return
-    loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
-    with stop_requests() as stop:
-        with explain_device_errors(config):
+    with explain_device_errors(config):
+        loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
+        with stop_requests() as stop:
             history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, write, stop, estimate)
-        (stopped,) = all_reduce_max(stop())
+            (stopped,) = all_reduce_max(stop())
     finished = len(history) == recipe.epochs
     log.info(f"{title}  is {'finished' if finished else 'saved; the same command resumes it'}: {path}")
     if stopped:

@@ -36,7 +36,6 @@ from engine.files import lock, write_durably
 from engine.fingerprints import check_settings, logits_fingerprint, training_settings
 from engine.flags import Parser
 from engine.folder import find_images, open_image, to_array
-from engine.images import resize
 from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config
@@ -145,7 +144,7 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
     Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
     """
     paths = [file for path in paths for file in find_images(path)]
-    images = [torch.tensor(to_array(open_image(path), None)).permute(2, 0, 1).unsqueeze(0) for path in paths]
+    resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
     columns = []  # for each model its title, its classes and its probabilities (files, C)
     for name, seed in [(n, s) for n in config.selected() for s in config.seeds_of(n)]:
         path = checkpoint_path(config, name, seed)
@@ -154,7 +153,10 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
             log.info(f"not trained yet, skipped: {path}")
             continue
         model, size = load_model(state, config.device), state["settings"]["image_size"]
-        logits = predict(model, torch.cat([resize(image, size) for image in images]), size)
+        if size not in resized:
+            arrays = [to_array(open_image(path), size) for path in paths]
+            resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        logits = predict(model, resized[size], size)
         columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         raise UserError(f"nothing to predict with; {TRAIN_FIRST}")

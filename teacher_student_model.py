@@ -34,6 +34,7 @@ from engine.device import configure_backends, forward_pass
 from engine.distributed import broadcast_from_rank0
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
+from engine.files import lock
 from engine.fingerprints import check_settings, logits_fingerprint, training_settings
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import run_in_processes
@@ -175,7 +176,7 @@ def online_logits(teacher: nn.Module, config: Config) -> Lookup:
     folded = fold_batchnorm(teacher)
 
     def run(batch: Batch) -> torch.Tensor:
-        with torch.inference_mode(), forward_pass(config.device, config.precision):
+        with torch.no_grad(), forward_pass(config.device, config.precision):
             return folded(batch.images).float()
 
     return run
@@ -201,8 +202,8 @@ def make_distillation_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
     return loss_fn
 
 
-def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
-    """Train a recipe that has a teacher, as `train` does; the teacher is loaded only if there is something to train."""
+def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
+    """Train any recipe, as `train` does; its teacher, if any, is loaded only if there is something to train."""
     recipe, of_teacher = config.recipes[name], config.teacher_of(name, seed)
 
     def make_loss() -> LossFunction:
@@ -210,17 +211,14 @@ def train_distilled(name: str, seed: int, config: Config, dataset: Dataset, esti
         if config.unlimited_views:
             return make_distillation_loss(online_logits(teacher.model, config), recipe)
         subset = dataset.subset(recipe.train_size)
-        logits = teacher_logits(teacher, config, dataset, subset, logits_path(config, *of_teacher))
+        path = logits_path(config, *of_teacher)
+        with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
+            logits = teacher_logits(teacher, config, dataset, subset, path)
         if recipe.shuffle_teacher:
             logits = shuffle_within_classes(logits, dataset, subset, seed)
         return make_distillation_loss(stored_logits(logits), recipe)
 
-    train(name, seed, config, dataset, make_loss, estimate)
-
-
-def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
-    train_one = train_distilled if config.recipes[name].teacher else train
-    train_one(name, seed, config, dataset, estimate=estimate)
+    train(name, seed, config, dataset, make_loss if recipe.teacher else None, estimate)
 
 
 def train_in_process(config: Config, model: tuple[str, int], threads: int) -> None:

@@ -66,10 +66,9 @@ def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tu
     with lock(Path(config.checkpoints_path, config.run)):
 
         def check_and_plan() -> tuple[Config, Estimates]:
-            jobs = unfinished(models, config, dataset)
+            jobs, precision = unfinished(models, config, dataset)
             check_space(jobs, check_models(jobs, config, dataset), config, dataset)
-            recorded = recorded_precision(config) if config.precision == "auto" else None
-            return plan(jobs, recorded, config, dataset)
+            return plan(jobs, replace(config, precision=precision), dataset)
 
         resolved, estimates = broadcast_from_rank0(check_and_plan)
         config = replace(config, precision=resolved.precision)  # each rank keeps its own device
@@ -77,26 +76,32 @@ def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tu
         yield config, dataset, estimates
 
 
-def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) -> list[Job]:
-    """Which of the models (name, seed) are left to train.
+def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) -> tuple[list[Job], str]:
+    """Which of the models (name, seed) are left to train, and the precision; copies models from other runs.
 
-    Raises UserError for a folder that cannot be written, a checkpoint that is damaged or was trained with different
-    settings, and a teacher that is neither trained nor going to be.
+    precision = auto becomes that of the run's first checkpoint, if there is one. Raises UserError for a folder that
+    cannot be written, a checkpoint that is damaged or was trained with different settings, and a teacher that is
+    neither trained nor going to be.
     """
-    jobs = []
+    jobs: dict[tuple[str, int], Job] = {}
+    if config.precision == "auto":
+        config = replace(config, precision=recorded_precision(config) or "auto")
     for name, seed in models:
         probe = checkpoint_path(config, name, seed).with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
         state = load_or_copy(name, seed, config, dataset)
-        if not (state and state["finished"]):
-            teacher = config.teacher_of(name, seed)
+        if state and config.precision == "auto":
+            config = replace(config, precision=state["settings"]["precision"])
+        teacher, epochs = config.teacher_of(name, seed), config.recipes[name].epochs
+        if teacher in jobs:  # which may change its weights
+            jobs[name, seed] = Job(name, seed, epochs)
+        elif not (state and state["finished"]):
             if teacher and teacher not in models and not load_finished(checkpoint_path(config, *teacher)):
                 missing = checkpoint_path(config, *teacher)
                 raise UserError(f"{missing}: the teacher {teacher[0]!r} is not trained yet; add it to --only")
-            epochs = config.recipes[name].epochs
-            jobs.append(Job(name, seed, epochs - len(state["history"]) if state else epochs))
-    return jobs
+            jobs[name, seed] = Job(name, seed, epochs - len(state["history"]) if state else epochs)
+    return list(jobs.values()), config.precision
 
 
 def log_summary(config: Config, dataset: Dataset) -> None:

@@ -120,17 +120,18 @@ def exit_on_signal(number: int, frame: Any) -> None:
 def stop_requests() -> Iterator[Callable[[], int]]:
     """Record SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
 
-    A single process acts on a second signal at once. Several ignore it: torchrun forwards Ctrl-C, so that each of them
-    receives it twice.
+    A process on its own acts on a second signal at once. Those of torchrun and of --jobs ignore it: from a terminal
+    they receive Ctrl-C twice, as their parent passes it on.
     """
     received: list[int] = []
+    alone = world_size() == 1 and multiprocessing.parent_process() is None
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
         if len(received) == 1:
-            again = "; a second signal stops at once and loses what is not saved yet" * (world_size() == 1)
+            again = "; a second signal stops at once and loses what is not saved yet" * alone
             log.info(f"stopping after this step{again}")
-        elif world_size() == 1 and callable(before[number]):
+        elif alone and callable(before[number]):
             before[number](number, frame)
 
     with handle_signals(note, "SIGINT", "SIGTERM", "SIGHUP") as before:

@@ -72,7 +72,7 @@ def batches(
             images = images.pin_memory()  # copies to the GPU are asynchronous only from pinned memory
         images = images.to(device, non_blocking=True)
         if padding:
-            images = shift(images, *shifts[:, here])
+            images = shift(images, *shifts[:, here], padding)
         images = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
         view = None if config.unlimited_views else flipped[here]
         yield Batch(prepare(images, config.image_size), split.labels[order[here]], order[here], view)

@@ -74,16 +74,11 @@ def time_training(
     return fastest
 
 
-def plan(
-    jobs: list[Job], recorded: str | None, config: Config, dataset: Dataset
-) -> tuple[Config, dict[tuple[str, int], Estimate]]:
-    """Resolve `precision` = auto, and estimate the time of each job (name, seed).
-
-    auto means `recorded`, the precision of the run's checkpoints, else the one that trains the jobs faster.
-    """
-    precisions = [recorded or "fp32"] if config.precision == "auto" else [config.precision]
-    if config.precision == "auto" and recorded is None and supports_bf16(config.device):
-        precisions = ["fp32", "bf16"]
+def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dict[tuple[str, int], Estimate]]:
+    """Resolve precision = auto to the one that trains the jobs faster, and estimate the time of each (name, seed)."""
+    precisions = [config.precision]
+    if config.precision == "auto":
+        precisions = ["fp32", "bf16"] if supports_bf16(config.device) else ["fp32"]
     archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
     with explain_device_errors(config):
         per_image = time_training(archs, config, dataset, precisions)

@@ -46,8 +46,8 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold the lock on a run's folder. Raises UserError if another process holds it.
+def lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock on a folder. If another process holds it, wait for that or raise UserError.
 
     The system releases the lock of a process that has died, whatever killed it.
     """
@@ -56,7 +56,7 @@ def lock(folder: Path) -> Iterator[None]:
     def acquire() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.acquire(timeout=0)
+            held.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             raise UserError(
                 f"{folder}: another process is writing there. Wait for it, stop it, or choose another "

@@ -1,12 +1,12 @@
 """Fingerprints: every input that a model or stored logits depend on, and what follows if they differ or agree."""
 
+import contextlib
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints import (
     checkpoint_path,
-    load_checkpoint,
     load_training,
     read_metadata,
     save_checkpoint,
@@ -26,6 +26,9 @@ IRRELEVANT = {
     *("recipes", "run", "dataset", "seeds", "only", "overwrite", "checkpoint_minutes", "device", "compile"),
     *("deterministic", "sweep", "jobs", "data_path", "checkpoints_path", "imgs_path"),
 }
+
+# A checkpoint that is older than a setting was trained with its default.
+DEFAULTS = {field.name: field.default for field in (*fields(Config), *fields(Recipe))}
 
 
 def training_settings(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -56,9 +59,8 @@ def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) 
     def abbreviate(value: Any) -> Any:
         return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
-    # A checkpoint older than a setting was trained with its default.
-    of_recipe = {field.name: field.default for field in fields(Recipe)}
-    trained_with = {**{field.name: field.default for field in fields(Config)}, **of_recipe, **state["settings"]}
+    of_recipe = {field.name for field in fields(Recipe)}
+    trained_with = DEFAULTS | state["settings"]
     prefix = f"{state['name']}."
     differing = [
         f"{prefix * (field in of_recipe)}{field} was {abbreviate(trained_with.get(field))}, is now {abbreviate(value)}"
@@ -97,34 +99,33 @@ def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict
     if config.precision == "auto":  # not resolved yet
         del settings["precision"]
     state = load_matching(path, settings, config.overwrite)
-    if state is None and (source := same_model(name, settings, config)):
-        copy_model(source, path, name)
-        state = load_training(path)
+    if state is None and (found := same_model(name, settings, config)):
+        source, state = found[0], {**found[1], "name": name, "config": asdict(config)}
+        save_checkpoint(path, state)
+        logits = source.with_suffix(".logits")
+        if logits.exists():
+            write_durably(path.with_suffix(".logits"), logits.read_bytes())
+        log.info(f"{path}: copied from {source}, which was trained with the same settings")
     return state
 
 
-def same_model(name: str, settings: dict[str, Any], config: Config) -> Path | None:
-    """The checkpoint of a finished model, in any run under `checkpoints_path`, with exactly these settings.
+def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """A finished model with exactly these settings, in any run under `checkpoints_path`: its checkpoint and its state.
 
-    One of the same name is preferred. Without a "precision" among them, a model of either precision will do.
+    One of the same name is preferred; damaged ones are passed over. Without a "precision" among the settings, a model
+    of either precision will do.
     """
     paths = Path(config.checkpoints_path).glob(f"*/seed{settings['seed']}/*.pt")
     for path in sorted(paths, key=lambda path: (path.stem != name, path)):
         state = read_metadata(path)
         if state and state["finished"]:
-            found = {key: value for key, value in state["settings"].items() if key in settings or key != "precision"}
-            if found == settings:
-                return path
+            trained_with = {key: DEFAULTS[key] for key in settings if key in DEFAULTS} | state["settings"]
+            if "precision" not in settings:
+                del trained_with["precision"]
+            if trained_with == settings:
+                with contextlib.suppress(UserError):
+                    return path, load_training(path)
     return None
-
-
-def copy_model(source: Path, path: Path, name: str) -> None:
-    """Copy the model in `source`, which another row or run has trained, to `path`, with its stored logits, if any."""
-    save_checkpoint(path, {**load_checkpoint(source), "name": name})
-    logits = source.with_suffix(".logits")
-    if logits.exists():
-        write_durably(path.with_suffix(".logits"), logits.read_bytes())
-    log.info(f"{path}: copied from {source}, which was trained with the same settings")
 
 
 def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:

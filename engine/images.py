@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from engine.device import memory_format, seed_torch
@@ -107,16 +108,11 @@ def flip(images: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Move each image of (N, 3, H, W) by its own number of pixels (N,), as a crop of an image padded with black."""
+def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor, padding: int) -> torch.Tensor:
+    """Move each image of (N, 3, H, W) by its own number of pixels (N,), at most `padding`; what is missing is black."""
     n, _, height, width = images.shape
-    rows = torch.arange(height, device=images.device) - down.view(-1, 1)  # (N, H), where each pixel comes from
-    columns = torch.arange(width, device=images.device) - right.view(-1, 1)  # (N, W)
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
-    image = torch.arange(n, device=images.device).view(-1, 1, 1)
-    rows, columns = rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
-    moved = images.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
-    return moved * inside.unsqueeze(1)
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view (N, 3, 2p+1, 2p+1, H, W)
+    return windows[torch.arange(n, device=images.device), :, padding - down, padding - right]
 
 
 @cache

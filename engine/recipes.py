@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torchvision
+
 from engine.errors import UserError
 from engine.fields import (
     FLAG,
@@ -22,9 +24,10 @@ from engine.fields import (
     optional,
     setting,
 )
-from engine.names import ARCHS, RESNETS
 from engine.soft_losses import SOFT_LOSSES, parameters
 
+ARCHS = tuple(torchvision.models.list_models(module=torchvision.models))  # those for classification
+RESNETS = tuple(name for name in ARCHS if "resnet" in name or "resnext" in name)
 ARCH = Kind(
     "a classification model of torchvision, or timm:NAME",
     lambda value: value in ARCHS or (isinstance(value, str) and re.fullmatch(r"timm:[\w.-]+", value) is not None),
@@ -131,7 +134,19 @@ class RecipeFields:
         return None if self.weights == "random" else self.weights
 
 
-DEFAULTS = {name: default for loss in SOFT_LOSSES for name, default in parameters(loss).items()}
+def loss_defaults() -> dict[str, float]:
+    """The further parameters of all soft losses, with their defaults. Raises UserError if a name has two meanings."""
+    defaults: dict[str, float] = {}
+    for loss in SOFT_LOSSES:
+        for name, default in parameters(loss).items():
+            if name in RecipeFields.__dataclass_fields__:
+                raise UserError(f"soft loss {loss}: {name} is already a setting; rename the parameter")
+            if defaults.setdefault(name, default) != default:
+                raise UserError(f"soft loss {loss}: {name} has another default in another loss; rename the parameter")
+    return defaults
+
+
+DEFAULTS = loss_defaults()
 
 
 def describe_parameter(name: str) -> str:

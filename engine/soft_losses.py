@@ -3,45 +3,43 @@
 Each takes the student's logits z (B, C), the teacher's v (B, C), the labels (B,) and the temperature T, and returns the
 mean over the batch, with the factor T^2, by which scale_soft_loss=False divides it; p_z and p_v are softmax(z / T) and
 softmax(v / T). To add one, write a function and put it into SOFT_LOSSES: its further parameters, which need defaults,
-become fields of Recipe. Tensors are used through their methods alone, as importing torch would slow down reading the
-settings.
+become fields of Recipe.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
-def kl_divergence(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) from log-probabilities (B, C), mean over the batch."""
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
-def kd(z: "Tensor", v: "Tensor", labels: "Tensor", temperature: float) -> "Tensor":
+def kd(z: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """T^2 KL(p_v || p_z). Hinton, Vinyals and Dean 2015, arXiv 1503.02531."""
     return temperature**2 * kl_divergence((v / temperature).log_softmax(1), (z / temperature).log_softmax(1))
 
 
 def dkd(
-    z: "Tensor",
-    v: "Tensor",
-    labels: "Tensor",
+    z: Tensor,
+    v: Tensor,
+    labels: Tensor,
     temperature: float,
     target_weight: float = 1.0,
     nontarget_weight: float = 8.0,
-) -> "Tensor":
+) -> Tensor:
     """T^2 (target_weight KL(b_v || b_z) + nontarget_weight KL(q_v || q_z)): decoupled KD.
 
     b are the probabilities of the label and of all other classes together, q those of the other classes alone. Zhao et
     al. 2022, arXiv 2203.08679, with its weights for CIFAR-100, but not its warm-up.
     """
-    others = labels.new_ones(z.shape[1] - 1).cumsum(0) - 1  # (C - 1,)
+    others = torch.arange(z.shape[1] - 1, device=z.device)
     others = others + (others >= labels.unsqueeze(1))  # (B, C - 1): the classes other than the label
 
-    def split(logits: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
+    def split(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_p = (logits / temperature).log_softmax(1)
         rest = log_p.gather(1, others)
         return log_p.gather(1, labels.unsqueeze(1)), rest.logsumexp(1, keepdim=True), rest.log_softmax(1)
@@ -52,20 +50,20 @@ def dkd(
 
 
 def dist(
-    z: "Tensor",
-    v: "Tensor",
-    labels: "Tensor",
+    z: Tensor,
+    v: Tensor,
+    labels: Tensor,
     temperature: float,
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
-) -> "Tensor":
+) -> Tensor:
     """T^2 (inter_weight (1 - rho between rows) + intra_weight (1 - rho between columns) of p_z and p_v).
 
     rho is Pearson's correlation, averaged over the B rows (images) or the C columns (classes). Huang et al. 2022, arXiv
     2205.10536.
     """
 
-    def correlation(a: "Tensor", b: "Tensor", dim: int) -> "Tensor":
+    def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
         a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
         return ((a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim)).clamp(min=1e-8)).mean()
 
@@ -74,21 +72,21 @@ def dist(
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
-def ttm(z: "Tensor", v: "Tensor", labels: "Tensor", temperature: float) -> "Tensor":
+def ttm(z: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """KL(p_v || softmax(z)): only the teacher is softened. Zheng and Yang 2024 (ICLR), whose gamma is 1 / T."""
     return kl_divergence((v / temperature).log_softmax(1), z.log_softmax(1))
 
 
-def standardised_kd(z: "Tensor", v: "Tensor", labels: "Tensor", temperature: float) -> "Tensor":
+def standardised_kd(z: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """`kd` of logits with mean 0 and standard deviation 1 over the classes. Sun et al. 2024, arXiv 2403.01878."""
 
-    def standardise(logits: "Tensor") -> "Tensor":
+    def standardise(logits: Tensor) -> Tensor:
         return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
     return kd(standardise(z), standardise(v), labels, temperature)
 
 
-SoftLoss = Callable[..., "Tensor"]
+SoftLoss = Callable[..., Tensor]
 SOFT_LOSSES: dict[str, SoftLoss] = {
     "kd": kd,
     "dkd": dkd,

@@ -37,6 +37,10 @@ def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str
     for row, values in swept.items():
         combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
         points[row] = [Point(name_of(row, chosen), chosen) for chosen in combinations]
+        names = [point.row for point in points[row]]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"sweep of {row}: two rows would have the name {twice}")
     return points
 
 

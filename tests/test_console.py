@@ -241,9 +241,12 @@ def test_a_second_signal_of_another_kind_uses_its_own_handler(handlers):
         assert stop() == signal.SIGINT
 
 
-def test_with_several_processes_a_second_signal_is_ignored(handlers, capsys, monkeypatch):
-    """torchrun passes signals on, so that each process gets Ctrl-C twice."""
-    monkeypatch.setattr(console, "world_size", lambda: 2)
+@pytest.mark.parametrize(
+    ("module", "name", "value"), [(console, "world_size", 2), (console.multiprocessing, "parent_process", "the parent")]
+)
+def test_with_several_processes_a_second_signal_is_ignored(handlers, capsys, monkeypatch, module, name, value):
+    """torchrun and --jobs pass signals on, so that each process gets Ctrl-C twice."""
+    monkeypatch.setattr(module, name, lambda: value)
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGINT)
         for _ in range(2):

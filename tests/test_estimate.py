@@ -1,6 +1,7 @@
 import copy
 import itertools
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import custom_resnet
 import utils
+from config import parse
 from engine import estimate
 from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
 from engine.errors import UserError
@@ -69,7 +71,7 @@ def images_of(job: Job, config, dataset) -> float:
 def test_the_estimate_follows_from_the_time_of_a_step(config, digits, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a step is 1 s
-    _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], None, config, digits)
+    _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], config, digits)
     each = 2 * (100 + 500 / 3) / config.batch_size  # epochs, training images, and a third of a step for each test image
     assert estimates[("student", 0)] == pytest.approx((each, each))
     assert estimates[("student", 1)] == pytest.approx((each, 0.0))
@@ -81,7 +83,7 @@ def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed)
     table = {(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125}
     timed(table)
     jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 2)]
-    _, estimates = plan(jobs, None, config, digits)
+    _, estimates = plan(jobs, config, digits)
     each = [images_of(job, config, digits) * table[Architecture.of(config.recipes[job.name]), "fp32"] for job in jobs]
     assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
     for number, found in enumerate(estimates.values()):
@@ -92,14 +94,14 @@ def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypat
     timed({(RESNET18, "fp32"): 1.0})
     job = Job("student", 0, 2)
     monkeypatch.setattr(estimate, "world_size", lambda: 4)
-    _, estimates = plan([job], None, config, digits)
+    _, estimates = plan([job], config, digits)
     assert estimates[("student", 0)].model == pytest.approx(images_of(job, config, digits) / 4)
 
 
 def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
     config = replace(config, validation_size=100)
     timed({(RESNET18, "fp32"): 1.0})
-    _, estimates = plan([Job("student", 0, 1)], None, config, utils.load_dataset(config))
+    _, estimates = plan([Job("student", 0, 1)], config, utils.load_dataset(config))
     assert estimates[("student", 0)].model == pytest.approx(100 + 100 / 3)
 
 
@@ -109,7 +111,7 @@ def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
 def test_a_run_above_an_hour_is_announced(config, digits, timed, capsys, hours, announced):
     jobs = [Job("student", 0, 2), Job("student", 1, 2)]
     timed({(RESNET18, "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
-    plan(jobs, None, config, digits)
+    plan(jobs, config, digits)
     output = capsys.readouterr().err
     if announced:
         assert output.startswith("This will take " + announced)
@@ -134,7 +136,7 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
     }
     timed_pairs = timed(table)
     jobs = [Job("teacher", 0, 2), Job("student", 0, student_epochs)]
-    resolved, estimates = plan(jobs, None, config, digits)
+    resolved, estimates = plan(jobs, config, digits)
     assert set(timed_pairs) == set(table)
     assert resolved == replace(config, precision=faster)
     for job in jobs:
@@ -149,31 +151,19 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
     )
 
 
-@pytest.mark.parametrize("recorded", ["fp32", "bf16"])
-def test_auto_keeps_the_precision_of_the_run_without_timing_the_other(config, digits, timed, bf16, capsys, recorded):
-    bf16(True)
-    timed_pairs = timed({(RESNET18, "fp32"): 0.1, (RESNET18, "bf16"): 0.1})
-    jobs = [Job("student", 0, 1)]
-    resolved, estimates = plan(jobs, recorded, replace(config, precision="auto"), digits)
-    assert resolved.precision == recorded
-    assert timed_pairs == [(RESNET18, recorded)]
-    assert estimates[("student", 0)].model > 0
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_fixed_precision_is_kept(config, digits, timed, bf16, precision):
     bf16(True)
     timed_pairs = timed({(RESNET18, "fp32"): 1.0 + (precision == "fp32"), (RESNET18, "bf16"): 1.5})
     config = replace(config, precision=precision)
-    assert plan([Job("student", 0, 1)], None, config, digits)[0] == config
+    assert plan([Job("student", 0, 1)], config, digits)[0] == config
     assert timed_pairs == [(RESNET18, precision)]
 
 
 def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
     bf16(False)
     timed_pairs = timed({(RESNET18, "fp32"): 1.0})
-    resolved, _ = plan([Job("student", 0, 1)], None, replace(config, precision="auto"), digits)
+    resolved, _ = plan([Job("student", 0, 1)], replace(config, precision="auto"), digits)
     assert resolved.precision == "fp32"
     assert timed_pairs == [(RESNET18, "fp32")]
 
@@ -181,10 +171,7 @@ def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16
 def test_nothing_is_timed_without_jobs(config, digits, timed, bf16, capsys):
     bf16(True)
     timed_pairs = timed({})
-    assert plan([], "bf16", replace(config, precision="auto"), digits) == (
-        replace(config, precision="bf16"),
-        {},
-    )
+    assert plan([], replace(config, precision="auto"), digits)[1] == {}
     assert timed_pairs == []
     assert capsys.readouterr().err == ""
 
@@ -316,10 +303,10 @@ def partial(config, trained, digits):
 def test_only_unfinished_epochs_are_estimated(partial, digits):
     both = [(name, seed) for seed in (0, 1) for name in ("student", "teacher")]
     left = [Job("teacher", 0, 2), Job("student", 1, 1), Job("teacher", 1, 2)]
-    assert unfinished(both, partial, digits) == left
-    assert unfinished(both, replace(partial, overwrite=True), digits) == left  # what matches is kept
+    assert unfinished(both, partial, digits) == (left, "bf16")
+    assert unfinished(both, replace(partial, overwrite=True), digits) == (left, "bf16")  # what matches is kept
     smaller = replace(partial, overwrite=True, batch_size=20)
-    assert unfinished(both, smaller, digits) == [Job(*model, 2) for model in both]
+    assert unfinished(both, smaller, digits)[0] == [Job(*model, 2) for model in both]
     with pytest.raises(UserError, match="batch_size was 25, is now 20"):
         unfinished(both, replace(smaller, overwrite=False), digits)
     assert not [path for path in os.listdir(checkpoint_path(partial, "student", 0).parent) if "probe" in path]
@@ -330,7 +317,16 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, dig
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"), start_training(partial, STUDENTS):
         pass
-    assert Job("student", 1, 2) in unfinished(STUDENTS, replace(partial, overwrite=True), digits)
+    assert Job("student", 1, 2) in unfinished(STUDENTS, replace(partial, overwrite=True), digits)[0]
+
+
+def test_a_student_follows_its_retrained_teacher(tmp_path, trained, digits):
+    """Its settings still match the teacher that is about to be replaced."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    words = [*small_flags(tmp_path), "--teacher.epochs=1", "--overwrite"]
+    config = parse(words)
+    jobs, _ = unfinished(config.models(), config, digits)
+    assert jobs == [Job("teacher", 0, 1), Job("student_kd", 0, 2)]
 
 
 def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, timed, bf16, capsys):

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -72,6 +73,22 @@ with files.lock(pathlib.Path({str(folder)!r})):
 
 
 @pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="a POSIX flag")
+def test_a_lock_can_be_waited_for(tmp_path):
+    entered = threading.Event()
+    files.write_durably(tmp_path / "run/file", b"")
+
+    def enter() -> None:
+        with files.lock(tmp_path / "run", wait=True):
+            entered.set()
+
+    with files.lock(tmp_path / "run"):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(timeout=10)
+    assert entered.is_set()
+
+
 def test_a_symbolic_link_as_lock_file_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")

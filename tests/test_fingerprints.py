@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, flags
 
+import config as config_module
 import custom_resnet
 import evaluate
 import teacher_student_model
 from engine import device as engine_device
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.models import build_model
 from engine.recipes import Recipe
 
@@ -50,6 +51,50 @@ def test_auto_precision_follows_a_model_that_is_used(tmp_path, trained, capsys):
     output = capsys.readouterr().err
     assert output.count("trained with the same settings") == 2
     assert output.count("is finished") == 2
+
+
+def test_a_run_has_one_precision_whatever_it_copies(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")  # demo, in fp32
+    words = [*flags(tmp_path), "--only", "teacher", "student"]
+    teacher_student_model.main([*words, "--run=a16", "--precision=bf16", "--only", "student"])
+    teacher_student_model.main([*words, "--run=auto", "--precision=auto"])  # finds the student in both, a16 first
+    paths = [tmp_path / f"checkpoints/auto/seed0/{name}.pt" for name in ("teacher", "student")]
+    assert [load_checkpoint(path)["settings"]["precision"] for path in paths] == ["fp32", "fp32"]
+
+
+def test_a_renamed_row_is_copied_and_evaluated_under_its_new_name(tmp_path, trained, monkeypatch, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    recipes = dict(config_module.PRESETS["demo"].recipes)
+    recipes["renamed"] = recipes.pop("student")
+    monkeypatch.setitem(config_module.PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
+    words = [word.replace("--student.", "--renamed.") for word in flags(tmp_path)]
+    custom_resnet.main([*words, "--only=renamed"])
+    assert "copied from" in capsys.readouterr().err
+    monkeypatch.undo()
+    evaluate.main(["--run=demo", *(word for word in words if "_path=" in word)])
+    assert "renamed" in json.loads((tmp_path / "imgs/demo/results.json").read_text())["models"]
+
+
+@pytest.mark.parametrize("run", ["demo", "other"])
+def test_a_damaged_checkpoint_is_not_copied(tmp_path, trained, capsys, run):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    custom_resnet.main([*flags(tmp_path), f"--run={run}", "--only=student", "--overwrite"])
+    assert "student seed 0  epoch" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / f"checkpoints/{run}/seed0/student.pt")["finished"]
+
+
+def test_a_model_that_is_older_than_a_setting_is_copied(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    state = load_checkpoint(path)
+    del state["settings"]["label_smoothing"]
+    save_checkpoint(path, state)
+    custom_resnet.main([*flags(tmp_path), "--run=other", "--only=student"])
+    assert f"copied from {path}" in capsys.readouterr().err
 
 
 def test_one_teacher_teaches_students_of_several_seeds(tmp_path, capsys):

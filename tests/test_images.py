@@ -83,4 +83,4 @@ def test_shift_equals_torchvisions_pad_and_crop():
         transforms.functional.crop(image, 2 - d, 2 - r, 5, 7)
         for image, d, r in zip(padded, down.tolist(), right.tolist(), strict=True)
     ]
-    assert torch.equal(shift(images, down, right), torch.stack(expected))
+    assert torch.equal(shift(images, down, right, 2), torch.stack(expected))

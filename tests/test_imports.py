@@ -100,11 +100,6 @@ def run_python(code: str, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-def test_importing_config_does_not_import_torch(tmp_path):
-    done = run_python("import config\nprint('torch' in sys.modules)", tmp_path)
-    assert (done.stdout, done.stderr) == ("False\n", "")
-
-
 def test_importing_a_module_does_nothing_else(tmp_path):
     """Nothing is printed, no folder made, no device chosen, and no switch or handler of the process changed."""
     code = f"""

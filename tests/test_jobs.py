@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -41,17 +42,19 @@ def test_jobs_train_the_whole_experiment(tmp_path, capfd):
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("to_all", [False, True], ids=["parent", "all"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_all_jobs_and_the_same_command_resumes(tmp_path, number):
+def test_a_signal_stops_all_jobs_and_the_same_command_resumes(tmp_path, number, to_all):
+    """A terminal sends Ctrl-C to all processes of a command, and the parent passes it on."""
     words = [*flags(tmp_path), "--jobs=2", "--only", "teacher", "student"]
     words += ["--teacher.epochs=300", "--student.epochs=300"]
     command = [sys.executable, "teacher_student_model.py", *words]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     waiting = {"teacher seed 0  epoch", "student seed 0  epoch"}
     while process.poll() is None and waiting:
         line = process.stderr.readline()
         waiting = {start for start in waiting if start not in line}
-    process.send_signal(number)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     output = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in output

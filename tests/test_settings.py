@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torchvision
 from conftest import ROOT
 
 from config import PRESETS, RECIPES, parse
@@ -20,14 +19,8 @@ from engine.errors import (
     locate_errors,
     suggest,
 )
-from engine.names import ARCHS
 from engine.recipes import Recipe
 from engine.settings import Config
-
-
-def test_archs_match_torchvision():
-    known = torchvision.models.list_models(module=torchvision.models)
-    assert sorted(ARCHS) == sorted(known)
 
 
 def test_the_default_is_the_originals_experiment():

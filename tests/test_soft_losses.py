@@ -11,7 +11,7 @@ from scipy.special import log_softmax, softmax
 
 import custom_resnet
 from engine.errors import UserError
-from engine.recipes import Recipe
+from engine.recipes import Recipe, loss_defaults
 from engine.soft_losses import SOFT_LOSSES, dist, dkd, kd, parameters, standardised_kd, ttm
 from engine.training import explain_share
 from teacher_student_model import distillation_loss, distillation_terms, make_distillation_loss, stored_logits
@@ -163,6 +163,19 @@ def test_the_distillation_loss_is_the_sum_of_the_terms_of_kd(logits):
     for scale in (True, False):
         terms = distillation_terms(z, v, y, 0.3, T, scale)
         assert distillation_loss(z, v, y, 0.3, T, scale).item() == pytest.approx(sum(terms.values()).item())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda z, v, labels, temperature, alpha=1.0: z, "soft loss other: alpha is already a setting"),
+        (lambda z, v, labels, temperature, inter_weight=2.0: z, "inter_weight has another default in another loss"),
+    ],
+)
+def test_a_parameter_has_one_meaning(monkeypatch, other, message):
+    monkeypatch.setitem(SOFT_LOSSES, "other", other)
+    with pytest.raises(UserError, match=message):
+        loss_defaults()
 
 
 def test_every_parameter_is_a_field_of_the_recipe_and_refused_elsewhere():

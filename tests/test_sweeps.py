@@ -38,6 +38,7 @@ def test_a_sweep_replaces_a_row_by_all_combinations():
         ("student_dk.alpha=1", "did you mean student_kd?"),
         ("student_kd.alpha=0.5,2", "student_kd.alpha = 2.0: must be a number from 0 to 1"),
         ("student_kd.alpha=", "must have the form"),
+        ("student.weights=a/b.pt,a_b.pt", "sweep of student: two rows would have the name student-weights-a_b_pt"),
         ("student.temperature=1,2", "temperature = 1.0: has no effect without a teacher"),
     ],
 )

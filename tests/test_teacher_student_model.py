@@ -251,6 +251,7 @@ def test_the_teacher_sees_the_very_pixels_of_the_student(config, digits, teacher
         teacher.model.register_forward_pre_hook(lambda _, images, shown=shown: shown.append(images[0]))
         logits = online_logits(teacher.model, other)(batch)
         teacher.model._forward_pre_hooks.clear()
+        assert not logits.is_inference()  # a loss may need them for its gradient
         assert other.unlimited_views
         torch.testing.assert_close(logits, teacher.model(batch.images), atol=1e-4, rtol=0)
 
