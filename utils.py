@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from engine import flags
@@ -29,7 +30,7 @@ def run_script() -> Iterator[None]:
         yield
 
 
-def parse(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
+def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
     """`config.parse`, except that --run without --preset means the settings recorded in that run's checkpoints."""
     parser = flags.Parser(add_help=False, allow_abbrev=False, argument_default=None)
     for name in ("run", "preset", "checkpoints_path"):
@@ -47,7 +48,8 @@ def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None =
 
     A script with flags of its own works on an existing run, whose settings are read from its checkpoints.
     """
-    config = broadcast_from_rank0(lambda: settings.parse(argv) if script_flags is None else parse(argv, script_flags))
+    parse = settings.parse if script_flags is None else partial(parse_recorded, script_flags=script_flags)
+    config = broadcast_from_rank0(lambda: parse(argv))
     config = main_process_first(lambda: resolve_device(config))
     configure_backends(config)
     return config

@@ -59,6 +59,15 @@ def value_of(field: dataclasses.Field, given: str | list[str]) -> Any:
         return given
 
 
+def show(value: Any) -> str:
+    """A value as on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(show, value))
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
 FLAG = Kind("true or false", lambda v: isinstance(v, bool), lambda w: {"true": True, "false": False}[w.lower()], "?")
 NAME = text(
     "1 to 100 letters, digits, '.', '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.errors import UserError, closest, suggest
-from engine.fields import settings_of, value_of
+from engine.fields import settings_of, show, value_of
 from engine.recipes import Recipe
 from engine.settings import Config
 
@@ -73,9 +73,6 @@ def make_parser(preset: Config, help: str, script_flags: Iterable[str]) -> Parse
 
 def help_text(preset: Config, preset_name: str, presets: Iterable[str], script_flags: Mapping[str, str]) -> str:
     """A line for each flag, with its value in this preset."""
-
-    def show(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
     def wrap(flag: str, help: str) -> str:
         first, others = f"  {flag:<25} ", " " * 28

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from engine.errors import UserError, suggest
-from engine.fields import value_of
+from engine.fields import show, value_of
 
 R = TypeVar("R")  # a Recipe, whose fields are described by their metadata
 
@@ -48,8 +48,7 @@ def name_of(row: str, values: dict[str, Any]) -> str:
     """Such as student_kd-temperature-4-alpha-0_5."""
     parts = [row]
     for field, value in values.items():
-        shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
-        parts += [field, re.sub(r"[^A-Za-z0-9]+", "_", shown)]
+        parts += [field, re.sub(r"[^A-Za-z0-9]+", "_", show(value))]
     return "-".join(parts)
 
 

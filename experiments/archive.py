@@ -2,7 +2,7 @@
 
     python evaluate.py --run controls && python -m experiments.archive controls
 
-keeps those of the run's finished models, except for those that it shares with `ablation`.
+keeps those of the run's finished models that are not kept yet, except for those that it shares with `ablation`.
 """
 
 import io

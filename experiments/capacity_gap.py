@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from report.markdown import markdown_table
 from report.statistics import holm, paired_t_p, seeds_half_width, seeds_needed
 
 FILE = Path(__file__).parent.parent / "docs/data/kd-capacity-gap.csv"
@@ -32,18 +33,15 @@ def table(column: str = "test_accuracy_best_validation") -> str:
     The seeds needed leave out the sampling of test images, as no predictions were published.
     """
     found = accuracies(column)
-    settings = [setting for setting in found if setting[2] != "none"]
+    settings = sorted(setting for setting in found if setting[2] != "none")
     differences = [found[setting] - found[setting[0], "", "none"] for setting in settings]
-    adjusted = holm([paired_t_p(d) for d in differences])
-    lines = ["| student | teacher | method | gain (points) | 95% interval | p | p, Holm | seeds needed |"]
-    lines.append("|---|---|---|--:|--:|--:|--:|--:|")
-    for (student, teacher, method), d, p in sorted(zip(settings, differences, adjusted, strict=True), key=str):
+    p_values, rows = [paired_t_p(d) for d in differences], []
+    for setting, d, p, p_holm in zip(settings, differences, p_values, holm(p_values), strict=True):
         mean, half = 100 * d.mean(), 100 * seeds_half_width(d)
-        numbers = f"{mean:+.2f} | {mean - half:+.2f} to {mean + half:+.2f} | {paired_t_p(d):.2f} | {p:.2f}"
-        lines.append(
-            f"| {student} | {teacher} | {method} | {numbers} | {seeds_needed(d.mean(), d.std(ddof=1), 0.0):,} |"
-        )
-    return "\n".join(lines) + "\n"
+        measured = f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}", f"{p:.2f}", f"{p_holm:.2f}"
+        rows.append((*setting, *measured, f"{seeds_needed(d.mean(), d.std(ddof=1), 0.0):,}"))
+    columns = ("gain (points)", "95% interval", "p", "p, Holm", "seeds needed")
+    return markdown_table(("student", "teacher", "method", *columns), rows)
 
 
 if __name__ == "__main__":

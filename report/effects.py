@@ -7,6 +7,7 @@ import numpy as np
 import seaborn
 from matplotlib.figure import Figure
 
+from engine.fields import show
 from report.figures import blank_figure, escape_mathtext
 
 
@@ -64,7 +65,3 @@ def sweep_figure(
     if others or references:
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-def show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
