@@ -1,4 +1,4 @@
-"""The experiments. A table has a row for each model; a row with a teacher is distilled from that row.
+"""The experiments. A table has a row for each model; a row that names a teacher is distilled from it.
 
 Edit a line below, or pass a flag of the same name; both mean the same:
 
