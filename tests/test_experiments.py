@@ -339,12 +339,16 @@ def test_what_the_student_of_an_untrained_teacher_knows():
 def test_the_faults_of_evaluation_are_those_that_were_measured():
     assert answer.faults() in (ROOT / "docs/answer.md").read_text()
     measured = archive.evaluation_faults()["models"].values()
+    each = f"({len(measured)} checkpoints, {len(next(iter(measured))['both'])} evaluations each)"
     for fault, sentence in (
-        ("training mode", "{:.2f} points on average, from {:.2f} to {:.2f} (n = {} evaluations)"),
-        ("flips", "{:.2f} points on average, from {:.2f} to {:.2f} (n = {})"),
+        ("training mode", f"{{:+.2f}} points on average, from {{:+.2f}} to {{:+.2f}} {each}"),
+        ("flips", "{:+.2f} points on average, from {:+.2f} to {:+.2f} (the same)"),
     ):
         moved = [100 * (accuracy - model["none"][0]) for model in measured for accuracy in model[fault]]
-        assert sentence.format(np.mean(moved), min(moved), max(moved), len(moved)) in README
+        assert sentence.format(np.mean(moved), min(moved), max(moved)) in README
+    varied = 100 * np.sqrt(np.mean([np.var(model["both"], ddof=1) for model in measured]))  # within a checkpoint
+    for text in (README, ANSWER):
+        assert f"evaluations of one checkpoint have a standard deviation of {varied:.2f} points" in text
 
 
 def test_the_readmes_numbers_of_other_studies():
@@ -397,12 +401,11 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
     assert f"alone {percent(models['student'])}%, distilled {percent(models['student_kd'])}%" in README
     assert summary(results).splitlines()[-1] in README
     for file, sentence in (
-        ("demo-conv2d", "{}, p = {:.2g}, and, on an AMD EPYC"),
-        ("demo-amd", "{}, p = {:.2g}: indistinguishable.)"),
+        ("demo-conv2d", "{:+.2f}, p = {:.2g}, and, on an AMD EPYC"),
+        ("demo-amd", "{:+.2f}, p = {:.2g}: indistinguishable.)"),
     ):
         (earlier,) = recorded(f"docs/data/{file}.json")["comparisons"]
-        gain = f"{100 * earlier['difference']:+.2f} ({interval(earlier['ci95'], 2, signed=True)})"
-        assert sentence.format(gain, earlier["p_value"]) in README
+        assert sentence.format(100 * earlier["difference"], earlier["p_value"]) in README
         assert earlier["verdict"] == ("indistinguishable" if file == "demo-amd" else "better")
 
 
