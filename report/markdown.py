@@ -143,8 +143,7 @@ def render(results: dict[str, Any]) -> ModuleType:
             ],
             "most_confused": list(itertools.zip_longest(*confused, fillvalue="")),
             "training_environments": [
-                ("All models were" if everything else ", ".join(names) + " were", found)
-                for names, found in trained.values()
+                ("all models" if everything else ", ".join(names), found) for names, found in trained.values()
             ],
             "worse_when_scaled": worse_when_scaled,
             "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
