@@ -37,7 +37,7 @@ def convolution(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """`torch.conv2d`; where the output is at most 2 x 2 px, by `multiply`, and without taps that only padding meets."""
+    """`torch.conv2d`; where the output is at most 2 x 2 px, by `multiply`, without taps that only multiply padding."""
     if isinstance(padding, str) or input.dim() != 4 or input.shape[1] != groups * weight.shape[1]:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     strides, paddings, dilations = pair(stride), list(pair(padding)), pair(dilation)

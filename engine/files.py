@@ -47,7 +47,7 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def lock(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock on a folder. If another process holds it, wait for that or raise UserError.
+    """Hold the lock on a folder. If another process holds it: wait for that with `wait`, else raise UserError.
 
     The system releases the lock of a process that has died, whatever killed it.
     """

@@ -28,7 +28,7 @@ IRRELEVANT = {
 }
 
 # A checkpoint that is older than a setting was trained with its default.
-DEFAULTS = {field.name: field.default for field in (*fields(Config), *fields(Recipe))}
+SETTING_DEFAULTS = {field.name: field.default for field in (*fields(Config), *fields(Recipe))}
 
 
 def training_settings(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) 
         return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
     of_recipe = {field.name for field in fields(Recipe)}
-    trained_with = DEFAULTS | state["settings"]
+    trained_with = SETTING_DEFAULTS | state["settings"]
     prefix = f"{state['name']}."
     differing = [
         f"{prefix * (field in of_recipe)}{field} was {abbreviate(trained_with.get(field))}, is now {abbreviate(value)}"
@@ -115,13 +115,14 @@ def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Pat
     One of the same name is preferred; damaged ones are passed over. Without a "precision" among the settings, a model
     of either precision will do.
     """
+    older = {key: value for key, value in SETTING_DEFAULTS.items() if key in settings}
     paths = Path(config.checkpoints_path).glob(f"*/seed{settings['seed']}/*.pt")
     for path in sorted(paths, key=lambda path: (path.stem != name, path)):
         state = read_metadata(path)
         if state and state["finished"]:
-            trained_with = {key: DEFAULTS[key] for key in settings if key in DEFAULTS} | state["settings"]
+            trained_with = older | state["settings"]
             if "precision" not in settings:
-                del trained_with["precision"]
+                trained_with.pop("precision", None)
             if trained_with == settings:
                 with contextlib.suppress(UserError):
                     return path, load_training(path)

@@ -45,7 +45,7 @@ def predicted() -> Iterator[Prediction]:
                 known = list(STUDY[run].recipes)
                 names = known[known.index(names[0]) : known.index(names[1]) + 1]
             baseline = re.findall(r"`([\w*]+)`", against)[0]  # student_*: kd_2 is compared with student_2
-            pairs = {name: baseline.replace("*", name.rsplit("_")[-1]) for name in names}
+            pairs = {name: baseline.replace("*", name.split("_")[-1]) for name in names}
             yield Prediction(int(number), run, pairs, against, text)
 
 

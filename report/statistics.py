@@ -127,8 +127,8 @@ def detects(difference: float, std: float, variance: float, seeds: int, level: f
     """Whether two or more seeds detect a true difference of this size with 80% power.
 
     `std` is the standard deviation of the difference over the seeds; `variance` is that of the sampling of test images,
-    which no number of seeds makes smaller. To be detected, a difference needs a significant t-test over
-    seeds and an interval that excludes 0.
+    which no number of seeds makes smaller. To be detected, a difference needs a significant t-test over seeds and an
+    interval that excludes 0.
     """
     images, error = math.sqrt(variance), std / math.sqrt(seeds)
     half = math.hypot(Z * images, stats.t.ppf(0.975, seeds - 1) * error)

@@ -278,7 +278,7 @@ def test_a_shuffled_teacher_needs_stored_logits(config):
 
 
 @pytest.mark.parametrize("augment", ["trivialaugment"])
-def test_with_endless_views_the_teacher_runs_online(tmp_path, capsys, augment):
+def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys, augment):
     teacher_student_model.main([*flags(tmp_path), "--augment", augment])
     assert "logits of teacher" not in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
