@@ -48,7 +48,7 @@ from engine.settings import Config
 from engine.training import Training, diverged, explain_share
 from utils import load_config, run_script, start_training
 
-# logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the batch; the loss is their sum
+# logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the B images; the loss is their sum
 LossFunction = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
 
 build_resnet = build_model  # the original's name; it now builds any architecture
@@ -198,11 +198,11 @@ def train(
         weights = {key: tensor.cpu().contiguous() for key, tensor in state["model"].items()}
         broadcast_from_rank0(lambda: save_checkpoint(path, {**about, **origin, **state, "model": weights}))
 
-    if recipe.epochs == 0:
-        check_given_weights(model, recipe, config, dataset, title)
-        write({"model": model.state_dict(), "history": []})
-        return
     with explain_device_errors(config):
+        if recipe.epochs == 0:
+            check_given_weights(model, recipe, config, dataset, title)
+            write({"model": model.state_dict(), "history": []})
+            return
         loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
         with stop_requests() as stop:
             history = fit(model, recipe, config, seed, dataset, loss_fn, title, state, write, stop, estimate)

@@ -156,7 +156,7 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
         if size not in resized:
             arrays = [to_array(open_image(path), size) for path in paths]
             resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        logits = predict(model, resized[size], size)
+        logits = predict(model, resized[size], size, config.precision)
         columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         raise UserError(f"nothing to predict with; {TRAIN_FIRST}")

@@ -20,29 +20,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from custom_resnet import LossFunction, train
-from engine.checkpoints import (
-    checkpoint_path,
-    load_finished,
-    load_logits,
-    logits_path,
-    save_checkpoint,
-    tensors_digest,
-)
+from engine.checkpoints import load_logits, logits_path, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import configure_backends, forward_pass
 from engine.distributed import broadcast_from_rank0
-from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
-from engine.fingerprints import check_settings, logits_fingerprint, training_settings
+from engine.fingerprints import load_teacher_state, logits_fingerprint
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import run_in_processes
 from engine.models import load_model
 from engine.recipes import Recipe
 from engine.settings import Config
 from engine.soft_losses import SOFT_LOSSES, SoftLoss, kd
-from utils import load_config, run_script, start_training
+from utils import Estimates, load_config, run_script, start_training
 
 
 def distillation_loss(
@@ -95,11 +87,7 @@ class Teacher(NamedTuple):
 
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
     """The finished teacher of this seed. Raises UserError if it is not trained yet, or with different settings."""
-    path = checkpoint_path(config, name, seed)
-    state = broadcast_from_rank0(lambda: load_finished(path))
-    if not state:
-        raise UserError(f"{path}: the teacher {name!r} is not trained yet; train it first: --only {name}")
-    check_settings(path, state, training_settings(name, seed, config, dataset))
+    state = broadcast_from_rank0(lambda: load_teacher_state(name, seed, config, dataset))
     return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
 
 
@@ -221,12 +209,12 @@ def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate
     train(name, seed, config, dataset, make_loss if recipe.teacher else None, estimate)
 
 
-def train_in_process(config: Config, model: tuple[str, int], threads: int) -> None:
+def train_in_process(config: Config, estimates: Estimates, model: tuple[str, int], threads: int) -> None:
     """Train a model in a process that `run_in_processes` has started."""
     with run_script():
         torch.set_num_threads(threads)
         configure_backends(config)
-        train_model(*model, config, load_dataset(config))
+        train_model(*model, config, load_dataset(config), estimates[model]._replace(later=0.0))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -236,12 +224,12 @@ def main(argv: list[str] | None = None) -> None:
         with start_training(config, models) as (config, dataset, estimates):
             if config.jobs > 1:
                 teachers = {model: config.teacher_of(*model) for model in models if model in estimates}
-                run_in_processes(partial(train_in_process, config), teachers, config.jobs)
+                run_in_processes(partial(train_in_process, config, estimates), teachers, config.jobs)
             else:
                 for model in models:
                     train_model(*model, config, dataset, estimates.get(model, UNKNOWN))
         elsewhere = f" --checkpoints_path {config.checkpoints_path}" * (config.checkpoints_path != "checkpoints")
-        log.info(f"All models are trained. For the report: python evaluate.py --run {config.run}{elsewhere}")
+        log.info(f"All selected models are trained. For the report: python evaluate.py --run {config.run}{elsewhere}")
 
 
 if __name__ == "__main__":

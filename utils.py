@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from engine import flags
-from engine.checkpoints import checkpoint_path, load_finished, recorded_config, recorded_precision
+from engine.checkpoints import checkpoint_path, recorded_config, recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends, describe_precision, device_name, resolve_device
@@ -15,7 +17,7 @@ from engine.distributed import broadcast_from_rank0, main_process_first, process
 from engine.errors import UserError, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
-from engine.fingerprints import load_or_copy
+from engine.fingerprints import load_or_copy, load_teacher_state
 from engine.settings import Config
 
 with exit_on_error(), locate_errors():  # a mistake in an edited config.py is one line, not a traceback
@@ -65,6 +67,8 @@ def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tu
     Yields the config with its precision resolved, the data set and the estimates of what is left to train.
     """
     dataset = load_dataset(config)
+    if config.sync_batchnorm and torch.device(config.device).type != "cuda":
+        raise UserError(f"sync_batchnorm = True: PyTorch supports it on CUDA only, and the device is {config.device}")
     with lock(Path(config.checkpoints_path, config.run)):
 
         def check_and_plan() -> tuple[Config, Estimates]:
@@ -83,7 +87,7 @@ def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) 
 
     precision = auto becomes that of the run's first checkpoint, if there is one. Raises UserError for a folder that
     cannot be written, a checkpoint that is damaged or was trained with different settings, and a teacher that is
-    neither trained nor going to be.
+    neither trained so nor going to be.
     """
     jobs: dict[tuple[str, int], Job] = {}
     if config.precision == "auto":
@@ -94,15 +98,14 @@ def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) 
         probe.unlink()
         state = load_or_copy(name, seed, config, dataset)
         if state and config.precision == "auto":
-            config = replace(config, precision=state["settings"]["precision"])
+            config = replace(config, precision=state["settings"].get("precision", "auto"))
         teacher, epochs = config.teacher_of(name, seed), config.recipes[name].epochs
         if teacher in jobs:  # which may change its weights
             jobs[name, seed] = Job(name, seed, epochs)
         elif not (state and state["finished"]):
-            if teacher and teacher not in models and not load_finished(checkpoint_path(config, *teacher)):
-                missing = checkpoint_path(config, *teacher)
-                raise UserError(f"{missing}: the teacher {teacher[0]!r} is not trained yet; add it to --only")
-            jobs[name, seed] = Job(name, seed, epochs - len(state["history"]) if state else epochs)
+            if teacher and teacher not in models:
+                load_teacher_state(*teacher, config, dataset)
+            jobs[name, seed] = Job(name, seed, epochs - len(state["history"]) if state else epochs, bool(state))
     return list(jobs.values()), config.precision
 
 

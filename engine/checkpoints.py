@@ -127,7 +127,7 @@ def recorded_config(folder: Path) -> Config | None:
     last = known(Config, recorded[-1])
     last["recipes"] = {name: Recipe(**known(Recipe, recipe)) for name, recipe in last["recipes"].items()}
     last["seeds"] = tuple(sorted({seed for config in recorded for seed in config["seeds"]}))
-    here = {"run": folder.name, "checkpoints_path": str(folder.parent), "device": "auto"}
+    here = {"run": folder.name, "checkpoints_path": str(folder.parent), "device": "auto", "jobs": 1}
     return Config(**{**last, **here, "only": (), "overwrite": False})
 
 
@@ -136,7 +136,7 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -121,10 +121,15 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     """Record SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
 
     A process on its own acts on a second signal at once. Those of torchrun and of --jobs ignore it: from a terminal
-    they receive Ctrl-C twice, as their parent passes it on.
+    they receive Ctrl-C twice, as their parent passes it on. Those of --jobs also stop when their parent has died.
     """
     received: list[int] = []
-    alone = world_size() == 1 and multiprocessing.parent_process() is None
+    parent = multiprocessing.parent_process()
+    alone = world_size() == 1 and parent is None
+
+    def requested() -> int:
+        orphaned = parent is not None and not parent.is_alive()
+        return received[0] if received else signal.SIGTERM * orphaned
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
@@ -135,4 +140,4 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             before[number](number, frame)
 
     with handle_signals(note, "SIGINT", "SIGTERM", "SIGHUP") as before:
-        yield lambda: received[0] if received else 0
+        yield requested

@@ -126,7 +126,13 @@ def read_dataset(config: Config) -> Dataset:
 
 def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
     """A folder without test images: a fifth of each class, always the same, becomes the test set."""
-    kept, held_out = stratified(train.labels, len(train.labels) * 4 // 5, "training images")
+    try:
+        kept, held_out = stratified(train.labels, len(train.labels) * 4 // 5, "training images")
+    except UserError:
+        raise UserError(
+            f"{config.dataset}: has no folder test/ or val/, and too few images of a class to hold out a fifth of each "
+            "class as test images; add a folder test/"
+        ) from None
     log.info(
         f"{config.dataset}: has no folder test/ or val/, so {len(held_out):,} of its {len(train.labels):,} images, "
         "stratified by class, are the test images"

@@ -44,8 +44,6 @@ def resolve_device(config: Config) -> Config:
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
     if world_size() > 1 and config.jobs > 1:
         raise UserError(f"jobs = {config.jobs}: must be 1 with several processes, which train each model together")
-    if config.sync_batchnorm and kind != "cuda":
-        raise UserError(f"sync_batchnorm = True: PyTorch supports it on CUDA only, and the device is {device}")
     return replace(config, device=device)
 
 
@@ -122,12 +120,12 @@ def explain_device_errors(config: Config) -> Iterator[None]:
     """Turn out-of-memory and torch.compile errors into a UserError that says what to change."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise RankError(
-            f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
-            "use more processes, or a smaller --batch_size (with --overwrite)"
-        ) from None
     except RuntimeError as error:
+        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA and MPS; CPU
+            raise RankError(
+                f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
+                "use more processes, or a smaller --batch_size (with --overwrite)"
+            ) from None
         if config.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
         raise UserError(f"compile = on: torch.compile failed ({first_line(error)}); try --compile off") from None

@@ -4,9 +4,11 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 
 from engine.checkpoints import checkpoint_path
@@ -32,6 +34,7 @@ class Job(NamedTuple):
     name: str
     seed: int
     epochs: int  # left
+    resumed: bool = False
 
 
 class Estimate(NamedTuple):
@@ -49,9 +52,11 @@ def time_training(
 ) -> dict[tuple[Architecture, str], float]:
     """Seconds per training image for each (architecture, precision): the fastest of a few steps, after a warm-up.
 
-    The precisions alternate, so that drift in the machine's speed affects all. On a CPU a step has at most 32 images.
+    A step has as many images as one process trains on, on a CPU at most 32. The precisions alternate, so that drift in
+    the machine's speed affects all.
     """
-    count = min(config.batch_size, 32) if config.device == "cpu" else config.batch_size
+    count = config.batch_size // world_size()
+    count = min(count, 32) if config.device == "cpu" else count
     images = dataset.train.images[:count].to(config.device)
     images, labels = prepare(images, config.image_size), dataset.train.labels[:count]
     fastest: dict[tuple[Architecture, str], float] = {}
@@ -80,14 +85,21 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     if config.precision == "auto":
         precisions = ["fp32", "bf16"] if supports_bf16(config.device) else ["fp32"]
     archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
+    of_teachers = (Architecture.of(config.recipes[name]) for job in jobs if (name := config.recipes[job.name].teacher))
     with explain_device_errors(config):
-        per_image = time_training(archs, config, dataset, precisions)
+        per_image = time_training(archs | dict.fromkeys(of_teachers), config, dataset, precisions)
+    torch.cuda.empty_cache()  # with --jobs, other processes need the memory
 
     def seconds(job: Job, precision: str) -> float:
-        recipe = config.recipes[job.name]
+        recipe, total = config.recipes[job.name], 0.0
         trained, evaluated = len(dataset.subset(recipe.train_size)), len(dataset.held_out[1].labels)
-        images = job.epochs * (trained + evaluated / 3)  # a forward pass costs about a third of a step
-        return images * per_image[Architecture.of(recipe), precision] / world_size() if images else 0.0
+        if job.epochs:  # a forward pass costs about a third of a step
+            total += job.epochs * (trained + evaluated / 3) * per_image[Architecture.of(recipe), precision]
+        if recipe.teacher:  # at most: students of one teacher share its stored logits
+            views = job.epochs if config.unlimited_views else 2
+            teacher = Architecture.of(config.recipes[recipe.teacher])
+            total += views * trained / 3 * per_image[teacher, precision]
+        return total / world_size()
 
     chosen = min(precisions, key=lambda precision: sum(seconds(job, precision) for job in jobs))
     if jobs and len(precisions) > 1:
@@ -116,7 +128,9 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
     sizes = {}
     for name in dict.fromkeys(job.name for job in jobs):
         recipe = config.recipes[name]
-        model = initial_model(recipe, len(dataset.classes))
+        resumed = all(job.resumed for job in jobs if job.name == name)  # and needs no initial weights
+        build = Architecture.of(recipe).build if resumed else partial(initial_model, recipe)
+        model = build(len(dataset.classes))
         check_image_size(model, recipe.arch, config.image_size)
         sizes[name] = sum(tensor.nbytes for tensor in model.state_dict().values())
     return sizes
@@ -126,9 +140,9 @@ def space_needed(jobs: list[Job], sizes: dict[str, int], config: Config, dataset
     """Upper bound on the bytes on disk that the jobs take, including what is there already."""
     logits = 2 * len(dataset.train.labels) * len(dataset.classes) * 4
     distilled = sum(config.recipes[job.name].teacher is not None for job in jobs)
-    # A checkpoint of an unfinished model includes the optimizer's state, and the old and the new file coexist.
+    # The checkpoint of an unfinished model includes the optimizer's state, and the old and the new file coexist.
     moments = max(2 if config.recipes[name].optimizer == "adamw" else 1 for name in sizes)
-    unfinished = 2 * (1 + moments) * max(sizes.values())
+    unfinished = min(config.jobs, len(jobs)) * 2 * (1 + moments) * max(sizes.values())
     return sum(sizes[job.name] for job in jobs) + unfinished + (distilled + (distilled > 0)) * logits
 
 

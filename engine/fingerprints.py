@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.checkpoints import (
     checkpoint_path,
+    load_finished,
     load_training,
     read_metadata,
     save_checkpoint,
@@ -47,9 +48,11 @@ def training_settings(name: str, seed: int, config: Config, dataset: Dataset) ->
     settings = {"seed": seed, **recipe}
     settings |= {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in IRRELEVANT}
     settings["images of the data set"] = dataset.digest
-    teacher = config.teacher_of(name, seed)
-    if teacher and (digest := weights_digest(checkpoint_path(config, *teacher))):
-        settings["weights of the teacher"] = digest
+    if teacher := config.teacher_of(name, seed):
+        # a damaged teacher is trained again by `overwrite`
+        with contextlib.suppress(*[UserError] * config.overwrite):
+            if digest := weights_digest(checkpoint_path(config, *teacher)):
+                settings["weights of the teacher"] = digest
     return settings
 
 
@@ -70,8 +73,21 @@ def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) 
     if differing:
         raise UserError(
             f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
-            "name for this experiment (--run NAME), or retrain in place (--overwrite)"
+            f"name for this experiment (--run NAME), or retrain in place (--overwrite; --only must include "
+            f"{state['name']})"
         )
+
+
+def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The state of a finished teacher. Raises UserError if it is not trained yet, or with different settings."""
+    path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
+    state = load_finished(path)
+    if not state:
+        raise UserError(f"{path}: the teacher {name!r} is not trained yet; add it to --only")
+    if config.precision == "auto":  # not resolved yet
+        del settings["precision"]
+    check_settings(path, state, settings)
+    return state
 
 
 def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -38,19 +38,28 @@ def predict(
     """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left unchanged.
 
     uint8 images (N, 3, H, W) are resized to `image_size` (None: not resized) and normalised; float images are passed on
-    as they are. With several processes, all of which must call this, each computes its part and receives all logits.
-    Raises Stopped, in all of them, if `stop` returns a signal in one.
+    as they are. Batches that do not fit into the GPU's memory are halved. With several processes, all of which must
+    call this, each computes its part and receives all logits. Raises Stopped, in all of them, if `stop` returns a
+    signal in one.
     """
     device = next(model.parameters()).device
     folded = fold_batchnorm(model)
     own, parts = shard(len(images)), []
+    waiting = list(images[own].split(batch_size))
     with torch.inference_mode(), Progress(title, own.stop - own.start) as progress:
-        for chunk in images[own].split(batch_size):
-            chunk = chunk.to(device, non_blocking=True)
-            if chunk.dtype == torch.uint8:
-                chunk = prepare(chunk, image_size)
-            with forward_pass(device, precision):
-                parts.append(folded(chunk).float())
+        while waiting:
+            chunk = waiting.pop(0)
+            try:
+                prepared = chunk.to(device, non_blocking=True)
+                if chunk.dtype == torch.uint8:
+                    prepared = prepare(prepared, image_size)
+                with forward_pass(device, precision):
+                    parts.append(folded(prepared).float())
+            except torch.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                waiting = [half for chunk in (chunk, *waiting) for half in chunk.chunk(2)]
+                continue
             if progress.update(len(chunk)):
                 progress.describe()
             if stop():

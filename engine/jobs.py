@@ -8,6 +8,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from engine.console import log
+
 Model = tuple[str, int]  # name and seed
 
 
@@ -35,9 +37,14 @@ def run_in_processes(work: Callable[[Model, int], None], models: dict[Model, Mod
                 del waiting[model]
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
-                del running[process]
-                if process.exitcode:
-                    raise SystemExit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
+                (name, seed), code = running.pop(process), process.exitcode
+                if code < 0:
+                    log.info(
+                        f"{name} seed {seed}  was killed by signal {-code} (9: often for lack of memory, as fewer "
+                        "--jobs would need); the same command resumes it"
+                    )
+                if code:
+                    raise SystemExit(code if code > 0 else 128 - code)
     finally:
         for process in running:
             with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torchvision
 
-from engine.errors import UserError
+from engine.errors import UserError, exit_on_error
 from engine.fields import (
     FLAG,
     FRACTION,
@@ -141,12 +141,15 @@ def loss_defaults() -> dict[str, float]:
         for name, default in parameters(loss).items():
             if name in RecipeFields.__dataclass_fields__:
                 raise UserError(f"soft loss {loss}: {name} is already a setting; rename the parameter")
+            if not isinstance(default, (int, float)):
+                raise UserError(f"soft loss {loss}: {name} needs a number as its default")
             if defaults.setdefault(name, default) != default:
                 raise UserError(f"soft loss {loss}: {name} has another default in another loss; rename the parameter")
     return defaults
 
 
-DEFAULTS = loss_defaults()
+with exit_on_error():  # a mistake in a new soft loss is one line, not a traceback
+    DEFAULTS = loss_defaults()
 
 
 def describe_parameter(name: str) -> str:

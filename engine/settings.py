@@ -1,5 +1,6 @@
 """The fields of Config, a whole experiment, and its validation together with that of its recipes."""
 
+import itertools
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from engine.fields import (
     text,
 )
 from engine.recipes import SEED, Recipe, baseline_of
-from engine.sweeps import expand
+from engine.sweeps import expand, grid
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class Config:
         several(SEED, "integers from 0 to 2^32 - 1"),
         "random seeds; every recipe is trained once with each",
     )
-    only: tuple[str, ...] = setting((), several(NAME, "names of recipes"), "train or evaluate just these recipes")
+    only: tuple[str, ...] = setting(
+        (),
+        several(NAME, "names of recipes"),
+        "train or evaluate just these recipes; a swept one stands for all its rows",
+    )
     sweep: tuple[str, ...] = setting(
         (),
         several(text("RECIPE.SETTING=VALUE,VALUE", r"[^\0\n]+"), "of the form RECIPE.SETTING=VALUE,VALUE"),
@@ -102,10 +107,14 @@ class Config:
             object.__setattr__(self, "recipes", expand(self.recipes, values["sweep"], fields))
         except UserError as error:
             raise UserError(*invalid.values(), *error.messages) from None
-        problems = [*invalid.values(), *self._conflicts(values["seeds"], values["only"])]
+        swept = grid(values["sweep"], fields)
+        rows = ([point.row for point in swept[name]] if name in swept else [name] for name in values["only"])
+        only = tuple(itertools.chain(*rows))
+        problems = [*invalid.values(), *self._conflicts(values["seeds"], only)]
         problems += self._recipe_conflicts(values["batch_size"])
         if problems:
             raise UserError(*problems)
+        object.__setattr__(self, "only", only)
         for name in ("dataset", "data_path", "checkpoints_path", "imgs_path"):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))  # "~" in config.py or after "="
 

@@ -1,9 +1,9 @@
 """Soft losses: measures of how far a student's logits are from its teacher's.
 
 Each takes the student's logits z (B, C), the teacher's v (B, C), the labels (B,) and the temperature T, and returns the
-mean over the batch, with the factor T^2, by which scale_soft_loss=False divides it; p_z and p_v are softmax(z / T) and
-softmax(v / T). To add one, write a function and put it into SOFT_LOSSES: its further parameters, which need defaults,
-become fields of Recipe.
+mean over the batch; p_z and p_v are softmax(z / T) and softmax(v / T). Those whose gradients scale as 1 / T^2 include
+the factor T^2 themselves; scale_soft_loss=False divides by it. To add one, write a function and put it into
+SOFT_LOSSES: its further parameters, which need defaults, become fields of Recipe.
 """
 
 import inspect

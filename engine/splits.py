@@ -8,16 +8,21 @@ from engine.errors import UserError
 
 
 def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of `size` images, stratified by class, and of the others; both sorted, and always the same."""
+    """Indices of `size` images, stratified by class, and of the others; both sorted, and always the same.
+
+    Raises UserError, naming the setting, if one of them would have no image of some class.
+    """
     labels = labels.cpu().numpy()
     if size == len(labels):
         return torch.arange(size), torch.arange(0)
+    classes = len(np.unique(labels))
     try:
         parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
-    except ValueError:  # a class would have no image on one of the sides
-        classes = len(np.unique(labels))
+    except ValueError:  # so few images, or of a class, that scikit-learn does not try
+        parts = ()
+    if not parts or any(len(np.unique(labels[part])) < classes for part in parts):
         raise UserError(
-            f"{setting} = {size}: must select and leave at least one image of each class: {classes} to "
-            f"{len(labels) - classes} of these {len(labels)} images, if every class has two or more"
-        ) from None
+            f"{setting} = {size}: must select and leave at least one image of each class; there are {len(labels)} "
+            f"images of {classes} classes, {np.bincount(labels).min()} of the rarest"
+        )
     return tuple(torch.from_numpy(np.sort(part)) for part in parts)

@@ -1,4 +1,4 @@
-"""The study's logits, kept in docs/data/RUN/seedS/MODEL.npz, from which every published number follows.
+"""The study's logits, kept in docs/data/RUN/seedS/MODEL.npz: its accuracies and tests are computed from them.
 
     python evaluate.py --run controls && python -m experiments.archive controls
 

@@ -179,7 +179,7 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
             agree = np.stack([v.argmax(1) == z.argmax(1) for v, z in logits])  # (S, n)
             wrong = ~models[teacher].correct(labels, seeds.values())
             kl = {"kl": 1.0, "kl_at_temperature": temperature}
-            rows[student, teacher, temperature] = {
+            rows[student, teacher, recipe.teacher_seed, temperature] = {
                 "model": student,
                 "teacher": teacher,
                 "seeds": list(seeds),

@@ -129,7 +129,8 @@ def render(results: dict[str, Any]) -> ModuleType:
     for name, model in models.items():
         for seed, found in model["environments"].items():
             trained.setdefault(json.dumps(found), ([], found))[0].append(f"{name} seed {seed}")
-    everything = len(trained) == 1
+    everything, code = len(trained) == 1, results["environment"]["code"]
+    other_code = [name for names, found in trained.values() if found.get("code") != code for name in names]
     recipes = results["settings"]["recipes"].values()
     used = {name for recipe in recipes if recipe["teacher"] for name in parameters(recipe["soft_loss"])}
     return env.get_template("results.md.jinja").make_module(
@@ -147,12 +148,9 @@ def render(results: dict[str, Any]) -> ModuleType:
             ],
             "worse_when_scaled": worse_when_scaled,
             "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
-            "other_code": [
-                f"{name} seed {seed}"
-                for name, model in models.items()
-                for seed, found in model["environments"].items()
-                if found.get("code") != results["environment"]["code"]
-            ],
+            "other_code": ["all models"]
+            if len(other_code) == sum(len(names) for names, _ in trained.values())
+            else other_code,
             "ln": math.log,
         }
     )
@@ -163,7 +161,8 @@ def results_markdown(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The table of accuracies and the verdicts, for the terminal."""
+    """The table of accuracies, the verdicts and the notes on what has none, for the terminal."""
     report = render(results)
     verdicts = [str(report.verdict(comparison)).strip() for comparison in results["comparisons"]]
-    return "\n".join([align_tables(str(report.accuracy_table()).lstrip()).rstrip(), *verdicts])
+    table = align_tables(str(report.accuracy_table()).lstrip()).rstrip()
+    return "\n".join([table, *verdicts, *str(report.notes()).splitlines()])

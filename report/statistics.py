@@ -24,13 +24,29 @@ def wilson_interval(correct: float, n: float) -> tuple[float, float]:
     return (0.0 if correct == 0 else low), (1.0 if correct == n else high)  # exactly, without rounding errors
 
 
+def variance_over_images(values: np.ndarray) -> float:
+    """Variance over the n images of `values` (S, n), means over infinitely many seeds in place of these S.
+
+    The image component of the two-way random-effects model (Searle, Casella and McCulloch 1992, Variance Components).
+    What one seed adds to one image is left out: it averages out over seeds, and is in the spread over seeds already.
+    """
+    between = values.mean(0).var()
+    if len(values) == 1:
+        return float(between)
+    residual = values - values.mean(1, keepdims=True)
+    return max(0.0, float(between - residual.var(0, ddof=1).mean() / len(values)))
+
+
 def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
     """95% interval for an accuracy, from `correct` (S, n) bool, S seeds by n images.
 
-    It covers the sampling of test images (Wilson) and, with several seeds, that of seeds (Student's t), combined in
-    quadrature.
+    It covers the sampling of test images and, with several seeds, that of seeds (Student's t), combined in quadrature.
+    The former is Wilson's for as many images as would make its variance p (1 - p) / n that of the images alone.
     """
-    mean, n = float(correct.mean()), correct.shape[1]
+    mean, (seeds, n) = float(correct.mean()), correct.shape
+    bernoulli = mean * (1 - mean)
+    if bernoulli:
+        n *= bernoulli / max(variance_over_images(correct), bernoulli / seeds)
     low, high = wilson_interval(mean * n, n)
     half = seeds_half_width(correct.mean(1))
     return max(0.0, mean - math.hypot(mean - low, half)), min(1.0, mean + math.hypot(high - mean, half))
@@ -68,16 +84,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def image_variance(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[float, float]:
-    """Mean paired difference in accuracy, and its sampling variance over test images.
+    """Mean paired difference in accuracy, and its sampling variance over test images, which more seeds do not reduce.
 
-    From `correct` and `correct_baseline`, both (S, n) bool, averaged over the S seeds first. Pseudo-counts, half an
-    image that only the model classifies correctly, half an image that only the baseline does, and one concordant image,
-    make intervals valid even with few images (Agresti and Min 2005, Statistics in Medicine 24, 729-740).
+    From `correct` and `correct_baseline`, both (S, n) bool. Pseudo-counts, half an image that only the model classifies
+    correctly, half an image that only the baseline does, and one concordant image, make intervals valid even with few
+    images (Agresti and Min 2005, Statistics in Medicine 24, 729-740).
     """
-    difference = correct.mean(0) - correct_baseline.mean(0)  # (n,)
-    n = len(difference) + 2
-    mean = difference.sum() / n
-    return float(mean), float(((difference**2).sum() + 1) / n - mean**2) / n
+    differences = correct.astype(float) - correct_baseline  # (S, n)
+    n, observed = differences.shape[1], differences.mean()
+    mean = observed * n / (n + 2)
+    mean_square = (n * (variance_over_images(differences) + observed**2) + 1) / (n + 2)
+    return float(mean), float(mean_square - mean**2) / (n + 2)
 
 
 def paired_interval(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def collect(
         "versus_teacher": versus_teacher(models, cost, labels),
         "fidelity": fidelity(models, labels),
         "soft_targets": soft_targets(models, training_logits),
-        "sweeps": {row: [point._asdict() for point in points] for row, points in sweeps(config).items()},
+        "sweeps": {row: [point._asdict() for point in points] for row, points in sweeps(config, models).items()},
         "missing": [str(path) for path in missing],
         "settings": {
             **dataclasses.asdict(config),
@@ -151,20 +151,22 @@ def run_figures(config: Config, results: dict[str, Any]) -> Iterator[tuple[str, 
     if len(results["comparisons"]) > 2:
         yield "effects.png", effects_figure(results["comparisons"])
     models, colours = results["models"], figures.model_colours(config.recipes)
-    for row, points in sweeps(config).items():
-        found = [(point.values, models[point.row]) for point in points if point.row in models]
+    for row, points in sweeps(config, models).items():
         references = {
             name: models[name]
             for comparison in results["comparisons"]
             for name in (comparison["baseline"], config.recipes[comparison["model"]].teacher)
             if comparison["model"] in {point.row for point in points} and name in models
         }
-        if found:
-            yield f"sweep_{row}.png", sweep_figure(found, references, colours)
+        found = [(point.values, models[point.row]) for point in points]
+        yield f"sweep_{row}.png", sweep_figure(found, references, colours)
 
 
-def sweeps(config: Config) -> dict[str, list[Point]]:
-    return grid(config.sweep, {field.name: field for field in settings_of(Recipe)})
+def sweeps(config: Config, evaluated: Container[str]) -> dict[str, list[Point]]:
+    """The evaluated points of each sweep that has some."""
+    points = grid(config.sweep, {field.name: field for field in settings_of(Recipe)})
+    found = {row: [point for point in row_points if point.row in evaluated] for row, row_points in points.items()}
+    return {row: row_points for row, row_points in found.items() if row_points}
 
 
 def comparison_figures(

@@ -7,13 +7,17 @@ from report.metrics import Evaluated
 
 
 def simulated_seeds(random, seeds: int, n: int, difference: float, seed_std: float, shared: float) -> dict:
-    """Two models over several seeds: a true difference, how much seeds differ, and images that are harder for one."""
+    """Two models over several seeds: a true difference, how much seeds differ, and images that are harder for one.
+
+    They are right and wrong together on half of the images of a seed, and independently on the others.
+    """
     easier = random.normal(0, shared, n)  # in points of probability, the same in every seed
     recipes, logits = PRESETS["scratch"].recipes, {"student": {}, "student_kd": {}}
     for seed in range(seeds):
         gain = difference + random.normal(0, seed_std) + easier
-        luck = random.random(n)
-        right = {"student": luck < 0.5, "student_kd": luck < 0.5 + gain}
+        luck, own = random.random((2, n))
+        own = np.where(random.random(n) < 0.5, luck, own)
+        right = {"student": luck < 0.5, "student_kd": own < 0.5 + gain}
         for name, r in right.items():
             logits[name][seed] = np.stack([r, ~r], 1).astype(np.float32)
     return {name: Evaluated(recipes[name], by_seed, {}) for name, by_seed in logits.items()}

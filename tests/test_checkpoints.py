@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import pickle
@@ -44,6 +45,15 @@ def test_truncated_and_bit_flipped_checkpoints_are_refused(tmp_path):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         refused(path, bytes(flipped))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+def test_the_digest_is_of_the_bits_of_any_type(dtype):
+    first, second = ({"w": torch.tensor(values).to(dtype), "n": torch.tensor(3)} for values in ([0.0, 1.0], [1.0, 1.0]))
+    assert checkpoints.tensors_digest(first) != checkpoints.tensors_digest(second)
+    expected = hashlib.sha256(f"w (2,) {dtype}\n".encode() + bytes(first["w"].untyped_storage()))
+    expected.update(b"n () torch.int64\n" + (3).to_bytes(8, "little"))
+    assert checkpoints.tensors_digest(first) == expected.hexdigest()
 
 
 def test_pickled_code_is_not_executed(tmp_path, monkeypatch):

@@ -33,16 +33,16 @@ def test_over_seeds_the_interval_covers_and_the_false_positive_rate_is_small(see
         verdicts[comparison["verdict"]] += 1
         covered += comparison["ci95"][0] <= 0 <= comparison["ci95"][1]
     assert verdicts["better"] + verdicts["worse"] <= 0.05 * 300 + 7  # two standard deviations
-    assert covered >= 0.95 * 300 - 8
+    assert 0.95 * 300 - 8 <= covered <= 0.995 * 300
 
 
 @pytest.mark.parametrize(("seeds", "shared"), [(3, 0.02), (5, 0.15)])
 def test_over_seeds_the_detectable_difference_has_80_percent_power(seeds, shared):
     """Once where the seeds decide, once where the test images do, which are drawn anew each time."""
     random, labels = np.random.default_rng(0), np.zeros(2000, dtype=int)
-    pilot = [simulated_seeds(random, 100, 2000, 0.0, 0.005, shared) for _ in range(3)]
+    pilot = [simulated_seeds(random, seeds, 2000, 0.0, 0.005, shared) for _ in range(100)]
     entries = [compare_all(models, labels)[0] for models in pilot]
-    std = np.mean([entry["std"] for entry in entries])
+    std = math.sqrt(np.mean([entry["std"] ** 2 for entry in entries]))
     right = [{m: np.stack([p == 0 for p in models[m].predictions.values()]) for m in models} for models in pilot]
     images = np.mean([image_variance(r["student_kd"], r["student"])[1] for r in right])
     difference = detectable_over_seeds(std, images, seeds)

@@ -242,7 +242,8 @@ def test_a_second_signal_of_another_kind_uses_its_own_handler(handlers):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "value"), [(console, "world_size", 2), (console.multiprocessing, "parent_process", "the parent")]
+    ("module", "name", "value"),
+    [(console, "world_size", 2), (console.multiprocessing, "parent_process", SimpleNamespace(is_alive=lambda: True))],
 )
 def test_with_several_processes_a_second_signal_is_ignored(handlers, capsys, monkeypatch, module, name, value):
     """torchrun and --jobs pass signals on, so that each process gets Ctrl-C twice."""
@@ -253,6 +254,15 @@ def test_with_several_processes_a_second_signal_is_ignored(handlers, capsys, mon
             signal.raise_signal(signal.SIGTERM)
         assert stop() == signal.SIGINT
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_process_of_jobs_stops_when_its_parent_has_died(handlers, monkeypatch):
+    parent = SimpleNamespace(is_alive=lambda: True)
+    monkeypatch.setattr(console.multiprocessing, "parent_process", lambda: parent)
+    with stop_requests() as stop:
+        assert stop() == 0
+        parent.is_alive = lambda: False
+        assert stop() == signal.SIGTERM
 
 
 def test_previous_signal_handlers_are_restored(handlers):

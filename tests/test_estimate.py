@@ -82,12 +82,15 @@ def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed)
     config = replace(config, recipes=recipes)
     table = {(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125}
     timed(table)
-    jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 2)]
-    _, estimates = plan(jobs, config, digits)
+    jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 4)]
     each = [images_of(job, config, digits) * table[Architecture.of(config.recipes[job.name]), "fp32"] for job in jobs]
-    assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
-    for number, found in enumerate(estimates.values()):
-        assert found == pytest.approx((each[number], sum(each[number + 1 :])))
+    trained = each.pop()
+    for augment, views in (("none", 2), ("crop", 4)):  # that the teacher sees
+        _, estimates = plan(jobs, replace(config, augment=augment), digits)
+        expected = [*each, trained + views * 100 / 3 * 0.5]
+        assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
+        for number, found in enumerate(estimates.values()):
+            assert found == pytest.approx((expected[number], sum(expected[number + 1 :])))
 
 
 def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypatch):
@@ -241,6 +244,13 @@ def test_a_timed_step_on_a_cpu_has_at_most_32_images(config, digits, scripted):
     assert {count for count, _ in models["a"].seen} == {32 if config.device == "cpu" else 100}
 
 
+def test_a_timed_step_has_as_many_images_as_one_process(config, digits, scripted, monkeypatch):
+    make, models = scripted
+    monkeypatch.setattr(estimate, "world_size", lambda: 5)
+    time_training(make({"a": [1.0] * 3}), replace(config, batch_size=100), digits, ["fp32"])
+    assert {count for count, _ in models["a"].seen} == {20}
+
+
 # The space on the disk
 
 
@@ -256,6 +266,20 @@ def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys,
     assert exit.value.code == 2
     assert "checkpoints: this run needs 224 MB, and 10 MB are free there" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_models_that_train_at_the_same_time_need_space_at_the_same_time(config, digits):
+    jobs = [Job("student", seed, 2) for seed in range(3)]
+    one, two, many = (space_needed(jobs, SIZES, replace(config, jobs=n), digits) for n in (1, 2, 8))
+    assert (two - one, many - two) == (4 * RESNET18_BYTES, 4 * RESNET18_BYTES)  # weights and momentum, and their copy
+
+
+def test_resuming_needs_no_initial_weights(config, digits, hub):
+    recipes = {name: replace(recipe, pretrained=True) for name, recipe in config.recipes.items()}
+    config = replace(config, recipes=recipes)
+    assert check_models([Job("student", 0, 1, resumed=True)], config, digits)["student"] > RESNET18_BYTES
+    with pytest.raises(UserError, match="is missing and could not be downloaded"):
+        check_models([Job("student", 0, 1, resumed=True), Job("student", 1, 2)], config, digits)
 
 
 def test_space_needed_includes_stored_logits_for_distilled_models(config, digits):
@@ -302,7 +326,7 @@ def partial(config, trained, digits):
 
 def test_only_unfinished_epochs_are_estimated(partial, digits):
     both = [(name, seed) for seed in (0, 1) for name in ("student", "teacher")]
-    left = [Job("teacher", 0, 2), Job("student", 1, 1), Job("teacher", 1, 2)]
+    left = [Job("teacher", 0, 2), Job("student", 1, 1, resumed=True), Job("teacher", 1, 2)]
     assert unfinished(both, partial, digits) == (left, "bf16")
     assert unfinished(both, replace(partial, overwrite=True), digits) == (left, "bf16")  # what matches is kept
     smaller = replace(partial, overwrite=True, batch_size=20)
@@ -327,6 +351,30 @@ def test_a_student_follows_its_retrained_teacher(tmp_path, trained, digits):
     config = parse(words)
     jobs, _ = unfinished(config.models(), config, digits)
     assert jobs == [Job("teacher", 0, 1), Job("student_kd", 0, 2)]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_teacher_that_only_leaves_out_is_checked_beforehand(tmp_path, trained, digits, damaged):
+    """--overwrite would otherwise replace the student before it is found that the teacher does not match."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/demo/seed0/teacher.pt"
+    if damaged:
+        path.write_bytes(path.read_bytes()[:1000])
+    words = [*small_flags(tmp_path), "--overwrite", "--batch_size=20"]
+    config = parse([*words, "--only", "student", "student_kd"])
+    message = r"teacher\.pt: is damaged" if damaged else r"teacher\.pt: .*--only must include teacher"
+    with pytest.raises(UserError, match=message):
+        unfinished(config.models(), config, digits)
+    config = parse(words)  # with the teacher, everything is trained again
+    assert [job.name for job in unfinished(config.models(), config, digits)[0]] == ["teacher", "student", "student_kd"]
+
+
+def test_sync_batchnorm_is_refused_without_cuda(config):
+    with (
+        pytest.raises(UserError, match=r"sync_batchnorm = True: .* the device is cpu"),
+        start_training(replace(config, sync_batchnorm=True, device="cpu"), STUDENTS),
+    ):
+        pass
 
 
 def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, timed, bf16, capsys):

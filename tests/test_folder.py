@@ -94,6 +94,13 @@ def test_a_folder_without_test_images_is_split(config, image_folder, capsys, par
     assert "6 of its 30 images, stratified by class, are the test images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rare", [1, 2])
+def test_a_class_that_is_too_rare_to_be_split_is_refused(config, image_folder, rare):
+    """scikit-learn rounds so that a class may have no image on one side."""
+    with pytest.raises(UserError, match="too few images of a class to hold out a fifth of each class"):
+        datasets.load_dataset(folder_config(config, image_folder({"a": 100, "b": rare})))
+
+
 def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
     root = image_folder({"train/a": 2, "train/b": 1, "test/a": 1, "test/b": 1}, size=(8, 8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL warns above, and refuses above twice as many

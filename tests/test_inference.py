@@ -7,6 +7,7 @@ from conftest import random_images
 from torch import nn
 
 from custom_resnet import build_resnet
+from engine import inference
 from engine.images import prepare
 from engine.inference import fold_batchnorm, predict
 
@@ -34,6 +35,29 @@ def test_predict_uses_evaluation_mode_and_leaves_the_model_unchanged(model):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     predict(model, images[:2])
     assert not model.training
+
+
+class Limited(nn.Module):
+    """A model whose device has memory for a few images only."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.layer, self.limit, self.seen = nn.Linear(3, 10), limit, []
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        if len(images) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.layer(images.mean((2, 3)))
+
+
+def test_predict_halves_batches_that_are_too_large(monkeypatch):
+    monkeypatch.setattr(inference, "fold_batchnorm", lambda model: model)
+    model, images = Limited(limit=8), torch.randn(30, 3, 4, 4)
+    torch.testing.assert_close(predict(model, images, batch_size=25), model.layer(images.mean((2, 3))))
+    assert model.seen == [25, 13, 7, 6, 6, 6, 2, 1, 1, 1]  # the two that fail halve all that is left
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Limited(limit=0), images)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])

@@ -32,6 +32,14 @@ def test_a_failure_ends_the_others_and_gives_its_status(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_process_is_named(tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit:
+        run_in_processes(note, {("is killed", tmp_path): None}, jobs=1)
+    assert exit.value.code == 128 + signal.SIGKILL
+    assert "is killed seed" in (output := capfd.readouterr().err)
+    assert "was killed by signal 9 " in output
+
+
 def test_jobs_train_the_whole_experiment(tmp_path, capfd):
     names = ("teacher", "student_kd")
     words = [*flags(tmp_path), "--jobs=2", "--only", *names, *(f"--{name}.epochs=1" for name in names)]

@@ -170,6 +170,7 @@ def test_the_distillation_loss_is_the_sum_of_the_terms_of_kd(logits):
     [
         (lambda z, v, labels, temperature, alpha=1.0: z, "soft loss other: alpha is already a setting"),
         (lambda z, v, labels, temperature, inter_weight=2.0: z, "inter_weight has another default in another loss"),
+        (lambda z, v, labels, temperature, power: z, "soft loss other: power needs a number as its default"),
     ],
 )
 def test_a_parameter_has_one_meaning(monkeypatch, other, message):

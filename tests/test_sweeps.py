@@ -27,6 +27,8 @@ def test_a_sweep_replaces_a_row_by_all_combinations():
     assert list(config.recipes)[:2] == ["teacher", "student"]
     assert replace(PRESETS["demo"], sweep=config.sweep) == config  # as an edit of config.py
     assert replace(config, seeds=(1,)).recipes == config.recipes
+    only = parse(["--preset", "demo", "--sweep", "student_kd.temperature=1,4", "--only", "teacher", "student_kd"]).only
+    assert only == ("teacher", "student_kd-temperature-1", "student_kd-temperature-4")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,9 @@ def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys
     text = (report / "results.md").read_text()
     assert "sweep_student_kd.png" in text
     assert "Effects, sorted; p after Holm's correction" in text
+    capsys.readouterr()
+    evaluate.main(["--run=demo", f"--checkpoints_path={tmp_path / 'checkpoints'}", "--only", "student"])
+    assert "sweep_" not in (report / "results.md").read_text()  # no link to a figure that is not drawn
 
 
 OWN_LOSS = '''
