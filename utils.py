@@ -86,8 +86,8 @@ def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) 
     """Which of the models (name, seed) are left to train, and the precision; copies models from other runs.
 
     precision = auto becomes that of the run's first checkpoint, if there is one. Raises UserError for a folder that
-    cannot be written, a checkpoint that is damaged or was trained with different settings, and a teacher that is
-    neither trained so nor going to be.
+    cannot be written, a checkpoint that is damaged or was trained with different settings, and a teacher that is not
+    among the models and not trained yet.
     """
     jobs: dict[tuple[str, int], Job] = {}
     if config.precision == "auto":

@@ -141,7 +141,7 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def weights_digest(path: Path) -> str | None:
-    """The digest of the weights in a checkpoint; None if there is no file."""
+    """The digest of the weights in a checkpoint; None if there is no file. Raises UserError if it is damaged."""
     return digest_of_version(path, path.stat().st_mtime_ns) if path.exists() else None
 
 

@@ -49,10 +49,14 @@ def training_settings(name: str, seed: int, config: Config, dataset: Dataset) ->
     settings |= {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in IRRELEVANT}
     settings["images of the data set"] = dataset.digest
     if teacher := config.teacher_of(name, seed):
-        # a damaged teacher is trained again by `overwrite`
-        with contextlib.suppress(*[UserError] * config.overwrite):
-            if digest := weights_digest(checkpoint_path(config, *teacher)):
-                settings["weights of the teacher"] = digest
+        try:
+            digest = weights_digest(checkpoint_path(config, *teacher))
+        except UserError:
+            if not config.overwrite:  # which trains a damaged teacher again
+                raise
+            digest = None
+        if digest:
+            settings["weights of the teacher"] = digest
     return settings
 
 
@@ -73,7 +77,7 @@ def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) 
     if differing:
         raise UserError(
             f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
-            f"name for this experiment (--run NAME), or retrain in place (--overwrite; --only must include "
+            "name for this experiment (--run NAME), or retrain in place (--overwrite; --only, if given, must include "
             f"{state['name']})"
         )
 

@@ -40,8 +40,8 @@ def run_in_processes(work: Callable[[Model, int], None], models: dict[Model, Mod
                 (name, seed), code = running.pop(process), process.exitcode
                 if code < 0:
                     log.info(
-                        f"{name} seed {seed}  was killed by signal {-code} (9: often for lack of memory, as fewer "
-                        "--jobs would need); the same command resumes it"
+                        f"{name} seed {seed}  was killed by signal {-code} (9 is usual when memory runs out: try fewer "
+                        "--jobs); the same command resumes it"
                     )
                 if code:
                     raise SystemExit(code if code > 0 else 128 - code)

@@ -362,7 +362,7 @@ def test_a_teacher_that_only_leaves_out_is_checked_beforehand(tmp_path, trained,
         path.write_bytes(path.read_bytes()[:1000])
     words = [*small_flags(tmp_path), "--overwrite", "--batch_size=20"]
     config = parse([*words, "--only", "student", "student_kd"])
-    message = r"teacher\.pt: is damaged" if damaged else r"teacher\.pt: .*--only must include teacher"
+    message = r"teacher\.pt: is damaged" if damaged else r"teacher\.pt: .*--only, if given, must include teacher"
     with pytest.raises(UserError, match=message):
         unfinished(config.models(), config, digits)
     config = parse(words)  # with the teacher, everything is trained again

@@ -323,10 +323,26 @@ def test_when_the_prediction_on_views_holds(monkeypatch, cropped, held):
     assert predictions.HOLDS[17]("views", "kd") == held
 
 
+def test_what_the_number_of_labels_changes():
+    found = predictions.comparisons("low_data")
+    few, plain, more, every = (found[row, row.replace("kd", "student")] for row in ("kd_2", "kd", "kd_20", "kd_100"))
+    assert [c["verdict"] for c in (few, plain, more, every)] == ["better", "better", "better", "worse"]
+    gained = [f"{100 * c['difference']:+.2f} points ({interval(c['ci95'], 2, signed=True)})" for c in (few, more)]
+    assert f"A student of 1,000 images gains {gained[0]}, one of 10,000 {gained[1].replace(' points', '')}" in README
+    lost, *bounds_of_loss = (f"{-100 * x:.2f}" for x in (every["difference"], *reversed(every["ci95"])))
+    models, labels = archive.load("low_data")
+    alone, teacher = (f"{models[name].correct(labels).mean():.2%}" for name in ("student_100", "teacher"))
+    assert f"loses {lost} ({' to '.join(bounds_of_loss)}): alone it reaches {alone}, more than this teacher" in README
+    few, plain, more = (f"{100 * c['difference']:+.2f}" for c in (few, plain, more))
+    assert f"{few} points with 1,000 images, {plain} with 5,000 and {more} with 10,000" in ANSWER
+    assert f"loses {lost} points. Alone, a ResNet18 reaches {alone} in its 3 epochs of them" in ANSWER
+    assert f"the ResNet50 in its 4 ({teacher})" in ANSWER
+
+
 def test_what_a_teacher_like_its_student_brings():
     c, kd = predictions.comparisons("controls")["kd_self", "student"], compared()["kd", "student"]
     brought = f"{100 * c['difference']:+.2f} points ({interval(c['ci95'], 2, signed=True)})"
-    assert f"self-distillation, with the student alone as teacher, brings {brought}, a third of the gain" in README
+    assert f"Self-distillation, with the student alone as teacher, brings {brought}, a third of the gain" in README
     assert f"on the same 5,000 images, brings {brought}: a third of the gain" in ANSWER
     assert c["difference"] / kd["difference"] == pytest.approx(1 / 3, abs=0.05)
     assert c["verdict"] == "better"
