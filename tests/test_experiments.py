@@ -323,6 +323,30 @@ def test_when_the_prediction_on_views_holds(monkeypatch, cropped, held):
     assert predictions.HOLDS[17]("views", "kd") == held
 
 
+def test_the_gain_with_unlimited_views_is_compared_with_that_of_stored_views():
+    seeds, gains = (2, 3, 4), {}
+    for run in ("views", "ablation"):
+        models, labels = archive.load(run)
+        kd, student = (models[name].correct(labels, seeds).mean(1) for name in ("kd", "student"))
+        gains[run] = 100 * (kd - student)
+    assert (gains["views"] > gains["ablation"]).all()
+    larger, p = gains["views"] - gains["ablation"], stats.ttest_rel(gains["views"], gains["ablation"]).pvalue
+    assert f"by {larger.mean():.2f} points on average (paired t-test, p = {p:.2g})" in ANSWER
+
+
+def test_what_the_row_of_twice_the_epochs_gains():
+    c = compared()["kd_2x", "student_2x"]
+    p_values = f"p = {c['p_value']:.2g} before the correction, {c['p_holm']:.2g} after it"
+    assert f"gains {points('kd_2x', 'student_2x')} points on a student alone of as many epochs" in ANSWER
+    assert f"{bounds('kd_2x', 'student_2x')}, {p_values}" in ANSWER
+    for row, words_of_row in (
+        ("kd_t1", "T = 1 loses {} points (p = {:.2g} "),
+        ("kd_alpha_90", "alpha = 0.9 loses {} (p = {:.2g})"),
+    ):
+        assert words_of_row.format(points(row, "kd").lstrip("-"), compared()[row, "kd"]["p_value"]) in ANSWER
+    assert all(abs(compared()[f"kd_{row}", "kd"]["difference"]) < 0.006 for row in ("t2", "t10", "alpha_0", "alpha_50"))
+
+
 def test_what_the_number_of_labels_changes():
     found = predictions.comparisons("low_data")
     few, plain, more, every = (found[row, row.replace("kd", "student")] for row in ("kd_2", "kd", "kd_20", "kd_100"))
