@@ -66,9 +66,9 @@ def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tu
 
     Yields the config with its precision resolved, the data set and the estimates of what is left to train.
     """
-    dataset = load_dataset(config)
     if config.sync_batchnorm and torch.device(config.device).type != "cuda":
         raise UserError(f"sync_batchnorm = True: PyTorch supports it on CUDA only, and the device is {config.device}")
+    dataset = load_dataset(config)
     with lock(Path(config.checkpoints_path, config.run)):
 
         def check_and_plan() -> tuple[Config, Estimates]:

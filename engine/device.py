@@ -122,9 +122,11 @@ def explain_device_errors(config: Config) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA and MPS; CPU
+            on_cuda = torch.device(config.device).type == "cuda"
+            other = "fewer --jobs, or " if config.jobs > 1 else "more processes, or " * on_cuda
             raise RankError(
                 f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
-                "use more processes, or a smaller --batch_size (with --overwrite)"
+                f"use {other}a smaller --batch_size (with --overwrite)"
             ) from None
         if config.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise

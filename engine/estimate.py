@@ -85,21 +85,20 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     if config.precision == "auto":
         precisions = ["fp32", "bf16"] if supports_bf16(config.device) else ["fp32"]
     archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
-    of_teachers = (Architecture.of(config.recipes[name]) for job in jobs if (name := config.recipes[job.name].teacher))
     with explain_device_errors(config):
-        per_image = time_training(archs | dict.fromkeys(of_teachers), config, dataset, precisions)
+        per_image = time_training(archs, config, dataset, precisions)
     torch.cuda.empty_cache()  # with --jobs, other processes need the memory
 
     def seconds(job: Job, precision: str) -> float:
-        recipe, total = config.recipes[job.name], 0.0
+        recipe = config.recipes[job.name]
         trained, evaluated = len(dataset.subset(recipe.train_size)), len(dataset.held_out[1].labels)
+        per_epoch = 0.0
         if job.epochs:  # a forward pass costs about a third of a step
-            total += job.epochs * (trained + evaluated / 3) * per_image[Architecture.of(recipe), precision]
-        if recipe.teacher:  # at most: students of one teacher share its stored logits
-            views = job.epochs if config.unlimited_views else 2
+            per_epoch += (trained + evaluated / 3) * per_image[Architecture.of(recipe), precision]
+        if recipe.teacher and config.unlimited_views:  # it classifies each batch; if it is trained, too, it is timed
             teacher = Architecture.of(config.recipes[recipe.teacher])
-            total += views * trained / 3 * per_image[teacher, precision]
-        return total / world_size()
+            per_epoch += trained / 3 * per_image.get((teacher, precision), 0.0)
+        return job.epochs * per_epoch / world_size()
 
     chosen = min(precisions, key=lambda precision: sum(seconds(job, precision) for job in jobs))
     if jobs and len(precisions) > 1:

@@ -77,8 +77,7 @@ def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) 
     if differing:
         raise UserError(
             f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
-            "name for this experiment (--run NAME), or retrain in place (--overwrite; --only, if given, must include "
-            f"{state['name']})"
+            "name for this experiment (--run NAME), or retrain in place (--overwrite)"
         )
 
 
@@ -90,7 +89,10 @@ def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; add it to --only")
     if config.precision == "auto":  # not resolved yet
         del settings["precision"]
-    check_settings(path, state, settings)
+    try:
+        check_settings(path, state, settings)
+    except UserError as error:
+        raise UserError(f"{error}. To retrain this teacher, add it to --only") from None
     return state
 
 

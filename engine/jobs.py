@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -39,10 +40,8 @@ def run_in_processes(work: Callable[[Model, int], None], models: dict[Model, Mod
             for process in [process for process in running if not process.is_alive()]:
                 (name, seed), code = running.pop(process), process.exitcode
                 if code < 0:
-                    log.info(
-                        f"{name} seed {seed}  was killed by signal {-code} (9 is usual when memory runs out: try fewer "
-                        "--jobs); the same command resumes it"
-                    )
+                    memory = ", as when memory runs out: try fewer --jobs" * (code == -signal.SIGKILL)
+                    log.info(f"{name} seed {seed}  was killed by signal {-code}{memory}; the same command resumes it")
                 if code:
                     raise SystemExit(code if code > 0 else 128 - code)
     finally:

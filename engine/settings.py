@@ -109,7 +109,7 @@ class Config:
             raise UserError(*invalid.values(), *error.messages) from None
         swept = grid(values["sweep"], fields)
         rows = ([point.row for point in swept[name]] if name in swept else [name] for name in values["only"])
-        only = tuple(itertools.chain(*rows))
+        only = tuple(dict.fromkeys(itertools.chain(*rows)))
         problems = [*invalid.values(), *self._conflicts(values["seeds"], only)]
         problems += self._recipe_conflicts(values["batch_size"])
         if problems:

@@ -15,14 +15,15 @@ def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Ten
     labels = labels.cpu().numpy()
     if size == len(labels):
         return torch.arange(size), torch.arange(0)
-    classes = len(np.unique(labels))
+    images_of_class = np.unique(labels, return_counts=True)[1]
     try:
         parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
     except ValueError:  # so few images, or of a class, that scikit-learn does not try
         parts = ()
-    if not parts or any(len(np.unique(labels[part])) < classes for part in parts):
+    if not parts or any(len(np.unique(labels[part])) < len(images_of_class) for part in parts):
         raise UserError(
             f"{setting} = {size}: must select and leave at least one image of each class; there are {len(labels)} "
-            f"images of {classes} classes, {np.bincount(labels).min()} of the rarest"
+            f"images of {len(images_of_class)} classes, {images_of_class.min()} of the rarest. Choose another size or "
+            "add images"
         )
     return tuple(torch.from_numpy(np.sort(part)) for part in parts)

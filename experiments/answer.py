@@ -36,7 +36,7 @@ SHOWN = {
     "distilled without T², twice the epochs\n(as published)": ("ablation", "original"),
     "alone, labels smoothed": ("controls", "label_smoothing"),
     "distilled from shuffled logits": ("controls", "kd_shuffled"),
-    "distilled from the student alone (self-distillation)": ("controls", "kd_self"),
+    "self-distilled (teacher: a student alone)": ("controls", "kd_self"),
 }
 
 # Comparisons other than that of each row with its baseline, in the same family of Holm's correction.
@@ -74,7 +74,7 @@ def comparison_cells(c: dict[str, Any]) -> dict[str, str]:
         "p": format_or_none(c["p_value"], ".2g"),
         "p, Holm": f"{c['p_holm']:.2g}",
         "verdict": c["verdict"],
-        "seeds needed": "n/a" if c["seeds_needed"] is None else f"{c['seeds_needed']:,}",
+        "seeds needed": format_or_none(c["seeds_needed"], "d", none="> 100"),
     }
 
 
@@ -139,7 +139,7 @@ def figure() -> Figure:
         axes.annotate(f"{mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("test accuracy (%): mean with 95% interval, and each seed")
+    axes.set_xlabel("test accuracy (%): mean, 95% interval (seeds and test images), each seed")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
     axes.grid(axis="x", alpha=0.3)
     return drawn

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from report.markdown import markdown_table
+from report.markdown import format_or_none, markdown_table
 from report.statistics import holm, paired_t_p, seeds_half_width, seeds_needed
 
 FILE = Path(__file__).parent.parent / "docs/data/kd-capacity-gap.csv"
@@ -39,7 +39,8 @@ def table(column: str = "test_accuracy_best_validation") -> str:
     for setting, d, p, p_holm in zip(settings, differences, p_values, holm(p_values), strict=True):
         mean, half = 100 * d.mean(), 100 * seeds_half_width(d)
         measured = f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}", f"{p:.2f}", f"{p_holm:.2f}"
-        rows.append((*setting, *measured, f"{seeds_needed(d.mean(), d.std(ddof=1), 0.0):,}"))
+        needed = seeds_needed(d.mean(), d.std(ddof=1), 0.0)
+        rows.append((*setting, *measured, format_or_none(needed, "d", none="> 100")))
     columns = ("gain (points)", "95% interval", "p", "p, Holm", "seeds needed")
     return markdown_table(("student", "teacher", "method", *columns), rows)
 

@@ -22,8 +22,8 @@ def escape_markdown(text: Any) -> str:
     return escape_control(" ".join(str(text).split())).replace("\\", r"\\").replace("|", r"\|")
 
 
-def format_or_none(value: float | None, spec: str) -> str:
-    return "none" if value is None else format(value, spec)
+def format_or_none(value: float | None, spec: str, none: str = "none") -> str:
+    return none if value is None else format(value, spec)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -25,7 +25,7 @@ def wilson_interval(correct: float, n: float) -> tuple[float, float]:
 
 
 def variance_over_images(values: np.ndarray) -> float:
-    """Variance over the n images of `values` (S, n), means over infinitely many seeds in place of these S.
+    """Variance over n images of `values` (S, n), as if each were the mean over infinitely many seeds, not over these S.
 
     The image component of the two-way random-effects model (Searle, Casella and McCulloch 1992, Variance Components).
     What one seed adds to one image is left out: it averages out over seeds, and is in the spread over seeds already.
@@ -41,12 +41,13 @@ def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
     """95% interval for an accuracy, from `correct` (S, n) bool, S seeds by n images.
 
     It covers the sampling of test images and, with several seeds, that of seeds (Student's t), combined in quadrature.
-    The former is Wilson's for as many images as would make its variance p (1 - p) / n that of the images alone.
+    The former is Wilson's for as many images, at most S n, as would make its variance p (1 - p) / n that of the images
+    alone. An image that all seeds classify correctly and one that none does are added to estimate that variance.
     """
     mean, (seeds, n) = float(correct.mean()), correct.shape
-    bernoulli = mean * (1 - mean)
-    if bernoulli:
-        n *= bernoulli / max(variance_over_images(correct), bernoulli / seeds)
+    padded = np.pad(correct, ((0, 0), (1, 1)), constant_values=((False, False), (False, True)))
+    bernoulli = padded.mean() * (1 - padded.mean())
+    n *= bernoulli / max(variance_over_images(padded), bernoulli / seeds)
     low, high = wilson_interval(mean * n, n)
     half = seeds_half_width(correct.mean(1))
     return max(0.0, mean - math.hypot(mean - low, half)), min(1.0, mean + math.hypot(high - mean, half))
@@ -165,9 +166,12 @@ def detectable_over_seeds(std: float, variance: float, seeds: int, level: float 
 
 
 def seeds_needed(difference: float, std: float, variance: float, level: float = 0.05) -> int | None:
-    """About how many seeds detect a true difference of this size with 80% power; None if 100,000 are not enough."""
+    """About how many seeds detect a true difference of this size with 80% power; None if 100 are not enough.
+
+    Beyond, the estimate of `variance` is too rough to say whether any number would be.
+    """
     if not std:
         return None
-    candidates = [*range(2, 200), *np.geomspace(200, 100_000, 100).astype(int).tolist()]
-    place = bisect.bisect_left(candidates, True, key=lambda seeds: detects(difference, std, variance, seeds, level))
-    return candidates[place] if place < len(candidates) else None
+    few_enough = range(2, 101)
+    place = bisect.bisect_left(few_enough, True, key=lambda seeds: detects(difference, std, variance, seeds, level))
+    return few_enough[place] if place < len(few_enough) else None

@@ -359,8 +359,8 @@ def test_what_the_number_of_labels_changes():
     assert f"loses {lost} ({' to '.join(bounds_of_loss)}): alone it reaches {alone}, more than this teacher" in README
     few, plain, more = (f"{100 * c['difference']:+.2f}" for c in (few, plain, more))
     assert f"{few} points with 1,000 images, {plain} with 5,000 and {more} with 10,000" in ANSWER
-    assert f"loses {lost} points. Alone, a ResNet18 reaches {alone} in its 3 epochs of them" in ANSWER
-    assert f"the ResNet50 in its 4 ({teacher})" in ANSWER
+    assert f"loses {lost} points. Alone, a ResNet18 reaches {alone} after 3 epochs on them" in ANSWER
+    assert f"the ResNet50 after 4 ({teacher})" in ANSWER
 
 
 def test_what_a_teacher_like_its_student_brings():
@@ -405,7 +405,7 @@ def test_the_readmes_speeds_are_those_of_the_page_on_speed():
     page = (ROOT / "docs/speed.md").read_text()
     plain = re.search(r"\| ResNet18 training \| ([\d.]+)", page)[1]
     original, ours = re.search(r"\| distilled ResNet18, .*? \| ([\d.]+) \(\d+\) \| ([\d.]+)", page).groups()
-    assert f"{original} images/s, where the student alone trains at {plain}" in README
+    assert f"{original} images/s ({plain} without the teacher)" in README
     assert f"its mirror image: {ours} images/s" in README
 
 
@@ -469,9 +469,9 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
 
 def test_the_readmes_arithmetic_on_the_original():
     least = f"{100 * detectable_difference(400 / 10_000, 10_000):.2f}"
-    assert f"if on 400, one seed detects {least} points with 80% power" in README
+    assert f"with 400, one seed detects {least} points with 80% power" in README
     assert mcnemar_p(5, 15) < 0.05 < mcnemar_p(6, 16)
-    assert "is significant only if the two models disagree on at most 20 of the 10,000 images" in README
+    assert "is significant only if at most 20 of the 10,000 images are right in just one of the models" in README
 
 
 def test_the_answer_holds_the_table_of_the_nearest_study():

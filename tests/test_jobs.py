@@ -37,7 +37,7 @@ def test_a_killed_process_is_named(tmp_path, capfd):
         run_in_processes(note, {("is killed", tmp_path): None}, jobs=1)
     assert exit.value.code == 128 + signal.SIGKILL
     assert "is killed seed" in (output := capfd.readouterr().err)
-    assert "was killed by signal 9 " in output
+    assert "was killed by signal 9, as when memory runs out" in output
 
 
 def test_jobs_train_the_whole_experiment(tmp_path, capfd):
