@@ -139,7 +139,7 @@ def figure() -> Figure:
         axes.annotate(f"{mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("test accuracy (%): mean, 95% interval (seeds and test images), each seed")
+    axes.set_xlabel("test accuracy (%): mean, each seed,\nand 95% interval over seeds and test images")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
     axes.grid(axis="x", alpha=0.3)
     return drawn
