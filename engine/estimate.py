@@ -90,11 +90,12 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     torch.cuda.empty_cache()  # with --jobs, other processes need the memory
 
     def seconds(job: Job, precision: str) -> float:
+        if not job.epochs:
+            return 0.0
         recipe = config.recipes[job.name]
         trained, evaluated = len(dataset.subset(recipe.train_size)), len(dataset.held_out[1].labels)
-        per_epoch = 0.0
-        if job.epochs:  # a forward pass costs about a third of a step
-            per_epoch += (trained + evaluated / 3) * per_image[Architecture.of(recipe), precision]
+        # A forward pass costs about a third of a step.
+        per_epoch = (trained + evaluated / 3) * per_image[Architecture.of(recipe), precision]
         if recipe.teacher and config.unlimited_views:  # it classifies each batch; if it is trained, too, it is timed
             teacher = Architecture.of(config.recipes[recipe.teacher])
             per_epoch += trained / 3 * per_image.get((teacher, precision), 0.0)

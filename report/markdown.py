@@ -130,7 +130,7 @@ def render(results: dict[str, Any]) -> ModuleType:
         for seed, found in model["environments"].items():
             trained.setdefault(json.dumps(found), ([], found))[0].append(f"{name} seed {seed}")
     everything, code = len(trained) == 1, results["environment"]["code"]
-    other_code = [name for names, found in trained.values() if found.get("code") != code for name in names]
+    other_code = [names for names, found in trained.values() if found.get("code") != code]
     recipes = results["settings"]["recipes"].values()
     used = {name for recipe in recipes if recipe["teacher"] for name in parameters(recipe["soft_loss"])}
     return env.get_template("results.md.jinja").make_module(
@@ -148,9 +148,7 @@ def render(results: dict[str, Any]) -> ModuleType:
             ],
             "worse_when_scaled": worse_when_scaled,
             "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
-            "other_code": ["all models"]
-            if len(other_code) == sum(len(names) for names, _ in trained.values())
-            else other_code,
+            "other_code": ["all models"] if len(other_code) == len(trained) > 0 else [*itertools.chain(*other_code)],
             "ln": math.log,
         }
     )
