@@ -10,7 +10,6 @@ and prints the table. Three layers: logits from checkpoints; metrics, functions 
 """
 
 import argparse
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,14 +34,14 @@ from engine.errors import UserError
 from engine.files import lock, write_durably
 from engine.fingerprints import check_settings, logits_fingerprint, training_settings
 from engine.flags import Parser
-from engine.folder import find_images, open_image, to_array
 from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config
 from report.comparisons import Models, TrainingLogits, distilled
 from report.export import check_export, export_program
-from report.markdown import escape_markdown, markdown_table, percent, summary
+from report.markdown import summary
 from report.metrics import Evaluated
+from report.predict import predict_files
 from report.write import write_report
 from utils import load_config, run_script
 
@@ -138,40 +137,6 @@ def evaluate(config: Config, dataset: Dataset) -> None:
             log.info(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
 
 
-def predict_files(paths: list[str], config: Config) -> list[str]:
-    """A table for each image file, also of folders: the class and the probabilities (%) by every trained model.
-
-    Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
-    """
-    paths = [file for path in paths for file in find_images(path)]
-    resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
-    columns = []  # for each model its title, its classes and its probabilities (files, C)
-    for name, seed in [(n, s) for n in config.selected() for s in config.seeds_of(n)]:
-        path = checkpoint_path(config, name, seed)
-        state = load_finished(path)
-        if not state:
-            log.info(f"not trained yet, skipped: {path}")
-            continue
-        model, size = load_model(state, config.device), state["settings"]["image_size"]
-        if size not in resized:
-            arrays = [to_array(open_image(path), size) for path in paths]
-            resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        logits = predict(model, resized[size], size, config.precision)
-        columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
-    if not columns:
-        raise UserError(f"nothing to predict with; {TRAIN_FIRST}")
-
-    def table(number: int, path: str) -> str:
-        predicted = [dict(zip(classes, p[number].tolist(), strict=True)) for _, classes, p in columns]
-        classes = dict.fromkeys(itertools.chain(*predicted))
-        likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in predicted), reverse=True)[:20]
-        rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.get))}**" for p in predicted)]]
-        rows += [[escape_markdown(c), *(percent(p.get(c)) for p in predicted)] for c in classes if c in likeliest]
-        return markdown_table([escape_markdown(path), *(title for title, *_ in columns)], rows)
-
-    return [table(number, path) for number, path in enumerate(paths)]
-
-
 def export(config: Config, dataset: Dataset) -> None:
     """Write MODEL.pt2 for each distilled model (or each that `only` names), checked on the test images."""
     selected = config.selected()
@@ -213,7 +178,10 @@ def main(argv: list[str] | None = None) -> None:
             precision = broadcast_from_rank0(lambda: recorded_precision(config) or "fp32")
             config = replace(config, precision=precision)
         if own.predict:
-            print_result("\n".join(predict_files(own.predict, config)).rstrip())
+            tables = predict_files(own.predict, config)
+            if not tables:
+                raise UserError(f"nothing to predict with; {TRAIN_FIRST}")
+            print_result("\n".join(tables).rstrip())
             return
         dataset = load_dataset(config)
         (export if own.export else evaluate)(config, dataset)

@@ -1,0 +1,50 @@
+"""The predictions of every trained model for the user's own image files."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.checkpoints import checkpoint_path, load_finished
+from engine.console import log
+from engine.folder import find_images, open_image, to_array
+from engine.inference import predict
+from engine.models import load_model
+from engine.settings import Config
+from report.markdown import escape_markdown, markdown_table, percent
+
+
+def predict_files(paths: list[str], config: Config) -> list[str]:
+    """A table for each image file, also of folders: the class and the probabilities (%) by every trained model.
+
+    Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
+    Empty if no model is trained. Raises UserError naming a file that cannot be read.
+    """
+    files = [file for path in paths for file in find_images(path)]
+    resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
+    columns = []  # for each model its title, its classes and its probabilities (files, C)
+    for name, seed in [(n, s) for n in config.selected() for s in config.seeds_of(n)]:
+        path = checkpoint_path(config, name, seed)
+        state = load_finished(path)
+        if not state:
+            log.info(f"not trained yet, skipped: {path}")
+            continue
+        model, size = load_model(state, config.device), state["settings"]["image_size"]
+        if size not in resized:
+            arrays = [to_array(open_image(file), size) for file in files]
+            resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        logits = predict(model, resized[size], size, config.precision)
+        columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
+    if not columns:
+        return []
+
+    def table(number: int, file: Path) -> str:
+        predicted = [dict(zip(classes, p[number].tolist(), strict=True)) for _, classes, p in columns]
+        classes = dict.fromkeys(itertools.chain(*predicted))
+        likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in predicted), reverse=True)[:20]
+        rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.get))}**" for p in predicted)]]
+        rows += [[escape_markdown(c), *(percent(p.get(c)) for p in predicted)] for c in classes if c in likeliest]
+        return markdown_table([escape_markdown(file), *(title for title, *_ in columns)], rows)
+
+    return [table(number, file) for number, file in enumerate(files)]
