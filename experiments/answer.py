@@ -15,7 +15,7 @@ from engine.errors import exit_on_error
 from engine.files import write_durably
 from engine.recipes import baseline_of
 from experiments import archive
-from experiments.archive import has_own_models, load
+from experiments.archive import load
 from experiments.presets import STUDY
 from report.comparisons import compare_all
 from report.figures import blank_figure, png
@@ -148,8 +148,7 @@ def figure() -> Figure:
 def main() -> None:
     print(f"{gains()}\n{faults()}")
     for run in STUDY:
-        if has_own_models(run):
-            print(f"{run}\n\n{table(run)}")
+        print(f"{run}\n\n{table(run)}")
     if sys.argv[1:]:
         write_durably(Path(sys.argv[1]), png(figure()))
 

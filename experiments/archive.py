@@ -61,11 +61,6 @@ def load(run: str) -> tuple[dict[str, Evaluated], np.ndarray]:
     return models, labels
 
 
-def has_own_models(run: str) -> bool:
-    """Whether a model of this run is kept that it does not share with `ablation`."""
-    return any((FOLDER / run).glob("seed*/*.npz"))
-
-
 def evaluation_faults() -> dict[str, Any]:
     """What `tests.evaluation_faults` has measured and written."""
     return json.loads((FOLDER / "evaluation_faults.json").read_text())
