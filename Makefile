@@ -23,7 +23,7 @@ MAIN_ROWS := teacher student student_2x student_lr small_step kd kd_2x kd_withou
 reproduce: DATASET := data/cifar10-jpeg
 reproduce: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset ablation --run reproduction --dataset $(DATASET) --only $(MAIN_ROWS) --jobs 2 $(ARGS)
-	$(PYTHON) evaluate.py --run reproduction --only $(MAIN_ROWS)
+	$(PYTHON) evaluate.py --run reproduction --only $(MAIN_ROWS) $(ARGS)
 	$(PYTHON) -m experiments.compare imgs/reproduction/results.json
 
 # A process per core, each with one thread

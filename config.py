@@ -25,7 +25,7 @@ RECIPES = {
 }
 
 # The loss as published: without T^2 = 25, the gradients of the soft loss are 1/25 as large.
-ORIGINAL = {name: replace(row, scale_soft_loss=row.teacher is None) for name, row in RECIPES.items()}
+ORIGINAL = {n: replace(row, scale_soft_loss=not row.teacher or row.soft_loss != "kd") for n, row in RECIPES.items()}
 
 # From random weights, and equally long for both students, so that they differ only in the teacher.
 FROM_SCRATCH = {"pretrained": False, "lr": 0.02, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}

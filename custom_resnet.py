@@ -219,10 +219,10 @@ def check_given_weights(model: nn.Module, recipe: Recipe, config: Config, datase
     log.info(f"{title}  is used as it is; accuracy on the {held_out} images {accuracy:.2%}")
     if recipe.weights_file and accuracy < 0.5:
         log.info(
-            f"warning: {title} classifies only {accuracy:.0%} correctly. The usual reasons are another normalisation "
-            "(here ImageNet's mean and standard deviation of RGB values from 0 to 1), another order of the classes "
-            f"(here {', '.join(dataset.classes[:10])}{', ...' * (len(dataset.classes) > 10)}) or another image size "
-            f"(here {config.image_size} px)"
+            f"warning: {title} classifies only {accuracy:.0%} correctly. The usual reasons are a different "
+            "normalisation (here ImageNet's mean and standard deviation of RGB values from 0 to 1), a different class "
+            f"order (here {', '.join(dataset.classes[:10])}{', ...' * (len(dataset.classes) > 10)}) or a different "
+            f"image size (here {config.image_size} px)"
         )
 
 

@@ -69,7 +69,7 @@ def finished_checkpoints(
             missing.append(path)
             continue
         settings = broadcast_from_rank0(lambda n=name, s=seed: training_settings(n, s, config, dataset))
-        del settings["precision"]  # the evaluation may use a different one
+        settings.pop("precision", None)  # the evaluation may use a different one
         check_settings(path, state, settings)
         yield name, seed, state, tensors_digest(state["model"])
 

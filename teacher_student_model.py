@@ -50,6 +50,8 @@ def distillation_loss(
     z are the student's logits and v the teacher's, both (B, C); y are the labels (B,). alpha is the weight of the hard
     loss. The gradients of the soft loss scale as 1/T^2, which the factor T^2 compensates for (Hinton, Vinyals, Dean
     2015, arXiv 1503.02531, section 2); scale_soft_loss=False omits it. No gradient flows to the teacher.
+
+    The sum of `distillation_terms`, which training uses, with `kd` as its soft loss.
     """
     terms = distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss)
     return sum(terms.values())

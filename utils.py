@@ -39,9 +39,8 @@ def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> C
         parser.add_argument(f"--{name}")
     given, _ = parser.parse_known_args(argv)
     if given.run and not given.preset:
-        config = recorded_config(Path(given.checkpoints_path or "checkpoints", given.run).expanduser())
-        if config:
-            return flags.parse({"recorded": config}, argv, script_flags)
+        folder = Path(given.checkpoints_path or "checkpoints", given.run).expanduser()
+        return flags.parse({"recorded": recorded_config(folder)}, argv, script_flags)
     return settings.parse(argv, script_flags)
 
 

@@ -109,17 +109,21 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def recorded_precision(config: Config) -> str | None:
-    """The precision of the first checkpoint of the run; None if there is none, or none that can be read."""
+    """The precision of the first model that the run has trained; None if there is none, or none that can be read."""
     paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
-    return next((state["settings"].get("precision") for path in paths if (state := read_metadata(path))), None)
+    settings = (state["settings"] for path in paths if (state := read_metadata(path)))
+    return next((found["precision"] for found in settings if "precision" in found), None)
 
 
-def recorded_config(folder: Path) -> Config | None:
-    """The settings in the newest checkpoint of a run's `folder`, with the seeds of all; None without checkpoints."""
+def recorded_config(folder: Path) -> Config:
+    """The settings in the newest checkpoint of a run's `folder`, with the seeds of all.
+
+    Models that those settings do not have are named in the log. Raises UserError if there are no checkpoints.
+    """
     paths = sorted(folder.glob("seed*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
     recorded = [state["config"] for path in paths if (state := read_metadata(path))]
     if not recorded:
-        return None
+        raise UserError(f"{folder}: holds no checkpoints; train first, or name another --run or --checkpoints_path")
 
     def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:  # by this version of the program
         return {field.name: values[field.name] for field in fields(cls) if field.name in values}
@@ -127,6 +131,12 @@ def recorded_config(folder: Path) -> Config | None:
     last = known(Config, recorded[-1])
     last["recipes"] = {name: Recipe(**known(Recipe, recipe)) for name, recipe in last["recipes"].items()}
     last["seeds"] = tuple(sorted({seed for config in recorded for seed in config["seeds"]}))
+    left_out = sorted({path.stem for path in paths} - set(last["recipes"]))
+    if left_out:
+        log.info(
+            f"{folder}: left out, as the newest command did not include them: {', '.join(left_out)}. To evaluate them, "
+            "pass --preset and the flags that they were trained with"
+        )
     here = {"run": folder.name, "checkpoints_path": str(folder.parent), "device": "auto", "jobs": 1}
     return Config(**{**last, **here, "only": (), "overwrite": False})
 

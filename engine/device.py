@@ -90,6 +90,8 @@ def configure_backends(config: Config) -> None:
     On a CPU, glibc is told to keep the memory of freed tensors: otherwise each large one is returned to the system and
     mapped anew, page by page, in the next step, which costs 40% of a ResNet50 step at 224 px.
     """
+    if torch.device(config.device).index is not None:
+        torch.cuda.set_device(config.device)  # PyTorch answers questions about the current device only
     torch.backends.cudnn.benchmark = not config.deterministic  # every batch of a run has the same shape
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
@@ -105,7 +107,7 @@ def compiled(model: nn.Module, config: Config, seconds: float) -> nn.Module:
     """torch.compile, if `compile` is on, or if it is auto and the `seconds` of training that are expected repay it.
 
     On CUDA, fused BatchNorm is estimated to save about a fifth of a step, by its memory traffic (not measured), and
-    compiling takes about a minute. With auto, a model that cannot be compiled runs as it is.
+    compiling takes about a minute. With auto, a model whose forward pass cannot be compiled runs as it is.
     """
     pays = torch.device(config.device).type == "cuda" and not config.deterministic and seconds / 5 > 60
     if config.compile == "off" or (config.compile == "auto" and not pays):
@@ -128,9 +130,13 @@ def explain_device_errors(config: Config) -> Iterator[None]:
                 f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
                 f"use {other}a smaller --batch_size (with --overwrite)"
             ) from None
-        if config.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        if "does not have a deterministic implementation" in str(error):
+            raise UserError(f"deterministic = True: {first_line(error)}; leave it out, or use another arch") from None
+        if config.compile == "off" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        raise UserError(f"compile = on: torch.compile failed ({first_line(error)}); try --compile off") from None
+        raise UserError(
+            f"compile = {config.compile}: torch.compile failed ({first_line(error)}); try --compile off"
+        ) from None
 
 
 def device_name(config: Config) -> str:
@@ -141,7 +147,8 @@ def device_name(config: Config) -> str:
 
 def describe_precision(config: Config) -> str:
     """The precision, noting that cuDNN computes float32 convolutions in TF32 by default."""
-    tf32 = torch.device(config.device).type == "cuda" and torch.backends.cudnn.allow_tf32
+    on_cuda = torch.device(config.device).type == "cuda"
+    tf32 = on_cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.is_tf32_supported()
     return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
 
 

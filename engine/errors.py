@@ -63,7 +63,10 @@ def locate_errors() -> Iterator[None]:
         yield
     except SyntaxError as error:
         raise UserError(f"{Path(error.filename or '').name}, line {error.lineno}: {error.msg}") from None
-    except (UserError, TypeError, ValueError, LookupError, NameError, AttributeError, ImportError) as error:
+    except (
+        *(UserError, TypeError, ValueError, LookupError, NameError, AttributeError, ImportError, ArithmeticError),
+        OSError,
+    ) as error:
         frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"][-1]
         messages = error.messages if isinstance(error, UserError) else [first_line(error)]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"

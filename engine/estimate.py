@@ -102,7 +102,7 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
         return job.epochs * per_epoch / world_size()
 
     chosen = min(precisions, key=lambda precision: sum(seconds(job, precision) for job in jobs))
-    if jobs and len(precisions) > 1:
+    if archs and len(precisions) > 1:
         other = "fp32" if chosen == "bf16" else "bf16"
         rates = (
             f"{arch} trains at {1 / per_image[arch, chosen]:,.1f} images/s, in {other} at "

@@ -47,6 +47,8 @@ def training_settings(name: str, seed: int, config: Config, dataset: Dataset) ->
             recipe["weights"] = tensors_digest(read_weights(file))
     settings = {"seed": seed, **recipe}
     settings |= {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in IRRELEVANT}
+    if not recipe["epochs"]:  # weights that are used as they are
+        del settings["precision"]
     settings["images of the data set"] = dataset.digest
     if teacher := config.teacher_of(name, seed):
         try:
@@ -88,7 +90,7 @@ def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -
     if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; add it to --only")
     if config.precision == "auto":  # not resolved yet
-        del settings["precision"]
+        settings.pop("precision", None)
     try:
         check_settings(path, state, settings)
     except UserError as error:
@@ -119,7 +121,7 @@ def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict
     """
     path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
     if config.precision == "auto":  # not resolved yet
-        del settings["precision"]
+        settings.pop("precision", None)
     state = load_matching(path, settings, config.overwrite)
     if state is None and (found := same_model(name, settings, config)):
         source, state = found[0], {**found[1], "name": name, "config": asdict(config)}

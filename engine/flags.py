@@ -31,6 +31,8 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     if known.preset not in presets:
         raise UserError(f"--preset {known.preset}: no such preset; {suggest(known.preset, presets)}")
     preset = presets[known.preset]
+    if not isinstance(preset, Config):
+        raise UserError(f"PRESETS[{known.preset!r}]: must be a Config, such as Config(RECIPES, run={known.preset!r})")
 
     parser = make_parser(preset, help_text(preset, known.preset, presets, script_flags), script_flags)
     namespace, unknown = parser.parse_known_args(rest)

@@ -67,7 +67,9 @@ class Config:
         several(text("RECIPE.SETTING=VALUE,VALUE", r"[^\0\n]+"), "of the form RECIPE.SETTING=VALUE,VALUE"),
         "train a recipe with all combinations of these values, such as student_kd.temperature=1,2,4",
     )
-    overwrite: bool = setting(False, FLAG, "retrain, in place, models that were trained with other settings")
+    overwrite: bool = setting(
+        False, FLAG, "retrain, in place, models that were trained with other settings and only those"
+    )
     jobs: int = setting(1, integer(1, 64), "models to train at the same time, each with its share of the CPU's threads")
     checkpoint_minutes: float = setting(
         10, POSITIVE, "save the training state this often, and after an epoch if the last save was over 5 s ago"

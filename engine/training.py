@@ -16,7 +16,7 @@ from engine.settings import Config
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
-    shared = {"weight_decay": recipe.weight_decay, "fused": torch.device(device).type in ("cpu", "cuda")}
+    shared = {"weight_decay": recipe.weight_decay, "fused": torch.device(device).type in ("cpu", "cuda") or None}
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), recipe.lr, **shared)
     return torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.nesterov, **shared)
@@ -124,8 +124,11 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        fused = self.optimizer.param_groups[0]["fused"]
         for name in ("model", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused  # as this device has it, not the one that the state was saved on
         self.history, self.step = state["history"], state["step"]
         self.meter = Meter(self.config.device, state["totals"] * (rank() == 0))
         self.started -= state["seconds"]

@@ -71,16 +71,17 @@ def main() -> None:
             raise UserError("usage: python -m experiments.compare imgs/RUN/results.json")
         try:
             with open(sys.argv[1]) as file:
-                reproduced = json.load(file)
+                lines = compare(published(), json.load(file))
         except (OSError, ValueError) as error:
             raise UserError(f"{sys.argv[1]}: cannot be read ({error})") from None
-        lines = compare(published(), reproduced)
+        except (KeyError, TypeError):
+            raise UserError(f"{sys.argv[1]}: is not a results.json") from None
     level = 0.05 / len(lines)  # Bonferroni
     print(f"{'model':<20} | published (seeds) | here (seeds) | difference (points) | equal means")
     for line, p in lines:
         print(line + ", differs" * (p < level))
     agreed = all(p >= level for _, p in lines)
-    print("The reproduction agrees with the published results." if agreed else "The reproduction differs.")
+    print("No difference is larger than chance explains." if agreed else "The reproduction differs.")
     raise SystemExit(0 if agreed else 1)
 
 

@@ -142,7 +142,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     metrics = (negative_log_likelihood, brier_score, expected_calibration_error)
-    return {metric.__name__: metric(logits, labels) for metric in metrics}
+    measured = {metric.__name__: metric(logits, labels) for metric in metrics}
+    return measured | {"calibration_error_by_chance": calibration_error_by_chance(logits)}
 
 
 def kl_divergence(teacher: np.ndarray, student: np.ndarray, temperature: float = 1.0) -> float:
@@ -225,7 +226,6 @@ def model_metrics(
         "confusion_matrix": counts.tolist(),
         "most_confused": most_confused(counts, classes),
         **means(calibration(logits, labels) for logits in model.logits.values()),
-        **means({"calibration_error_by_chance": calibration_error_by_chance(z)} for z in model.logits.values()),
         "reliability": [[*map(finite_or_none, row)] for row in reliability(list(model.logits.values()), labels)],
         "soft_share": soft_share(model),
         "history": {str(seed): records for seed, records in model.history.items()},

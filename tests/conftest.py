@@ -12,16 +12,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.datasets import CIFAR10
 
+import evaluate
 import teacher_student_model
 from config import PRESETS
+from custom_resnet import build_resnet
 from engine.console import configure_logging
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends
 from engine.recipes import Recipe
 from engine.settings import Config
 from report import cost
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as configure_backends does, before cuBLAS's first call
+torch.backends.cudnn.allow_tf32 = False  # so that a GPU's float32 agrees with a CPU's
 
 ROOT = Path(__file__).parent.parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -70,12 +76,23 @@ def config(tmp_path, device) -> Config:
         "student": Recipe(**SMALL),
         "student_kd": Recipe(**SMALL, teacher="teacher"),
     }
-    demo = replace(PRESETS["demo"], recipes=recipes, seeds=(0,), validation_size=0, device=device)
+    demo = replace(PRESETS["demo"], recipes=recipes, seeds=(0,), validation_size=0)
+    demo = replace(demo, device=device, deterministic=device == "cuda")
     small = replace(demo, image_size=16, batch_size=25, horizontal_flip=0.5)
     paths = {"checkpoints_path": str(tmp_path / "checkpoints"), "imgs_path": str(tmp_path / "imgs")}
     small = replace(small, precision="fp32", **paths)
     configure_backends(small)
     return small
+
+
+@pytest.fixture
+def model(device) -> nn.Module:
+    """A ResNet18 with statistics in its BatchNorm."""
+    torch.manual_seed(0)
+    model = build_resnet("resnet18", 10, pretrained=False)
+    with torch.no_grad():
+        model(torch.randn(8, 3, 16, 16))
+    return model.to(device)
 
 
 @pytest.fixture(scope="session")
@@ -85,10 +102,17 @@ def digits(device) -> Dataset:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, device) -> Path:
-    """A folder in which the small experiment has been trained with two seeds. Tests only read it."""
+    """A folder in which the small experiment has been trained with two seeds. Tests only read its checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
     teacher_student_model.main([*flags(folder, device), "--seeds", "0", "1"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def report(trained, device) -> Path:
+    """The folder of the report on `trained`. Tests only read it."""
+    evaluate.main([*flags(trained, device), "--seeds", "0", "1"])
+    return trained / "imgs" / "demo"
 
 
 @pytest.fixture

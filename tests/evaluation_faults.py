@@ -96,8 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     own = parser.parse_args(argv)
     with exit_on_error():
         config = recorded_config(own.checkpoints_path / own.run)
-        if not config:
-            raise UserError(f"{own.checkpoints_path / own.run}: holds no checkpoints; train first")
         config = resolve_device(replace(config, only=tuple(own.only), precision=own.precision))
         configure_backends(config)
         how = {"run": own.run, "precision": own.precision, "repeats": own.repeats}

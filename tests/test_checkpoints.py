@@ -48,7 +48,7 @@ def test_truncated_and_bit_flipped_checkpoints_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
-def test_the_digest_is_of_the_bits_of_any_type(dtype):
+def test_the_digest_covers_the_bits_of_every_dtype(dtype):
     first, second = ({"w": torch.tensor(values).to(dtype), "n": torch.tensor(3)} for values in ([0.0, 1.0], [1.0, 1.0]))
     assert checkpoints.tensors_digest(first) != checkpoints.tensors_digest(second)
     expected = hashlib.sha256(f"w (2,) {dtype}\n".encode() + bytes(first["w"].untyped_storage()))
@@ -144,5 +144,7 @@ def test_the_recorded_precision_is_that_of_the_first_readable_checkpoint(trained
     (folder / "a.pt").write_bytes(b"damaged")
     assert checkpoints.recorded_precision(config) is None
     state = checkpoints.load_checkpoint(trained / "checkpoints/demo/seed0/student.pt")
-    checkpoints.save_checkpoint(folder / "b.pt", {**state, "settings": {"precision": "bf16"}})
+    checkpoints.save_checkpoint(folder / "b.pt", {**state, "settings": {}})  # weights used as they are
+    assert checkpoints.recorded_precision(config) is None
+    checkpoints.save_checkpoint(folder / "c.pt", {**state, "settings": {"precision": "bf16"}})
     assert checkpoints.recorded_precision(config) == "bf16"

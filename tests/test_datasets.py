@@ -135,7 +135,7 @@ def test_validation_images_are_held_out(config, digits):
     with_validation = datasets.load_dataset(replace(config, validation_size=100))
     assert with_validation.held_out == ("validation", with_validation.validation)
     assert digits.held_out == ("test", digits.test)
-    train, validation = (set(map(bytes, s.images.flatten(1).numpy())) for s in with_validation[1:3])
+    train, validation = (set(map(bytes, s.images.flatten(1).cpu().numpy())) for s in with_validation[1:3])
     assert (len(train), len(validation), len(train & validation)) == (1197, 100, 0)
     assert Counter(with_validation.validation.labels.tolist()).most_common()[-1][1] >= 9
     assert torch.equal(with_validation.test.images, digits.test.images)

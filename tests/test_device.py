@@ -126,8 +126,10 @@ def test_autocast_keeps_float32_weights(device, precision, dtype):
     assert layer.weight.dtype == torch.float32
 
 
-def test_fp32_on_cuda_mentions_tf32_convolutions():
-    for allowed, description in ((True, "fp32 (convolutions in TF32)"), (False, "fp32")):
+def test_fp32_on_cuda_mentions_tf32_convolutions(monkeypatch):
+    tf32 = "fp32 (convolutions in TF32)"
+    for allowed, supported, description in ((True, True, tf32), (True, False, "fp32"), (False, True, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda supported=supported: supported)
         with torch.backends.cudnn.flags(allow_tf32=allowed):
             assert describe_precision(replace(DEMO, device="cuda", precision="fp32")) == description
             assert describe_precision(replace(DEMO, device="cuda", precision="bf16")) == "bf16"
@@ -203,14 +205,21 @@ def test_out_of_memory_is_reported_with_the_batch_size(error):
         raise error
 
 
-def test_a_torch_compile_failure_is_explained_if_compile_is_on():
+def test_an_architecture_that_cannot_be_deterministic_is_explained():
+    message = (
+        r"deterministic = True: adaptive_avg_pool2d_backward_cuda does not have .*; leave it out, or use another arch"
+    )
+    with pytest.raises(UserError, match=message), explain_device_errors(replace(DEMO, deterministic=True)):
+        raise RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but ...")
+
+
+def test_a_torch_compile_failure_is_explained():
     failure = torch._dynamo.exc.Unsupported("a graph break\nand a long story")
-    with (
-        pytest.raises(UserError, match=r"compile = on: torch.compile failed \(a graph break\); try --compile off"),
-        explain_device_errors(replace(DEMO, compile="on")),
-    ):
-        raise failure
-    with pytest.raises(torch._dynamo.exc.Unsupported), explain_device_errors(DEMO):
+    for value in ("on", "auto"):  # with auto, the backward pass is compiled where failures are not suppressed
+        message = rf"compile = {value}: torch.compile failed \(a graph break\); try --compile off"
+        with pytest.raises(UserError, match=message), explain_device_errors(replace(DEMO, compile=value)):
+            raise failure
+    with pytest.raises(torch._dynamo.exc.Unsupported), explain_device_errors(replace(DEMO, compile="off")):
         raise failure
     with pytest.raises(RuntimeError, match="shape"), explain_device_errors(replace(DEMO, compile="on")):
         raise RuntimeError("shape")

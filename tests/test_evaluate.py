@@ -12,12 +12,8 @@ from synthetic import probabilities_of
 
 import evaluate
 import teacher_student_model
-
-
-@pytest.fixture(scope="module")
-def report(trained, device):
-    evaluate.main([*flags(trained, device), "--seeds", "0", "1"])
-    return trained / "imgs" / "demo"
+from engine.checkpoints import save_checkpoint
+from engine.models import build_model
 
 
 @pytest.fixture
@@ -48,6 +44,31 @@ def test_predict_prints_each_models_probabilities_for_each_file(trained, digit_f
             p = probabilities_of(arrays[name.replace(" seed ", "/seed")][number : number + 1])[0]
             assert rows[2][column] == f"**{p.argmax()}**"
             assert [float(row[column]) for row in rows[3:]] == pytest.approx(list(100 * p), abs=0.051)
+
+
+def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, capsys):
+    folder, classes = tmp_path / "photos", [f"class {number}" for number in range(30)]
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.png", "a.jpg", ".hidden.png", "more/c.png"):
+        Image.new("RGB", (9, 9)).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    model = build_model("resnet18", 30)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.fc.bias.copy_(torch.arange(30.0))
+    state = {"name": "student", "arch": "resnet18", "stem": "imagenet", "classes": classes, "finished": True}
+    state |= {"config": {}, "settings": {"image_size": 16}, "environment": {}, "history": []}
+    save_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt", {**state, "model": model.state_dict()})
+    evaluate.main([*flags(tmp_path), "--only", "student", "--predict", str(folder)])
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    names = [block.split("|")[1].strip() for block in blocks]
+    assert names == [str(folder / name) for name in ("a.jpg", "b.png", "more/c.png")]
+    for block in blocks:
+        assert [line.split("|")[1].strip() for line in block.splitlines()[3:]] == classes[10:]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags(tmp_path), "--only", "student", "--predict", str(tmp_path / "empty")])
+    assert "empty: holds no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["junk.png", "cut.png", "gone.png", "hostile\x1b[31m\n\udcff.png"])
@@ -102,7 +123,7 @@ def test_export_writes_distilled_models_or_the_selected_ones(exported, capsys):
     }
     output = capsys.readouterr().err
     assert "the checkpoint's class on all 500 test images" in output
-    assert f"{exported}/checkpoints/demo/seed1/student.pt2, 44." in output
+    assert f"{exported}/checkpoints/demo/seed1/student.pt2, " in output
 
 
 def test_an_exported_model_needs_only_torch_and_predicts_the_same(exported, trained, report, digits, script, tmp_path):
@@ -159,10 +180,20 @@ def test_export_without_a_checkpoint_is_an_error(tmp_path, capsys):
     assert "train first: python teacher_student_model.py" in capsys.readouterr().err
 
 
-def test_export_is_refused_while_the_run_is_locked(exported, capsys):
-    folder = exported / "checkpoints/demo"
+@pytest.mark.parametrize(
+    ("main", "more", "where"),
+    [
+        (teacher_student_model.main, [], "checkpoints/demo"),
+        (evaluate.main, [], "imgs/demo"),
+        (evaluate.main, ["--export"], "checkpoints/demo"),
+    ],
+    ids=["train", "evaluate", "export"],
+)
+def test_a_script_is_refused_while_its_folder_is_locked(exported, capsys, main, more, where):
+    folder = exported / where
+    folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"), pytest.raises(SystemExit) as exit:
-        evaluate.main([*flags(exported), "--export"])
+        main([*flags(exported), *more])
     assert exit.value.code == 2
     assert f"{folder}: another process is writing there" in capsys.readouterr().err
 

@@ -4,18 +4,8 @@ import torch
 from conftest import random_images
 from PIL import Image
 
-from engine.images import resize, resize_taps, resize_weights
+from engine.images import resize
 from report.export import resize_by_matrices
-
-
-@pytest.mark.parametrize("after", [16, 32, 224])
-def test_the_exported_resize_uses_pillows_weights(after):
-    for before in (*range(1, 3 * after, max(1, after // 16)), 299, 500, 640, 1024):
-        expected = torch.zeros(after, before, dtype=torch.float64)
-        for index, weight in resize_taps(before, after, torch.device("cpu")):
-            expected[torch.arange(after), index] += weight
-        if before != after:
-            assert torch.equal(resize_weights(before, after), expected), before
 
 
 @pytest.mark.parametrize(

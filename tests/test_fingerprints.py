@@ -19,6 +19,7 @@ from engine import device as engine_device
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.models import build_model
 from engine.recipes import Recipe
+from engine.training import Training
 
 
 def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trained, capsys):
@@ -140,7 +141,7 @@ def test_resuming_is_bit_exact_with_every_feature(config, digits, changes):
         while len(history) < recipe.epochs:
             assert calls < 100
             torch.manual_seed(0 if not saved else 99)
-            model = build_model(recipe.arch, 10, stem=recipe.stem).to(memory_format=torch.channels_last)
+            model = build_model(recipe.arch, 10, stem=recipe.stem).to(config.device, memory_format=torch.channels_last)
             state = copy.deepcopy(saved[-1]) if saved else None
             loss = custom_resnet.cross_entropy
             history = custom_resnet.fit(model, recipe, config, 0, digits, loss, "test", state, saved.append, stop)
@@ -149,6 +150,16 @@ def test_resuming_is_bit_exact_with_every_feature(config, digits, changes):
 
     whole, interrupted = run(None), run(3)
     assert all(torch.equal(tensor, interrupted[name]) for name, tensor in whole.items())
+
+
+def test_a_state_of_another_device_keeps_this_devices_optimizer(config, model):
+    """An interrupted run may be resumed on a device that has no fused optimizer, or that alone has one."""
+    recipe = Recipe(**SMALL)
+    saved = Training(model, recipe, config, 100, "test", None).state_dict()
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = None
+    (group,) = Training(model, recipe, config, 100, "test", saved).optimizer.param_groups
+    assert group["fused"] is True
 
 
 # The evaluation knows the run
@@ -165,8 +176,8 @@ def test_evaluate_needs_only_the_name_of_a_run(tmp_path, capsys):
     assert list(results["models"]["student"]["accuracy"]["seeds"]) == ["3", "4"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        evaluate.main(["--run", "nowhere", checkpoints, "--dataset=digits"])
-    assert "nothing to evaluate" in capsys.readouterr().err
+        evaluate.main(["--run", "nowhere", checkpoints, f"--imgs_path={tmp_path}", "--dataset=digits"])
+    assert "checkpoints/nowhere: holds no checkpoints; train first" in capsys.readouterr().err
 
 
 def test_models_trained_by_other_code_are_named(tmp_path, monkeypatch, capsys):

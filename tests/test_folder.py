@@ -1,4 +1,5 @@
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_a_folder_is_read_class_by_class(config, image_folder, test):
     assert dataset.train.images.shape == (6, 3, 8, 8)
     assert dataset.train.images[-1].unique().tolist() == [77]
     first = torch.from_numpy(np.array(Image.open(root / "train" / "ant" / "0.png"))).permute(2, 0, 1)
-    assert torch.equal(dataset.train.images[0], first)
+    assert torch.equal(dataset.train.images[0].cpu(), first)
 
 
 def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config, image_folder):
@@ -36,7 +37,7 @@ def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config
     dataset = datasets.load_dataset(folder_config(config, root))
     for image, path in zip(dataset.train.images, ("a/0.png", "b/0.png"), strict=True):
         expected = transforms.Resize((16, 16))(Image.open(root / "train" / path))
-        assert torch.equal(image, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+        assert torch.equal(image.cpu(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
 def test_problems_of_a_folder_are_reported(config, image_folder, tmp_path):
@@ -121,6 +122,13 @@ def test_pipes_and_postscript_files_are_refused(config, image_folder, capsys):
         folder.open_image(root / "train" / "a" / "program.eps")
 
 
+def test_an_image_of_16_bits_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="more than 8 bits per channel"):  # PIL would make all of it white
+        folder.open_image(tmp_path / "deep.png")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
 def test_a_class_whose_name_is_not_utf8_is_refused(config, image_folder):
     root = image_folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/b": 1})
     for split in ("train", "test"):

@@ -12,17 +12,8 @@ from engine.images import prepare
 from engine.inference import fold_batchnorm, predict
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    model = build_resnet("resnet18", 10, pretrained=False)
-    with torch.no_grad():
-        model(torch.randn(8, 3, 16, 16))
-    return model
-
-
-def test_predict_uses_evaluation_mode_and_leaves_the_model_unchanged(model):
-    images = random_images(30, 8, 8)
+def test_predict_uses_evaluation_mode_and_leaves_the_model_unchanged(model, device):
+    images = random_images(30, 8, 8).to(device)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     logits = predict(model, images, image_size=16, batch_size=7)

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +20,9 @@ def times(folder) -> dict[str, tuple[float, float]]:
 
 def test_a_student_waits_for_its_teacher_and_others_do_not(tmp_path):
     teacher, alone, student = (("teacher", tmp_path), ("alone", tmp_path), ("student", tmp_path))
-    run_in_processes(note, {teacher: None, student: teacher, alone: None}, jobs=2)
+    run_in_processes(note, {teacher: None, student: teacher, alone: None}, jobs=2)  # the teacher waits for "alone"
     found = times(tmp_path)
-    assert found["student"][0] >= found["teacher"][1]
-    assert found["alone"][0] < found["teacher"][1]
+    assert found["student"][0] >= found["teacher"][1] >= found["alone"][1]
 
 
 def test_a_failure_ends_the_others_and_gives_its_status(tmp_path):
@@ -41,12 +41,16 @@ def test_a_killed_process_is_named(tmp_path, capfd):
 
 
 def test_jobs_train_the_whole_experiment(tmp_path, capfd):
-    names = ("teacher", "student_kd")
-    words = [*flags(tmp_path), "--jobs=2", "--only", *names, *(f"--{name}.epochs=1" for name in names)]
-    teacher_student_model.main(words)
-    for name in names:
+    """Two students start at the same time, and the logits of their teacher are computed once."""
+    words = [*flags(tmp_path), "--jobs=2", "--only", "teacher", "student_kd", "--sweep", "student_kd.temperature=1,4"]
+    teacher_student_model.main([*words, "--teacher.epochs=1", "--student_kd.epochs=1"])
+    for name in ("teacher", "student_kd-temperature-1", "student_kd-temperature-4"):
         assert load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")["finished"]
-    assert capfd.readouterr().err.count("epoch  1/1") == 2
+    output = capfd.readouterr().err
+    assert output.count("epoch  1/1") == 3
+    assert sorted(re.findall(r"logits of teacher  (\w+ \w+)", output)) == ["100 computed", "read from"]
+    started = [output.index(f"student_kd-temperature-{t} seed 0  resnet18") for t in (1, 4)]
+    assert max(started) < output.index("epoch  1/1", min(started))
 
 
 @pytest.mark.chaos

@@ -13,6 +13,7 @@ from config import PRESETS
 from report.metrics import (
     Evaluated,
     brier_score,
+    calibration_error_by_chance,
     expected_calibration_error,
     fit_temperature,
     kl_divergence,
@@ -46,6 +47,16 @@ def test_calibration_error_of_calibrated_and_overconfident_models():
     labels = np.array([random.choice(10, p=p) for p in probabilities])
     assert expected_calibration_error(np.log(probabilities), labels) < 0.015
     assert expected_calibration_error(5 * np.log(probabilities), labels) > 0.3
+
+
+def test_the_calibration_error_by_chance_is_that_of_calibrated_models():
+    random, measured = np.random.default_rng(0), []
+    logits = np.log(random.dirichlet(np.ones(10), size=500))
+    for _ in range(100):
+        labels = np.array([random.choice(10, p=p) for p in np.exp(logits)])
+        measured.append(expected_calibration_error(logits, labels))
+    assert calibration_error_by_chance(logits) == pytest.approx(np.mean(measured), rel=0.1)
+    assert calibration_error_by_chance(50 * logits) < 0.01  # certain predictions leave little to chance
 
 
 def test_likelihood_and_brier_score():

@@ -17,8 +17,8 @@ from engine.models import build_model, check_image_size, initial_model, load_mod
 from engine.recipes import ARCHS, Recipe
 
 FAMILIES = [
-    *("efficientnet_b0", "googlenet", "maxvit_t", "mobilenet_v3_small", "regnet_y_400mf", "squeezenet1_1", "swin_t"),
-    "vit_b_32",
+    *("efficientnet_b0", "googlenet", "maxvit_t", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
+    *("resnext50_32x4d", "squeezenet1_1", "swin_t", "vit_b_32"),
 ]
 
 
@@ -41,6 +41,11 @@ def check_arch(arch: str) -> None:
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_family_builds_with_torchvisions_names(arch):
     check_arch(arch)
+
+
+def test_the_stem_of_a_recipe_is_that_of_its_model():
+    for stem, size in (("imagenet", (7, 7)), ("cifar", (3, 3))):
+        assert initial_model(Recipe(stem=stem, pretrained=False), 10).conv1.kernel_size == size
 
 
 @pytest.mark.chaos
@@ -183,13 +188,12 @@ def test_unusable_weights_are_one_error_and_nothing_is_trained(tmp_path, capsys,
     assert (path.read_bytes() if path.exists() else None) == before
 
 
-def test_a_foreign_file_in_a_checkpoints_place_is_not_called_damaged_without_advice(tmp_path, config):
+def test_the_error_about_a_foreign_checkpoint_says_how_to_use_its_weights(config):
     path = checkpoint_path(config, "teacher", 0)
     path.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18().state_dict(), path)
-    with pytest.raises(UserError, match=r"set RECIPE\.weights to their path") as error:
+    with pytest.raises(UserError, match=r"set RECIPE\.weights to their path"):
         load_checkpoint(path)
-    assert "delete" not in str(error.value)
 
 
 def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits):
@@ -200,6 +204,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
     words += ["--only", "teacher", "student_kd"]
     teacher_student_model.main(words)
     output = capsys.readouterr().err
+    assert "precision" not in load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")["settings"]
     accuracy = (predict(theirs, digits.test.images.cpu(), 16).argmax(1) == digits.test.labels.cpu()).float().mean()
     assert f"accuracy on the test images {accuracy:.2%}" in output
     assert f"warning: teacher seed 0 classifies only {accuracy:.0%} correctly" in output

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import flags
 
@@ -94,13 +95,14 @@ def test_no_gradient_reaches_the_teacher(logits):
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
+def teacher(device) -> Teacher:
     torch.manual_seed(1)
     model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
     with torch.no_grad():  # BatchNorm's statistics as after some training
         for _ in range(5):
             model(torch.randn(8, 3, 16, 16))
-    return Teacher("teacher", model.eval().requires_grad_(False), checkpoints.tensors_digest(model.state_dict()))
+    model = model.to(device).eval().requires_grad_(False)
+    return Teacher("teacher", model, checkpoints.tensors_digest(model.state_dict()))
 
 
 def test_teacher_logits_agree_with_the_teacher_on_every_view(config, digits, teacher):
@@ -197,7 +199,7 @@ def test_damaged_logits_are_recomputed(config, digits, teacher, tmp_path, capsys
 def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], alpha=1.0)}
     config = replace(config, recipes=recipes)
-    anything = stored_logits(torch.full((2, 1297, C), 0.5))
+    anything = stored_logits(torch.full((2, 1297, C), 0.5, device=config.device))
     custom_resnet.train("student", 0, config, digits)
     custom_resnet.train(
         "student_kd", 0, config, digits, lambda: make_distillation_loss(anything, recipes["student_kd"])
@@ -262,12 +264,55 @@ def test_shuffled_logits_stay_within_the_class_and_change_their_image(config, di
     shuffled = shuffle_within_classes(logits, digits, subset, seed=0)
     moved = 0
     for index in subset:
-        source = (logits[0, subset] == shuffled[0, index]).all(1).nonzero()[0, 0]
+        source = (logits[0, subset] == shuffled[0, index]).all(1).nonzero()[0, 0].item()
         assert labels[subset[source]] == labels[index]
         assert torch.equal(shuffled[1, index], logits[1, subset[source]])  # the mirror image comes along
         moved += int(subset[source] != index)
     assert moved > 60
     assert not torch.equal(shuffled[:, subset], shuffle_within_classes(logits, digits, subset, seed=1)[:, subset])
+
+
+@pytest.mark.parametrize("changes", [{}, {"shuffle_teacher": True}, {"label_smoothing": 0.1}], ids=str)
+def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, changes):
+    recipe = replace(config.recipes["student_kd"], epochs=1, **changes)
+    config = replace(config, recipes={**config.recipes, "student_kd": recipe})
+    custom_resnet.train("teacher", 0, config, digits)
+    model, compared = load_teacher("teacher", 0, config, digits), []
+    stored = teacher_logits(model, config, digits, digits.subset(100))
+    if recipe.shuffle_teacher:
+        stored = shuffle_within_classes(stored, digits, digits.subset(100), seed=0)
+
+    def look(model, recipe, config, seed, dataset, loss_fn, *_):
+        for batch in datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0):
+            z = torch.randn(len(batch.labels), C, device=config.device)
+            v = stored[batch.flipped.long(), batch.index]
+            hard = F.cross_entropy(z, batch.labels, label_smoothing=recipe.label_smoothing)
+            soft = distillation_loss(z, v, batch.labels, 0.0, recipe.temperature)
+            compared.append((sum(loss_fn(z, batch).values()), 0.25 * hard + 0.75 * soft))
+        return [{}]
+
+    monkeypatch.setattr(custom_resnet, "fit", look)
+    teacher_student_model.train_model("student_kd", 0, config, digits)
+    assert len(compared) == 4
+    for found, expected in compared:
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_labels_are_smoothed_without_a_teacher(config, digits, monkeypatch):
+    student = replace(config.recipes["student"], label_smoothing=0.1)
+    config, found = replace(config, recipes={**config.recipes, "student": student}), []
+
+    def look(model, recipe, config, seed, dataset, loss_fn, *_):
+        batch = next(datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0))
+        z = torch.randn(len(batch.labels), C, device=config.device)
+        spread = torch.full_like(z, 0.01) + 0.9 * F.one_hot(batch.labels, C)
+        found.append((loss_fn(z, batch)["hard loss"].item(), -(spread * z.log_softmax(1)).sum(1).mean().item()))
+        return [{}, {}]
+
+    monkeypatch.setattr(custom_resnet, "fit", look)
+    teacher_student_model.train_model("student", 0, config, digits)
+    ((loss, expected),) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_shuffled_teacher_needs_stored_logits(config):
@@ -277,9 +322,8 @@ def test_a_shuffled_teacher_needs_stored_logits(config):
             replace(config, recipes=recipes, **changes)
 
 
-@pytest.mark.parametrize("augment", ["trivialaugment"])
-def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys, augment):
-    teacher_student_model.main([*flags(tmp_path), "--augment", augment])
+def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys):
+    teacher_student_model.main([*flags(tmp_path), "--augment", "trivialaugment"])
     assert "logits of teacher" not in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
         "teacher.pt",
@@ -352,7 +396,7 @@ def test_online_and_stored_logits_train_the_same_student(config, digits, teacher
         online_logits(teacher.model, config),
     ):
         torch.manual_seed(0)
-        model = custom_resnet.build_resnet("resnet18", C, pretrained=False)
+        model = custom_resnet.build_resnet("resnet18", C, pretrained=False).to(config.device)
         recipe = replace(recipe, temperature=2.0, lr=0.001)
         history = custom_resnet.fit(model, recipe, config, 0, digits, make_distillation_loss(lookup, recipe), "test")
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]).detach())
