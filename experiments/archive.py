@@ -63,7 +63,7 @@ def load(run: str) -> tuple[dict[str, Evaluated], np.ndarray]:
 
 def evaluation_faults() -> dict[str, Any]:
     """What `tests.evaluation_faults` has measured and written."""
-    return json.loads((FOLDER / "evaluation_faults.json").read_text())
+    return json.loads((FOLDER / "evaluation_faults.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

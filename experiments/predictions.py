@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 def predicted() -> Iterator[Prediction]:
     """The predictions of the page, one for each line of its table."""
-    for line in PAGE.read_text().splitlines():
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if cells and cells[0].isdigit():
             number, run, rows, against, text, _ = cells

@@ -452,7 +452,7 @@ def accuracies(tmp_path_factory) -> dict[int, float]:
     return found
 
 
-def test_losses_agree_on_1_2_and_3_processes(accuracies):
+def test_accuracies_agree_on_1_2_and_3_processes(accuracies):
     print(f"\ntest accuracy by number of processes: {accuracies}")
     assert max(accuracies.values()) - min(accuracies.values()) < 0.03
 

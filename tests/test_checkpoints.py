@@ -56,7 +56,7 @@ def test_the_digest_covers_the_bits_of_every_dtype(dtype):
     assert checkpoints.tensors_digest(first) == expected.hexdigest()
 
 
-def test_pickled_code_is_not_executed(tmp_path, monkeypatch):
+def test_pickled_code_is_not_executed(tmp_path):
     path, bait = tmp_path / "model.pt", tmp_path / "bait"
 
     class Malicious:

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.transforms import v2
 
 from config import PRESETS
-from engine import datasets, distributed
+from engine import datasets
 from engine.device import seed_torch
 from engine.errors import UserError
 from engine.images import prepare
@@ -217,18 +217,6 @@ def test_a_batch_size_above_the_number_of_images_is_refused(miniature_cifar10):
         datasets.load_dataset(config)
     with pytest.raises(UserError, match=r"batch_size = 60.*has 100, of which validation_size = 50"):
         datasets.load_dataset(replace(config, batch_size=60, validation_size=50))
-
-
-def test_the_batches_of_all_processes_add_up_to_those_of_one(config, digits, monkeypatch):
-    alone = list(datasets.batches(digits.train, digits.subset(75), config, seed=1, epoch=2))
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(list(datasets.batches(digits.train, digits.subset(75), config, seed=1, epoch=2)))
-    for batch, *parts in zip(alone, *shares, strict=True):
-        for whole, *pieces in zip(batch, *parts, strict=True):
-            assert torch.equal(whole, torch.cat(pieces))
 
 
 def test_impossible_sizes_are_refused_naming_the_recipe(config):

@@ -166,18 +166,18 @@ def bounds(model: str, baseline: str = "student") -> str:
 
 @pytest.mark.parametrize("run", STUDY)
 def test_the_documented_tables_are_those_of_the_kept_logits(run):
-    assert answer.table(run) in (ROOT / "docs/answer.md").read_text()
+    assert answer.table(run) in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
 
 
 def words(path: str) -> str:
-    return " ".join((ROOT / path).read_text().replace("\n> ", "\n").split())
+    return " ".join((ROOT / path).read_text(encoding="utf-8").replace("\n> ", "\n").split())
 
 
 README, ANSWER = words("README.md"), words("docs/answer.md")
 
 
 def test_the_readmes_table_is_that_of_the_kept_logits():
-    assert answer.gains() in (ROOT / "README.md").read_text()
+    assert answer.gains() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_answer_is_that_of_the_kept_logits():
@@ -219,7 +219,7 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
 
 
 def test_the_outcome_of_each_prediction_is_that_of_the_kept_logits():
-    assert predictions.table() in (ROOT / "docs/answer.md").read_text()
+    assert predictions.table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
     number, counts = len(list(predictions.predicted())), predictions.counts()
     assert counts["tested"] == number
     assert f"Of [{number} predictions](docs/predictions.md) made beforehand, {counts['failed']} have failed" in README
@@ -404,7 +404,7 @@ def test_what_the_student_of_an_untrained_teacher_knows():
 
 
 def test_the_faults_of_evaluation_are_those_that_were_measured():
-    assert answer.faults() in (ROOT / "docs/answer.md").read_text()
+    assert answer.faults() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
     measured = archive.evaluation_faults()["models"].values()
     each = f"({len(measured)} checkpoints, {len(next(iter(measured))['both'])} evaluations each)"
     for fault, sentence in (
@@ -426,7 +426,7 @@ def test_the_readmes_numbers_of_other_studies():
 
 
 def test_the_readmes_speeds_are_those_of_the_page_on_speed():
-    page = (ROOT / "docs/speed.md").read_text()
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     plain = re.search(r"\| ResNet18 training \| ([\d.]+)", page)[1]
     original, ours = re.search(r"\| distilled ResNet18, .*? \| ([\d.]+) \(\d+\) \| ([\d.]+)", page).groups()
     ours_plain = re.search(r"\| ResNet18 training \| [\d.]+ \(\d+\) \| ([\d.]+)", page)[1]
@@ -435,7 +435,7 @@ def test_the_readmes_speeds_are_those_of_the_page_on_speed():
 
 
 def test_the_hours_of_the_whole_experiment_follow_from_the_speeds():
-    page = (ROOT / "docs/speed.md").read_text()
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     rate = {
         what: float(re.search(rf"\| {what}[^|]*\| [\d.]+ \(\d+\) \| ([\d.]+)", page)[1])
         for what in ("distilled", *(f"ResNet{n} {work}" for n in (18, 50) for work in ("training", "evaluation")))
@@ -464,13 +464,13 @@ def test_what_small_convolutions_save_is_what_was_measured():
 
 
 def test_make_reproduce_trains_the_rows_of_the_readmes_table():
-    rows = re.search(r"MAIN_ROWS := (.*)", (ROOT / "Makefile").read_text())[1].split()
+    rows = re.search(r"MAIN_ROWS := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split()
     shown = {name for run, name in answer.SHOWN.values() if run == "ablation"}
     assert set(rows) == {"teacher", *shown}
 
 
 def recorded(path: str) -> dict:
-    return json.loads((ROOT / path).read_text())
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
 def percent(accuracy: dict) -> str:
@@ -500,7 +500,7 @@ def test_the_readmes_arithmetic_on_the_original():
 
 
 def test_the_answer_holds_the_table_of_the_nearest_study():
-    assert table() in (ROOT / "docs/answer.md").read_text()
+    assert table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_the_nearest_study_is_that_of_scipy():

@@ -237,7 +237,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_only_imports_stand_above_the_tables_of_config_py():
-    body = ast.parse((ROOT / "config.py").read_text()).body
+    body = ast.parse((ROOT / "config.py").read_text(encoding="utf-8")).body
     tables = {node.targets[0].id: node for node in body if isinstance(node, ast.Assign)}
     assert {"RECIPES", "ORIGINAL", "SCRATCH", "DEMO", "PRESETS"} <= set(tables)
     for node in tables.values():
@@ -248,7 +248,7 @@ def test_only_imports_stand_above_the_tables_of_config_py():
     assert all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in above)
 
 
-TEACHER = re.search(r'arch="resnet50", epochs=\d+\)', (ROOT / "config.py").read_text())[0]
+TEACHER = re.search(r'arch="resnet50", epochs=\d+\)', (ROOT / "config.py").read_text(encoding="utf-8"))[0]
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def edit(tmp_path):
     """Write a copy of config.py with one edit, and return the number of the line that it is in."""
 
     def write(old: str, new: str) -> int:
-        text = (ROOT / "config.py").read_text()
+        text = (ROOT / "config.py").read_text(encoding="utf-8")
         assert text.count(old) == 1
         (tmp_path / "config.py").write_text(text.replace(old, new))
         return text[: text.index(old)].count("\n") + 1

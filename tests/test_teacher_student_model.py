@@ -211,7 +211,7 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
         assert {**plain, "seconds": 0} == {**distilled, "seconds": 0}
 
 
-def test_distillation_leaves_the_teacher_unchanged(config, digits, monkeypatch):
+def test_distillation_leaves_the_teacher_unchanged(config, digits):
     custom_resnet.train("teacher", 0, config, digits)
     before = checkpoints.checkpoint_path(config, "teacher", 0).read_bytes()
     teacher = load_teacher("teacher", 0, config, digits)

@@ -40,7 +40,7 @@ def test_the_report_writes_every_file(report):
 
 
 def test_every_number_can_be_recomputed_from_the_predictions(report):
-    results = json.loads((report / "results.json").read_text())
+    results = json.loads((report / "results.json").read_text(encoding="utf-8"))
     arrays = np.load(report / "predictions.npz")
     labels, models = arrays["labels"], ("teacher", "student", "student_kd")
     assert sorted(arrays.files) == sorted(["labels", *(f"{model}/seed{seed}" for model in models for seed in (0, 1))])
@@ -64,7 +64,7 @@ def test_every_number_can_be_recomputed_from_the_predictions(report):
         pair, counts = entry["most_confused"][0], np.array(entry["confusion_matrix"])
         assert pair["count"] == (counts - np.diag(np.diag(counts))).max()
         assert pair["count"] == counts[int(pair["true"]), int(pair["predicted"])]
-        text = (report / model / "classification_report.txt").read_text()
+        text = (report / model / "classification_report.txt").read_text(encoding="utf-8")
         reports = [
             sklearn.metrics.classification_report(labels, p, digits=4, zero_division=0) for p in predictions[model]
         ]
@@ -92,7 +92,7 @@ def test_every_number_can_be_recomputed_from_the_predictions(report):
 
 
 def test_cost_and_soft_targets_agree_with_the_files(report, trained):
-    results = json.loads((report / "results.json").read_text())
+    results = json.loads((report / "results.json").read_text(encoding="utf-8"))
     for name, model in results["models"].items():
         path = trained / f"checkpoints/demo/seed0/{name}.pt"
         parameters = [t for key, t in checkpoints.load_checkpoint(path)["model"].items() if "running" not in key]
@@ -139,7 +139,7 @@ def test_with_validation_images_the_report_scales_by_their_temperature(trained, 
     small_run += [f"--imgs_path={tmp_path}/imgs", "--student.epochs", "1"]
     custom_resnet.main([*flags(trained), *small_run])
     evaluate.main([*flags(trained), *small_run])
-    entry = json.loads((tmp_path / "imgs/demo/results.json").read_text())["models"]["student"]
+    entry = json.loads((tmp_path / "imgs/demo/results.json").read_text(encoding="utf-8"))["models"]["student"]
     arrays = np.load(tmp_path / "imgs/demo/predictions.npz")
     assert {"validation/labels", "validation/student/seed0"} < set(arrays.files)
     assert arrays["validation/student/seed0"].shape == (100, 10)
@@ -148,7 +148,7 @@ def test_with_validation_images_the_report_scales_by_their_temperature(trained, 
     assert entry["temperature_scaled"]["temperature"] == pytest.approx(temperature)
     expected = sklearn.metrics.log_loss(arrays["labels"], scaled, labels=range(10))
     assert entry["temperature_scaled"]["negative_log_likelihood"] == pytest.approx(expected, rel=1e-6)
-    text = (tmp_path / "imgs/demo/results.md").read_text()
+    text = (tmp_path / "imgs/demo/results.md").read_text(encoding="utf-8")
     assert "scaled: Brier score" in text
     assert "## Fidelity" not in text
     assert all((tmp_path / "imgs/demo" / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
@@ -212,7 +212,7 @@ def test_the_printed_table_has_a_column_for_each_recipe(trained, tmp_path, capsy
     printed = capsys.readouterr().out.splitlines()
     assert [word.strip() for word in printed[0].strip("|").split("|")] == ["accuracy (%)", "teacher", "student"]
     assert len(printed) == 2 + 10 + 3
-    results = json.loads((tmp_path / "demo/results.json").read_text())
+    results = json.loads((tmp_path / "demo/results.json").read_text(encoding="utf-8"))
     entry = results["models"]["student"]["accuracy"]
     assert entry["std"] is None
     assert entry["ci95"] == pytest.approx(wilson_interval(round(500 * entry["mean"]), 500))
@@ -222,7 +222,7 @@ def test_the_printed_table_has_a_column_for_each_recipe(trained, tmp_path, capsy
 
 
 def test_the_markdown_report_shows_figures_that_exist(report):
-    text = (report / "results.md").read_text()
+    text = (report / "results.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert {f"{model}/confusion_matrix.png" for model in ("teacher", "student", "student_kd")} < set(shown)
     assert len(shown) == len(set(shown)) == 4 + 4
@@ -241,10 +241,10 @@ def test_missing_checkpoints_are_listed_and_the_others_evaluated(trained, tmp_pa
     for model in ("teacher", "student", "student_kd"):
         assert f"not trained yet, skipped: {trained}/checkpoints/demo/seed2/{model}.pt" in output.err
     assert "overall" in output.out
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
     assert list(results["models"]["teacher"]["accuracy"]["seeds"]) == ["1"]
     assert len(results["missing"]) == 3
-    text = (tmp_path / "demo" / "results.md").read_text()
+    text = (tmp_path / "demo" / "results.md").read_text(encoding="utf-8")
     assert "seeds: 1." in text
     assert text.count("seed2") == 3
 
