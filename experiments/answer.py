@@ -131,12 +131,12 @@ def figure() -> Figure:
             mean, color="0.3", linewidth=1, linestyle=style, label=f"{name} alone" if name == "student" else name
         )
     for row, (title, model) in enumerate(reversed(rows.items())):
-        correct, color = model.correct(labels), "C0" if title.startswith("distilled") else "C1"
+        correct, color = model.correct(labels), "C0" if "distilled" in title else "C1"
         mean, (low, high) = 100 * correct.mean(), accuracy_interval(correct)
         axes.plot([100 * low, 100 * high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot(100 * correct.mean(1), np.full(len(correct), row), "o", color=color, markersize=3.5)
         axes.plot(mean, row, "|", color=color, markersize=14, markeredgewidth=2)
-        axes.annotate(f"{mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        axes.annotate(f"{mean:.2f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("test accuracy (%): mean, each seed,\nand 95% interval over seeds and test images")
