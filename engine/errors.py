@@ -56,6 +56,10 @@ def exit_on_error() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+# What an edit of config.py can raise while it is imported; anything else keeps its traceback.
+MISTAKES = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, TypeError, ValueError)
+
+
 @contextlib.contextmanager
 def locate_errors() -> Iterator[None]:
     """Turn errors in a module imported here, such as an edited config.py, into a UserError with file and line."""
@@ -63,10 +67,7 @@ def locate_errors() -> Iterator[None]:
         yield
     except SyntaxError as error:
         raise UserError(f"{Path(error.filename or '').name}, line {error.lineno}: {error.msg}") from None
-    except (
-        *(UserError, TypeError, ValueError, LookupError, NameError, AttributeError, ImportError, ArithmeticError),
-        OSError,
-    ) as error:
+    except (UserError, *MISTAKES) as error:
         frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"][-1]
         messages = error.messages if isinstance(error, UserError) else [first_line(error)]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"

@@ -69,9 +69,10 @@ def main() -> None:
     with exit_on_error():
         if len(sys.argv) != 2:
             raise UserError("usage: python -m experiments.compare imgs/RUN/results.json")
+        kept = published()
         try:
             with open(sys.argv[1]) as file:
-                lines = compare(published(), json.load(file))
+                lines = compare(kept, json.load(file))
         except (OSError, ValueError) as error:
             raise UserError(f"{sys.argv[1]}: cannot be read ({error})") from None
         except (KeyError, TypeError):

@@ -123,7 +123,7 @@ def test_export_writes_distilled_models_or_the_selected_ones(exported, capsys):
     }
     output = capsys.readouterr().err
     assert "the checkpoint's class on all 500 test images" in output
-    assert f"{exported}/checkpoints/demo/seed1/student.pt2, " in output
+    assert f"{exported}/checkpoints/demo/seed1/student.pt2, 44." in output
 
 
 def test_an_exported_model_needs_only_torch_and_predicts_the_same(exported, trained, report, digits, script, tmp_path):

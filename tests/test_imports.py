@@ -1,4 +1,4 @@
-"""The sources as text: which module imports which."""
+"""The sources as text: which module imports which, and how long files and functions are."""
 
 import ast
 import graphlib
@@ -81,6 +81,18 @@ def test_every_imported_package_is_in_the_requirements():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     optional = {"timm"}  # imported only for arch = timm:NAME
     assert used - optional == {re.match(r"[\w-]+", line)[0] for line in lines}
+
+
+@pytest.mark.parametrize("path", [*PATHS, *ROOT.glob("report/*.jinja")], ids=lambda path: path.name)
+def test_no_file_is_longer_than_300_lines(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_function_is_longer_than_60_lines(name):
+    functions = [node for node in ast.walk(TREES[name]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = [(node.name, node.end_lineno - node.lineno + 1) for node in functions]
+    assert [(name, length) for name, length in lengths if length > 60] == []
 
 
 def run_python(code: str, cwd) -> subprocess.CompletedProcess:
