@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from engine import flags
 from engine.settings import Config, Recipe
-from experiments.presets import STUDY
+from experiments.presets import FURTHER, STUDY
 
 # The original's experiment, with the soft loss scaled by T^2.
 RECIPES = {
@@ -53,6 +53,7 @@ PRESETS = {
     "scratch": Config(SCRATCH, run="scratch", image_size=64),
     "demo": Config(DEMO, run="demo", dataset="digits", seeds=(0, 1, 2, 3, 4), validation_size=97, **SMALL_IMAGES),
     **STUDY,
+    **FURTHER,
 }
 
 

@@ -76,6 +76,25 @@ VIEWS = {
 # Soft losses at the weight and temperature of plain KD.
 METHODS = ROWS | {loss: replace(VARIANT, soft_loss=loss) for loss in ("dkd", "dist", "ttm", "standardised_kd")}
 
+# An experiment like the author's: all models start from ImageNet weights, see the same images, and are trained for five
+# epochs at a constant rate. 3.57 = 1 / (0.25 + 0.75 / 25) makes up for the smaller step without T^2.
+ROW = {"lr": 0.003, "epochs": 5}
+ALONE = Recipe(arch="timm:tf_efficientnet_lite0", weights="data/efficientnet_lite0.pth", **ROW)
+TAUGHT = replace(ALONE, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
+UNSCALED = replace(TAUGHT, scale_soft_loss=False, baseline="kd")
+FINETUNING = {
+    "teacher": Recipe(arch="timm:tf_efficientnet_lite2", weights="data/efficientnet_lite2.pth", **ROW),
+    "student": ALONE,
+    "kd": TAUGHT,
+    "kd_unscaled": UNSCALED,
+    "kd_unscaled_lr_3_6x": replace(UNSCALED, lr=0.0107),
+    "student_10_epochs": replace(ALONE, epochs=10),
+    "kd_unscaled_10_epochs": replace(UNSCALED, epochs=10, baseline="student_10_epochs"),
+    "student_lr_0_001": replace(ALONE, lr=0.001),
+    "kd_lr_0_001": replace(TAUGHT, lr=0.001, baseline="student_lr_0_001"),
+    "kd_unscaled_lr_0_001": replace(UNSCALED, lr=0.001, baseline="kd_lr_0_001"),
+}
+
 COMMON = {"image_size": 64, "validation_size": 2000, "seeds": (0, 1, 2, 3, 4)}
 THREE_SEEDS = {**COMMON, "seeds": (2, 3, 4)}
 STUDY = {
@@ -85,4 +104,8 @@ STUDY = {
     "teachers": Config(TEACHERS, run="teachers", **THREE_SEEDS),
     "views": Config(VIEWS, run="views", augment="crop", **THREE_SEEDS),
     "methods": Config(METHODS, run="methods", **THREE_SEEDS),
+}
+# Not in docs/answer.md: docs/finetuning.md has its rules and predictions.
+FURTHER = {
+    "finetuning": Config(FINETUNING, run="finetuning", precision="fp32", **{**COMMON, "seeds": (1, 2, 3, 4, 5, 6)}),
 }
