@@ -14,14 +14,16 @@ from engine.console import configure_logging, exit_on_signal, handle_signals, lo
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends, describe_precision, device_name, resolve_device
 from engine.distributed import broadcast_from_rank0, main_process_first, process_group, world_size
-from engine.errors import UserError, exit_on_error, locate_errors
+from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
 from engine.fingerprints import load_or_copy, load_teacher_state
 from engine.settings import Config
 
-with exit_on_error(), locate_errors():  # a mistake in an edited config.py is one line, not a traceback
-    import config as settings
+with exit_on_error():  # a mistake in an edited config.py is one line, not a traceback
+    check_duplicate_keys(Path(__file__).with_name("config.py"))
+    with locate_errors():
+        import config as settings
 
 
 @contextlib.contextmanager

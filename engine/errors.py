@@ -1,5 +1,6 @@
 """Errors that the user can fix: one message on stderr, no traceback, exit status 2 (1 if training failed)."""
 
+import ast
 import contextlib
 import difflib
 import sys
@@ -72,6 +73,24 @@ def locate_errors() -> Iterator[None]:
         messages = error.messages if isinstance(error, UserError) else [first_line(error)]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise UserError(*(f"{where}: {message}" for message in messages)) from None
+
+
+def check_duplicate_keys(path: Path) -> None:
+    """Raise UserError if a table of a Python file has a key twice, of which Python would keep the last in silence."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # which importing the file reports
+        return
+    problems = []
+    for table in ast.walk(tree):
+        seen = set()
+        for key in table.keys if isinstance(table, ast.Dict) else []:
+            if isinstance(key, ast.Constant):
+                if key.value in seen:
+                    problems.append(f"{path.name}, line {key.lineno}: {key.value!r} is there twice; rename one of them")
+                seen.add(key.value)
+    if problems:
+        raise UserError(*problems)
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

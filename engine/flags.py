@@ -12,8 +12,24 @@ from engine.recipes import Recipe
 from engine.settings import Config
 
 
+class StoreOnce(argparse.Action):
+    """Store a flag's value; a second one is a mistake, of which argparse would keep the last in silence."""
+
+    given = False
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if self.given:
+            parser.error(f"{option}: is given twice; give it once, with all its values")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, except that a mistake is a UserError."""
+    """argparse's parser, except that a mistake, such as a flag given twice, is a UserError."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.register("action", None, StoreOnce)
 
     def error(self, message: str) -> None:
         raise UserError(message)

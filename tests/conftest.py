@@ -40,10 +40,25 @@ SMALL_FLAGS = [
 ]
 
 
-def flags(folder: Path, device: str = "cpu") -> list[str]:
-    """The command line of a small experiment that keeps to `folder`."""
+def override(words: list[str], *more: str) -> list[str]:
+    """A command line with more flags; one that is there already is replaced, as no flag may be given twice."""
+
+    def split(words) -> dict[str, list[str]]:
+        found = {}
+        for word in map(str, words):
+            if word.startswith("--"):
+                flag = word.split("=")[0]
+                found[flag] = []
+            found[flag].append(word)
+        return found
+
+    return [word for group in {**split(words), **split(more)}.values() for word in group]
+
+
+def flags(folder: Path, *more: str, device: str = "cpu") -> list[str]:
+    """The command line of a small experiment that keeps to `folder`, with more flags."""
     paths = [f"--checkpoints_path={folder / 'checkpoints'}", f"--imgs_path={folder / 'imgs'}"]
-    return [*SMALL_FLAGS, "--device", device, *paths]
+    return override([*SMALL_FLAGS, "--device", device, *paths], *more)
 
 
 def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -104,14 +119,14 @@ def digits(device) -> Dataset:
 def trained(tmp_path_factory, device) -> Path:
     """A folder in which the small experiment has been trained with two seeds. Tests only read its checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    teacher_student_model.main([*flags(folder, device), "--seeds", "0", "1"])
+    teacher_student_model.main(flags(folder, "--seeds", "0", "1", device=device))
     return folder
 
 
 @pytest.fixture(scope="session")
 def report(trained, device) -> Path:
     """The folder of the report on `trained`. Tests only read it."""
-    evaluate.main([*flags(trained, device), "--seeds", "0", "1"])
+    evaluate.main(flags(trained, "--seeds", "0", "1", device=device))
     return trained / "imgs" / "demo"
 
 

@@ -29,7 +29,7 @@ def digit_files(tmp_path, digits):
 
 
 def test_predict_prints_each_models_probabilities_for_each_file(trained, digit_files, report, capsys):
-    evaluate.main([*flags(trained), "--seeds", "0", "1", "--dataset", "no/such/folder", "--predict", *digit_files])
+    evaluate.main(flags(trained, "--seeds", "0", "1", "--dataset", "no/such/folder", "--predict", *digit_files))
     blocks = capsys.readouterr().out.strip().split("\n\n")
     assert len(blocks) == 3
     arrays = np.load(report / "predictions.npz")
@@ -59,7 +59,7 @@ def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, caps
     state = {"name": "student", "arch": "resnet18", "stem": "imagenet", "classes": classes, "finished": True}
     state |= {"config": {}, "settings": {"image_size": 16}, "environment": {}, "history": []}
     save_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt", {**state, "model": model.state_dict()})
-    evaluate.main([*flags(tmp_path), "--only", "student", "--predict", str(folder)])
+    evaluate.main(flags(tmp_path, "--only", "student", "--predict", str(folder)))
     blocks = capsys.readouterr().out.strip().split("\n\n")
     names = [block.split("|")[1].strip() for block in blocks]
     assert names == [str(folder / name) for name in ("a.jpg", "b.png", "more/c.png")]
@@ -67,7 +67,7 @@ def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, caps
         assert [line.split("|")[1].strip() for line in block.splitlines()[3:]] == classes[10:]
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):
-        evaluate.main([*flags(tmp_path), "--only", "student", "--predict", str(tmp_path / "empty")])
+        evaluate.main(flags(tmp_path, "--only", "student", "--predict", str(tmp_path / "empty")))
     assert "empty: holds no images" in capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_predict_reports_an_unreadable_file(trained, digit_files, tmp_path, name
     (tmp_path / "junk.png").write_bytes(b"junk")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([*flags(trained), "--predict", digit_files[0], str(tmp_path / name)])
+        evaluate.main(flags(trained, "--predict", digit_files[0], str(tmp_path / name)))
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     shown = name.replace("\x1b", r"\x1b").replace("\n", r"\n").replace("\udcff", r"\udcff")
@@ -85,10 +85,10 @@ def test_predict_reports_an_unreadable_file(trained, digit_files, tmp_path, name
 
 def test_predict_without_checkpoints_or_files_is_an_error(trained, digit_files, tmp_path, capsys):
     for words, output in (
-        ([*flags(tmp_path), "--predict", digit_files[0]], "train first: python teacher_student_model.py"),
-        ([*flags(trained), "--predict"], "--predict: expected at least one argument"),
-        ([*flags(trained), "--predict", digit_files[0], "--export"], "not allowed with argument --predict"),
-        ([*flags(trained), "--pedict", digit_files[0]], "did you mean --predict?"),
+        (flags(tmp_path, "--predict", digit_files[0]), "train first: python teacher_student_model.py"),
+        (flags(trained, "--predict"), "--predict: expected at least one argument"),
+        (flags(trained, "--predict", digit_files[0], "--export"), "not allowed with argument --predict"),
+        (flags(trained, "--pedict", digit_files[0]), "did you mean --predict?"),
     ):
         with pytest.raises(SystemExit) as exit:
             evaluate.main(words)
@@ -99,7 +99,7 @@ def test_predict_without_checkpoints_or_files_is_an_error(trained, digit_files, 
 def test_hostile_file_names_do_not_break_the_table(trained, digit_files, tmp_path, capsys):
     path = tmp_path / "a|b\x1b[31m\n.png"
     shutil.copy(digit_files[0], path)
-    evaluate.main([*flags(trained), "--only", "student", "--predict", str(path)])
+    evaluate.main(flags(trained, "--only", "student", "--predict", str(path)))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 10
     assert lines[0].startswith(f"| {tmp_path}/a\\|b\\\\x1b[31m .png | student seed 0")
@@ -110,13 +110,13 @@ def exported(trained, tmp_path_factory):
     """The small experiment, its distilled student exported."""
     folder = tmp_path_factory.mktemp("exported")
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
-    evaluate.main([*flags(folder), "--seeds", "0", "--export"])
+    evaluate.main(flags(folder, "--seeds", "0", "--export"))
     return folder
 
 
 def test_export_writes_distilled_models_or_the_selected_ones(exported, capsys):
     assert [path.name for path in exported.rglob("*.pt2")] == ["student_kd.pt2"]
-    evaluate.main([*flags(exported), "--seeds", "1", "--only", "student", "--export"])
+    evaluate.main(flags(exported, "--seeds", "1", "--only", "student", "--export"))
     assert {str(path.relative_to(exported / "checkpoints/demo")) for path in exported.rglob("*.pt2")} == {
         "seed0/student_kd.pt2",
         "seed1/student.pt2",
@@ -167,7 +167,7 @@ def test_an_export_that_differs_from_the_checkpoint_is_not_written(exported, spo
 
     monkeypatch.setattr(evaluate, "export_program", wrong)
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([*flags(exported), "--only", "teacher", "--export"])
+        evaluate.main(flags(exported, "--only", "teacher", "--export"))
     assert exit.value.code == 2
     assert "differs from the checkpoint" in capsys.readouterr().err
     assert not os.path.exists(exported / "checkpoints/demo/seed0/teacher.pt2")
@@ -175,7 +175,7 @@ def test_an_export_that_differs_from_the_checkpoint_is_not_written(exported, spo
 
 def test_export_without_a_checkpoint_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([*flags(tmp_path), "--export"])
+        evaluate.main(flags(tmp_path, "--export"))
     assert exit.value.code == 2
     assert "train first: python teacher_student_model.py" in capsys.readouterr().err
 
@@ -193,14 +193,14 @@ def test_a_script_is_refused_while_its_folder_is_locked(exported, capsys, main, 
     folder = exported / where
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"), pytest.raises(SystemExit) as exit:
-        main([*flags(exported), *more])
+        main(flags(exported, *more))
     assert exit.value.code == 2
     assert f"{folder}: another process is writing there" in capsys.readouterr().err
 
 
 def test_a_student_of_a_retrained_teacher_is_refused_even_with_only(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    other = [*flags(tmp_path), "--teacher.lr=0.02"]
+    other = flags(tmp_path, "--teacher.lr=0.02")
     teacher_student_model.main([*other, "--only=teacher", "--overwrite"])
     with pytest.raises(SystemExit) as exit:
         evaluate.main([*other, "--only", "student", "student_kd"])
@@ -212,7 +212,7 @@ def test_evaluate_prints_to_an_ascii_stdout(trained, image_folder, tmp_path, scr
     root = image_folder({f"{split}/{name}": 4 for split in ("train", "test") for name in ("名前", "accuracy")})
     own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--student.epochs=1", "--batch_size=4"]
     own += ["--teacher.train_size=none", "--student_kd.train_size=none"]
-    teacher_student_model.main([*flags(tmp_path), *own])
+    teacher_student_model.main(flags(tmp_path, *own))
     done = script("evaluate.py", *flags(tmp_path), *own, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "\\u540d\\u524d" in done.stdout

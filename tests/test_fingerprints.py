@@ -24,7 +24,7 @@ from engine.training import Training
 
 def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    words = [*flags(tmp_path), "--run=warmer", "--student_kd.temperature=4"]
+    words = flags(tmp_path, "--run=warmer", "--student_kd.temperature=4")
     teacher_student_model.main(words)
     output = capsys.readouterr().err
     for name in ("teacher", "student"):
@@ -40,7 +40,7 @@ def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trai
 
 def test_other_settings_are_trained_again(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    teacher_student_model.main([*flags(tmp_path), "--run=other", "--only=student", "--student.lr=0.02"])
+    teacher_student_model.main(flags(tmp_path, "--run=other", "--only=student", "--student.lr=0.02"))
     output = capsys.readouterr().err
     assert "trained with the same settings" not in output
     assert output.count("student seed 0  epoch") == 2
@@ -48,7 +48,7 @@ def test_other_settings_are_trained_again(tmp_path, trained, capsys):
 
 def test_auto_precision_follows_a_model_that_is_used(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    teacher_student_model.main([*flags(tmp_path), "--run=auto", "--precision=auto", "--only", "teacher", "student"])
+    teacher_student_model.main(flags(tmp_path, "--run=auto", "--precision=auto", "--only", "teacher", "student"))
     output = capsys.readouterr().err
     assert output.count("trained with the same settings") == 2
     assert output.count("is finished") == 2
@@ -56,7 +56,7 @@ def test_auto_precision_follows_a_model_that_is_used(tmp_path, trained, capsys):
 
 def test_a_run_has_one_precision_whatever_it_copies(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")  # demo, in fp32
-    words = [*flags(tmp_path), "--only", "teacher", "student"]
+    words = flags(tmp_path, "--only", "teacher", "student")
     teacher_student_model.main([*words, "--run=a16", "--precision=bf16", "--only", "student"])
     teacher_student_model.main([*words, "--run=auto", "--precision=auto"])  # finds the student in both, a16 first
     paths = [tmp_path / f"checkpoints/auto/seed0/{name}.pt" for name in ("teacher", "student")]
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_not_copied(tmp_path, trained, capsys, run):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    custom_resnet.main([*flags(tmp_path), f"--run={run}", "--only=student", "--overwrite"])
+    custom_resnet.main(flags(tmp_path, f"--run={run}", "--only=student", "--overwrite"))
     assert "student seed 0  epoch" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / f"checkpoints/{run}/seed0/student.pt")["finished"]
 
@@ -94,12 +94,12 @@ def test_a_model_that_is_older_than_a_setting_is_copied(tmp_path, trained, capsy
     state = load_checkpoint(path)
     del state["settings"]["label_smoothing"]
     save_checkpoint(path, state)
-    custom_resnet.main([*flags(tmp_path), "--run=other", "--only=student"])
+    custom_resnet.main(flags(tmp_path, "--run=other", "--only=student"))
     assert f"copied from {path}" in capsys.readouterr().err
 
 
 def test_one_teacher_teaches_students_of_several_seeds(tmp_path, capsys):
-    words = [*flags(tmp_path), "--seeds", "0", "1", "--student_kd.teacher_seed=5", "--student_kd.epochs=1"]
+    words = flags(tmp_path, "--seeds", "0", "1", "--student_kd.teacher_seed=5", "--student_kd.epochs=1")
     words += ["--student.epochs=1"]
     teacher_student_model.main(words)
     assert capsys.readouterr().err.count("teacher seed 5  epoch") == 2
@@ -166,7 +166,7 @@ def test_a_state_of_another_device_keeps_this_devices_optimizer(config, model):
 
 
 def test_evaluate_needs_only_the_name_of_a_run(tmp_path, capsys):
-    words = [*flags(tmp_path), "--run=warmer", "--only=student", "--student.lr=0.03", "--student.epochs=1"]
+    words = flags(tmp_path, "--run=warmer", "--only=student", "--student.lr=0.03", "--student.epochs=1")
     custom_resnet.main([*words, "--seeds", "3"])
     custom_resnet.main([*words, "--seeds", "4"])
     checkpoints = f"--checkpoints_path={tmp_path / 'checkpoints'}"
@@ -181,7 +181,7 @@ def test_evaluate_needs_only_the_name_of_a_run(tmp_path, capsys):
 
 
 def test_models_trained_by_other_code_are_named(tmp_path, monkeypatch, capsys):
-    words = [*flags(tmp_path), "--only=student", "--student.epochs=1"]
+    words = flags(tmp_path, "--only=student", "--student.epochs=1")
     monkeypatch.setattr(engine_device, "code_digest", lambda: "other")
     monkeypatch.setattr(custom_resnet, "code_digest", lambda: "other")
     teacher_student_model.main(words)

@@ -42,7 +42,7 @@ def test_a_killed_process_is_named(tmp_path, capfd):
 
 def test_jobs_train_the_whole_experiment(tmp_path, capfd):
     """Two students start at the same time, and the logits of their teacher are computed once."""
-    words = [*flags(tmp_path), "--jobs=2", "--only", "teacher", "student_kd", "--sweep", "student_kd.temperature=1,4"]
+    words = flags(tmp_path, "--jobs=2", "--only", "teacher", "student_kd", "--sweep", "student_kd.temperature=1,4")
     teacher_student_model.main([*words, "--teacher.epochs=1", "--student_kd.epochs=1"])
     for name in ("teacher", "student_kd-temperature-1", "student_kd-temperature-4"):
         assert load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")["finished"]
@@ -58,7 +58,7 @@ def test_jobs_train_the_whole_experiment(tmp_path, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_jobs_and_the_same_command_resumes(tmp_path, number, to_all):
     """A terminal sends Ctrl-C to all processes of a command, and the parent passes it on."""
-    words = [*flags(tmp_path), "--jobs=2", "--only", "teacher", "student"]
+    words = flags(tmp_path, "--jobs=2", "--only", "teacher", "student")
     words += ["--teacher.epochs=300", "--student.epochs=300"]
     command = [sys.executable, "teacher_student_model.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -55,7 +55,7 @@ def test_every_other_architecture_builds_with_torchvisions_names(arch):
 
 
 def test_an_image_size_that_does_not_fit_is_an_error_before_training(tmp_path, capsys):
-    words = [*flags(tmp_path), "--only=student", "--student.arch=vit_b_16"]
+    words = flags(tmp_path, "--only=student", "--student.arch=vit_b_16")
     with pytest.raises(SystemExit) as exit:
         teacher_student_model.main(words)
     assert exit.value.code == 2
@@ -73,7 +73,7 @@ def test_the_cifar_stem_keeps_the_resolution():
 
 
 def distil_evaluate_and_export(tmp_path, teacher: str, student: str, image_size: int, *more: str) -> None:
-    words = [*flags(tmp_path), f"--image_size={image_size}"]
+    words = flags(tmp_path, f"--image_size={image_size}")
     words += [f"--teacher.arch={teacher}", f"--student_kd.arch={student}"]
     words += [f"--{name}.epochs=1" for name in ("teacher", "student_kd")]
     words += [*more, "--only", "teacher", "student_kd"]
@@ -103,7 +103,7 @@ def test_other_architectures_are_distilled_evaluated_and_exported(tmp_path, imag
 
 def test_timm_models_train_if_timm_is_installed(tmp_path):
     pytest.importorskip("timm")
-    words = [*flags(tmp_path), "--only=student", "--student.arch=timm:resnet10t", "--student.epochs=1"]
+    words = flags(tmp_path, "--only=student", "--student.arch=timm:resnet10t", "--student.epochs=1")
     teacher_student_model.main(words)
     evaluate.main(words)
     state = load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
@@ -178,7 +178,7 @@ def test_unusable_weights_are_one_error_and_nothing_is_trained(tmp_path, capsys,
         torch.save(content, path)
     before = path.read_bytes() if path.exists() else None
     with pytest.raises(SystemExit) as exit:
-        teacher_student_model.main([*flags(tmp_path), f"--teacher.weights={path}", "--teacher.epochs=0"])
+        teacher_student_model.main(flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0"))
     assert exit.value.code == 2
     output = capsys.readouterr()
     assert message in output.err
@@ -200,7 +200,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
     path = tmp_path / "teacher.pth"
     theirs = torchvision.models.resnet18(num_classes=10).eval()
     torch.save(theirs.state_dict(), path)
-    words = [*flags(tmp_path), f"--teacher.weights={path}", "--teacher.epochs=0", "--student_kd.epochs=1"]
+    words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--student_kd.epochs=1")
     words += ["--only", "teacher", "student_kd"]
     teacher_student_model.main(words)
     output = capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
 def test_other_weights_at_the_same_path_are_noticed(tmp_path, capsys):
     path = tmp_path / "teacher.pth"
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
-    words = [*flags(tmp_path), f"--teacher.weights={path}", "--teacher.epochs=0", "--only=teacher"]
+    words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--only=teacher")
     teacher_student_model.main(words)
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
     with pytest.raises(SystemExit):
@@ -242,7 +242,7 @@ def test_weights_with_epochs_are_fine_tuned_with_a_new_last_layer_where_classes_
 
 def test_a_finished_model_of_ours_can_be_trained_longer(tmp_path, trained, capsys):
     path = trained / "checkpoints/demo/seed0/student.pt"
-    words = [*flags(tmp_path), "--only=student", f"--student.weights={path}", "--student.epochs=1"]
+    words = flags(tmp_path, "--only=student", f"--student.weights={path}", "--student.epochs=1")
     teacher_student_model.main(words)
     assert f"from the weights in {path}, 1 epoch" in capsys.readouterr().err
     before, after = (load_checkpoint(p)["model"] for p in (path, tmp_path / "checkpoints/demo/seed0/student.pt"))

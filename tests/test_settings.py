@@ -401,3 +401,49 @@ def test_at_most_ten_messages_are_shown():
 def test_first_line_of_an_error_without_a_message_is_its_type():
     assert first_line(RuntimeError("cause\ndetails")) == "cause"
     assert first_line(MemoryError()) == "MemoryError"
+
+
+# Nothing is dropped in silence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--only", "student", "--only", "teacher"],
+        ["--seeds", "0", "--seeds", "1"],
+        ["--seeds=0", "--seeds", "0"],
+        ["--student.lr=0.1", "--student.lr=0.2"],
+        ["--overwrite", "--overwrite", "false"],
+        ["--sweep", "student.lr=0.1,0.2", "--sweep", "student_kd.alpha=0,1"],
+        ["--preset", "scratch", "--student.lr=0.1"],
+        ["--sweep", "student.lr=0.1,0.2", "student.lr=0.3"],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_or_a_swept_setting_given_twice_is_refused(words):
+    with pytest.raises(UserError, match="twice"):
+        parse(["--preset", "demo", *words])
+
+
+def test_a_flag_of_a_script_given_twice_is_refused(capsys):
+    for words in (["--predict", "a.png", "--predict", "b.png"], ["--run", "a", "--run", "b"]):
+        with pytest.raises(SystemExit) as exit:
+            evaluate.main(words)
+        assert exit.value.code == 2
+        assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "twice"),
+    [
+        ('"student_10": Recipe(', '"student": Recipe(', "student"),  # a copied row
+        ('"scratch": Config(', '"original": Config(', "original"),
+    ],
+)
+def test_a_row_or_a_preset_of_an_existing_name_is_refused(edit, tmp_path, script, old, new, twice):
+    number = edit(old, new)
+    for name in ("utils.py", "custom_resnet.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = script("custom_resnet.py", "--help", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert done.stderr == f"error: config.py, line {number}: {twice!r} is there twice; rename one of them\n"

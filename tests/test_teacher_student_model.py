@@ -235,7 +235,7 @@ def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
     names = ("student.pt", "student_kd.pt", "teacher.logits", "teacher.pt")
     assert files == [f"demo/seed{seed}/{name}" for seed in (0, 1) for name in names]
     times = {path: (folder / path).stat().st_mtime_ns for path in files}
-    teacher_student_model.main([*flags(trained), "--seeds", "0", "1"])
+    teacher_student_model.main(flags(trained, "--seeds", "0", "1"))
     assert {path: (folder / path).stat().st_mtime_ns for path in files} == times
     assert capsys.readouterr().err.count("is finished") == 6
 
@@ -323,7 +323,7 @@ def test_a_shuffled_teacher_needs_stored_logits(config):
 
 
 def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys):
-    teacher_student_model.main([*flags(tmp_path), "--augment", "trivialaugment"])
+    teacher_student_model.main(flags(tmp_path, "--augment", "trivialaugment"))
     assert "logits of teacher" not in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
         "teacher.pt",
@@ -335,10 +335,10 @@ def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys):
 def test_a_chain_of_teachers_is_trained_in_order(tmp_path, capsys):
     chain = ["--student.teacher", "teacher", "--student_kd.teacher", "student", "--only", "student_kd", "student"]
     with pytest.raises(SystemExit) as exit:
-        teacher_student_model.main([*flags(tmp_path), *chain])
+        teacher_student_model.main(flags(tmp_path, *chain))
     assert exit.value.code == 2
     assert "the teacher 'teacher' is not trained yet" in capsys.readouterr().err
-    teacher_student_model.main([*flags(tmp_path), *chain, "teacher"])
+    teacher_student_model.main(flags(tmp_path, *chain, "teacher"))
     state = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt")
     middle = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
     assert state["settings"]["weights of the teacher"] == checkpoints.tensors_digest(middle["model"])
@@ -346,7 +346,7 @@ def test_a_chain_of_teachers_is_trained_in_order(tmp_path, capsys):
 
 def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_differs(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    other = [*flags(tmp_path), "--teacher.lr", "0.02"]
+    other = flags(tmp_path, "--teacher.lr", "0.02")
     with pytest.raises(SystemExit):
         teacher_student_model.main(other)
     assert "teacher.lr was 0.01, is now 0.02" in capsys.readouterr().err
@@ -370,20 +370,18 @@ def test_load_teacher_reports_a_missing_file(config, digits):
 def test_a_teacher_with_other_settings_is_refused(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     with pytest.raises(SystemExit):
-        teacher_student_model.main(
-            [*flags(tmp_path), "--teacher.lr=0.5", "--only=student_kd", "--student_kd.alpha=0.5"]
-        )
+        teacher_student_model.main(flags(tmp_path, "--teacher.lr=0.5", "--only=student_kd", "--student_kd.alpha=0.5"))
     assert "student_kd.alpha was 0.25" in capsys.readouterr().err
     (tmp_path / "checkpoints/demo/seed0/student_kd.pt").unlink()
     with pytest.raises(SystemExit):
-        teacher_student_model.main([*flags(tmp_path), "--teacher.lr=0.5", "--only=student_kd"])
+        teacher_student_model.main(flags(tmp_path, "--teacher.lr=0.5", "--only=student_kd"))
     assert "teacher.lr was 0.01, is now 0.5" in capsys.readouterr().err
 
 
 def test_a_finished_student_does_not_need_its_teacher(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints/demo/seed0/teacher.pt").unlink()
-    words = [*flags(tmp_path), "--only", "student", "student_kd"]
+    words = flags(tmp_path, "--only", "student", "student_kd")
     teacher_student_model.main(words)
     assert capsys.readouterr().err.count("is finished") == 2
     evaluate.main(words)

@@ -110,7 +110,7 @@ def test_cost_and_soft_targets_agree_with_the_files(report, trained):
 
 
 def small(trained, *more: str):
-    config = resolve_device(parse([*flags(trained), *more]))
+    config = resolve_device(parse(flags(trained, *more)))
     return config, load_dataset(config)
 
 
@@ -137,8 +137,8 @@ def test_soft_targets_are_computed_without_matching_stored_logits(trained, tmp_p
 def test_with_validation_images_the_report_scales_by_their_temperature(trained, tmp_path, capsys):
     small_run = ["--validation_size", "100", "--only", "student", f"--checkpoints_path={tmp_path}/checkpoints"]
     small_run += [f"--imgs_path={tmp_path}/imgs", "--student.epochs", "1"]
-    custom_resnet.main([*flags(trained), *small_run])
-    evaluate.main([*flags(trained), *small_run])
+    custom_resnet.main(flags(trained, *small_run))
+    evaluate.main(flags(trained, *small_run))
     entry = json.loads((tmp_path / "imgs/demo/results.json").read_text(encoding="utf-8"))["models"]["student"]
     arrays = np.load(tmp_path / "imgs/demo/predictions.npz")
     assert {"validation/labels", "validation/student/seed0"} < set(arrays.files)
@@ -208,7 +208,7 @@ def test_students_of_one_teacher_are_said_to_share_it():
 
 
 def test_the_printed_table_has_a_column_for_each_recipe(trained, tmp_path, capsys):
-    evaluate.main([*flags(trained), "--only", "student", "teacher", "--imgs_path", str(tmp_path)])
+    evaluate.main(flags(trained, "--only", "student", "teacher", "--imgs_path", str(tmp_path)))
     printed = capsys.readouterr().out.splitlines()
     assert [word.strip() for word in printed[0].strip("|").split("|")] == ["accuracy (%)", "teacher", "student"]
     assert len(printed) == 2 + 10 + 3
@@ -236,7 +236,7 @@ def test_the_markdown_report_shows_figures_that_exist(report):
 
 
 def test_missing_checkpoints_are_listed_and_the_others_evaluated(trained, tmp_path, capsys):
-    evaluate.main([*flags(trained), "--seeds", "1", "2", "--imgs_path", str(tmp_path)])
+    evaluate.main(flags(trained, "--seeds", "1", "2", "--imgs_path", str(tmp_path)))
     output = capsys.readouterr()
     for model in ("teacher", "student", "student_kd"):
         assert f"not trained yet, skipped: {trained}/checkpoints/demo/seed2/{model}.pt" in output.err
@@ -251,7 +251,7 @@ def test_missing_checkpoints_are_listed_and_the_others_evaluated(trained, tmp_pa
 
 def test_a_checkpoint_with_other_settings_is_refused(trained, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([*flags(trained), "--student.epochs", "7", "--imgs_path", str(tmp_path)])
+        evaluate.main(flags(trained, "--student.epochs", "7", "--imgs_path", str(tmp_path)))
     assert exit.value.code == 2
     assert "student.epochs was 2, is now 7" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
