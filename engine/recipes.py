@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torchvision
 
@@ -73,7 +74,7 @@ class RecipeFields:
         False, FLAG, "a control: shuffle the teacher's logits among the training images of each class"
     )
     baseline: str | None = setting(
-        None, optional(NAME), "recipe to compare this one with; none: the one of the same arch without a teacher"
+        None, optional(NAME), "recipe to compare this one with; none: the one without a teacher and otherwise the same"
     )
     train_size: int | None = setting(
         None,
@@ -172,14 +173,30 @@ DISTILLATION_FIELDS = (
 )
 
 
+def settings_alone(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a recipe shares with the same recipe without its teacher."""
+    settings = dataclasses.asdict(recipe)
+    return {name: settings[name] for name in settings if name not in {"baseline", "teacher", *DISTILLATION_FIELDS}}
+
+
 def baseline_of(name: str, recipes: Mapping[str, Recipe]) -> str | None:
-    """A recipe's `baseline`, else the first one of its architecture without a teacher, if it has a teacher itself.
+    """A recipe's `baseline`; else, if it has a teacher, the first recipe without one that has all its other settings.
 
     In self-distillation that is its own teacher only if there is no other.
     """
     recipe = recipes[name]
-    if recipe.baseline:
+    if recipe.baseline or not recipe.teacher:
         return recipe.baseline
-    alone = [other for other, r in recipes.items() if not r.teacher and r.arch == recipe.arch]
-    alone.sort(key=lambda other: other == recipe.teacher)
-    return alone[0] if recipe.teacher and alone else None
+    same = [other for other, r in recipes.items() if not r.teacher and settings_alone(r) == settings_alone(recipe)]
+    same.sort(key=lambda other: other == recipe.teacher)
+    return same[0] if same else None
+
+
+def row_alone(name: str, recipe: Recipe) -> str:
+    """A line for config.py: the same recipe without its teacher."""
+    defaults = settings_alone(Recipe())
+    settings = settings_alone(recipe)
+    given = [
+        f"{field}={settings[field]!r}" for field in settings if field == "arch" or settings[field] != defaults[field]
+    ]
+    return f'"{name}_alone": Recipe({", ".join(given)}),'

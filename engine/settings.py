@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import UserError, suggest
@@ -113,7 +114,7 @@ class Config:
         rows = ([point.row for point in swept[name]] if name in swept else [name] for name in values["only"])
         only = tuple(dict.fromkeys(itertools.chain(*rows)))
         problems = [*invalid.values(), *self._conflicts(values["seeds"], only)]
-        problems += self._recipe_conflicts(values["batch_size"])
+        problems += self._recipe_conflicts(values["batch_size"], swept)
         if problems:
             raise UserError(*problems)
         object.__setattr__(self, "only", only)
@@ -131,7 +132,7 @@ class Config:
                 problems.append(f"only = {name!r}: no such recipe; {suggest(name, self.recipes)}")
         return problems
 
-    def _recipe_conflicts(self, batch_size: int) -> list[str]:
+    def _recipe_conflicts(self, batch_size: int, swept: Iterable[str]) -> list[str]:
         problems = []
         same_file = Counter(str(name).casefold() for name in self.recipes)  # on file systems that ignore case
         for name, recipe in self.recipes.items():
@@ -143,8 +144,8 @@ class Config:
                 )
             if recipe.train_size is not None and recipe.train_size < batch_size:
                 problems.append(f"{name}.train_size = {recipe.train_size}: must be batch_size = {batch_size} or more")
-            for field, other in (("teacher", recipe.teacher), ("baseline", recipe.baseline)):
-                if other is not None and other not in self.recipes:
+            for field, other, known in (("teacher", recipe.teacher, ()), ("baseline", recipe.baseline, swept)):
+                if other is not None and other not in self.recipes and other not in known:
                     problems.append(f"{name}.{field} = {other!r}: no such recipe; {suggest(other, self.recipes)}")
             if recipe.shuffle_teacher and self.unlimited_views:
                 problems.append(

@@ -22,7 +22,7 @@ class Point(NamedTuple):
 def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, list[Point]]:
     """The rows that replace each swept row: all combinations of its values, named by them.
 
-    Raises UserError for words that do not have the form RECIPE.SETTING=VALUE,VALUE or name unknown fields.
+    Raises UserError for words that do not have the form RECIPE.SETTING=VALUE,VALUE, name unknown fields or repeat one.
     """
     swept: dict[str, dict[str, list[Any]]] = {}
     for word in sweep:
@@ -32,7 +32,9 @@ def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str
         row, field, values = match.groups()
         if field not in fields:
             raise UserError(f"sweep = {word!r}: no such setting; {suggest(field, fields)}")
-        swept.setdefault(row, {})[field] = [value_of(fields[field], value) for value in values.split(",")]
+        if field in swept.setdefault(row, {}):
+            raise UserError(f"sweep = {word!r}: {row}.{field} is swept twice; put all its values into one word")
+        swept[row][field] = [value_of(fields[field], value) for value in values.split(",")]
     points = {}
     for row, values in swept.items():
         combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
@@ -53,9 +55,10 @@ def name_of(row: str, values: dict[str, Any]) -> str:
 
 
 def expand(recipes: dict[str, R], sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, R]:
-    """The recipes, each swept row replaced by the rows of its grid; unchanged if that has been done before.
+    """The recipes, with each swept row replaced by its grid. Calling it twice changes nothing.
 
-    Raises UserError for rows that do not exist, and for values that a field does not accept.
+    A baseline that is swept itself becomes its row of the same values, if it has one. Raises UserError for rows that do
+    not exist, and for values that a field does not accept.
     """
     points, expanded, problems = grid(sweep, fields), {}, []
     for row, its_points in points.items():
@@ -69,4 +72,8 @@ def expand(recipes: dict[str, R], sweep: Sequence[str], fields: dict[str, datacl
                 problems += [f"sweep: {name}.{message}" for message in error.messages]
     if problems:
         raise UserError(*problems)
+    for name, recipe in expanded.items():
+        for point in points.get(recipe.baseline, []):
+            if all(getattr(recipe, field) == value for field, value in point.values.items()):
+                expanded[name] = dataclasses.replace(recipe, baseline=point.row)
     return expanded

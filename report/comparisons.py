@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.recipes import DISTILLATION_FIELDS, Recipe, row_alone
 from engine.recipes import baseline_of as baseline_among
 from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
 from report.statistics import (
@@ -47,10 +47,11 @@ def seeds_with_teacher(name: str, teacher: str, models: Models, teacher_seed: in
 def differing_settings(recipe: Recipe, baseline: Recipe) -> dict[str, list[Any]]:
     """The settings in which a recipe and its baseline differ: [recipe's, baseline's].
 
-    Those of distillation are among them only if both have a teacher.
+    Those of distillation are left out if that is what the comparison is about: only the recipe has a teacher.
     """
-    first, second = asdict(recipe), asdict(baseline)
-    ignored = {"baseline"} if recipe.teacher and baseline.teacher else {"baseline", "teacher", *DISTILLATION_FIELDS}
+    first, second, ignored = asdict(recipe), asdict(baseline), {"baseline"}
+    if recipe.teacher and not baseline.teacher:
+        ignored |= {"teacher", *DISTILLATION_FIELDS}
     return {key: [first[key], second[key]] for key in first if key not in ignored and first[key] != second[key]}
 
 
@@ -141,12 +142,30 @@ def not_compared(models: Models) -> dict[str, str]:
     for name, model in models.items():
         baseline = baseline_of(name, models)
         if baseline is None and model.recipe.teacher:
-            reasons[name] = f"no {model.recipe.arch} without a teacher has been evaluated"
+            reasons[name] = (
+                f"no row without a teacher that has been evaluated has the same settings{nearest(name, models)}. Such "
+                f"a row is {row_alone(name, model.recipe)}"
+            )
         elif baseline and baseline not in models:
             reasons[name] = f"its baseline {baseline} has not been evaluated"
+            if any(other.startswith(f"{baseline}-") for other in models):
+                reasons[name] += ", and no row of its sweep has the same values"
         elif baseline and not common_seeds(model, models[baseline]):
             reasons[name] = f"it has no seed in common with its baseline {baseline}"
     return reasons
+
+
+def nearest(name: str, models: Models) -> str:
+    """The row without a teacher that differs in the fewest settings from a model, and in which, in words."""
+    recipe = models[name].recipe
+    differing = {
+        other: differing_settings(recipe, model.recipe) for other, model in models.items() if not model.recipe.teacher
+    }
+    if not differing:
+        return ""
+    closest = min(differing, key=lambda other: len(differing[other]))
+    values = ", ".join(f"{field} ({theirs}, not {own})" for field, (own, theirs) in differing[closest].items())
+    return f"; the nearest, {closest}, differs in {values}"
 
 
 def distilled(models: Models) -> dict[str, dict[int, int]]:
@@ -219,27 +238,25 @@ def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]
 def disagreements(name: str, models: Models, most: int = 12) -> dict[str, Any] | None:
     """Test images on which teacher, baseline and model do not all agree, for their first common seed; None if none.
 
-    `seed` is that of the model, `seeds` those of all three; `shown` are at most `most` of the images, drawn at random
-    with a fixed seed.
+    `models` are their rows and `seeds` their seeds, in the same order, by title; `seed` is the model's own. A teacher of
+    the baseline's row, but of another seed, is a model of its own. `shown` are at most `most` of the images, drawn at
+    random with a fixed seed.
     """
     baseline, recipe = baseline_of(name, models), models[name].recipe
     if baseline not in models:
         return None
-    seeds = {seed: {baseline: seed, name: seed} for seed in common_seeds(models[name], models[baseline])}
-    if recipe.teacher:
-        pairs = seeds_with_teacher(name, recipe.teacher, models, recipe.teacher_seed)
-        seeds = {seed: {recipe.teacher: pairs[seed]} | of for seed, of in seeds.items() if seed in pairs}
-    if not seeds:
-        return None
-    seed_of = next(iter(seeds.values()))
-    predictions = np.stack([models[m].predictions[seed] for m, seed in seed_of.items()])  # (3, n)
-    images = np.flatnonzero((predictions != predictions[0]).any(0))
-    shown = np.sort(np.random.default_rng(0).choice(images, min(most, len(images)), replace=False))
-    about = {
-        "models": list(seed_of),
-        "seed": seed_of[name],
-        "seeds": seed_of,
-        "count": len(images),
-        "shown": shown.tolist(),
-    }
-    return about if len(images) else None
+    teachers = seeds_with_teacher(name, recipe.teacher, models, recipe.teacher_seed) if recipe.teacher else {}
+    for seed in common_seeds(models[name], models[baseline]):
+        if recipe.teacher and seed not in teachers:
+            continue
+        compared = {baseline: (baseline, seed), name: (name, seed)}
+        if recipe.teacher and (recipe.teacher, teachers[seed]) not in compared.values():
+            title = f"{recipe.teacher} (teacher)" if recipe.teacher in compared else recipe.teacher
+            compared = {title: (recipe.teacher, teachers[seed])} | compared
+        predictions = np.stack([models[m].predictions[s] for m, s in compared.values()])  # (3, n)
+        images = np.flatnonzero((predictions != predictions[0]).any(0))
+        drawn = np.sort(np.random.default_rng(0).choice(images, min(most, len(images)), replace=False))
+        seeds = {title: of_model for title, (_, of_model) in compared.items()}
+        about = {"models": [m for m, _ in compared.values()], "seed": seed, "seeds": seeds}
+        return {**about, "count": len(images), "shown": drawn.tolist()} if len(images) else None
+    return None

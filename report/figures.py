@@ -174,10 +174,10 @@ def gallery_figure(
         for line, (name, p) in enumerate(zip(probabilities, predicted, strict=True)):
             at, best = 0.70 - 0.24 * line, p.argmax()
             mark = "✓" if best == label else "✗"
-            axes.text(0.43, at, "■", color=colours[name], **style)
+            axes.text(0.43, at, "■", color=colours.get(name, "grey"), **style)
             axes.text(0.49, at, f"{mark} {escape_mathtext(classes[best], 11)}, {100 * p[best]:.0f}%", **style)
     legend = [
-        Line2D([], [], linestyle="", marker="s", color=colours[name], label=escape_mathtext(name))
+        Line2D([], [], linestyle="", marker="s", color=colours.get(name, "grey"), label=escape_mathtext(name))
         for name in probabilities
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)

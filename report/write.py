@@ -183,7 +183,8 @@ def comparison_figures(
     if gallery := comparison["disagreements"]:
         shown = np.array(gallery["shown"])
         probabilities = {
-            m: log_probabilities(models[m].logits[seed][shown]).exp().numpy() for m, seed in gallery["seeds"].items()
+            title: log_probabilities(models[m].logits[seed][shown]).exp().numpy()
+            for m, (title, seed) in zip(gallery["models"], gallery["seeds"].items(), strict=True)
         }
         index = torch.as_tensor(shown, device=dataset.test.images.device)
         images = dataset.test.images[index].permute(0, 2, 3, 1).cpu().numpy()

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ import scipy.stats
 from synthetic import probabilities_of, simulated, simulated_seeds, three_models
 
 from config import PRESETS
+from engine.recipes import Recipe
 from report.comparisons import (
     baseline_of,
     compare,
@@ -145,6 +147,12 @@ def test_the_gallery_shows_images_on_which_the_models_disagree():
     assert disagreements("student", models) is None  # has no teacher
     alike = {name: model._replace(logits={1: models["teacher"].logits[1]}) for name, model in models.items()}
     assert disagreements("student_kd", alike) is None
+    recipe = dataclasses.replace(models["student_kd"].recipe, teacher="student", teacher_seed=2)
+    gallery = disagreements("student_kd", {**models, "student_kd": models["student_kd"]._replace(recipe=recipe)})
+    assert gallery["models"] == ["student", "student", "student_kd"]  # a teacher of the baseline's row, of another seed
+    assert list(gallery["seeds"].values()) == [2, 1, 1]
+    kd, taught = models["student_kd"].predictions[1], models["student"].predictions
+    assert gallery["count"] == ((taught[2] != taught[1]) | (taught[2] != kd)).sum()
     apart = {**models, "student": models["student"]._replace(logits={2: models["student"].logits[2]})}
     assert disagreements("student_kd", apart) is None  # no seed that all three have
 
@@ -155,11 +163,14 @@ def test_the_gallery_shows_images_on_which_the_models_disagree():
         ({}, "student"),
         ({"teacher": {"arch": "resnet18"}}, "student"),
         ({"student": {"arch": "resnet34"}}, None),
+        ({"student": {"lr": 0.01}}, None),  # every setting has to agree, except for distillation's
+        ({"student_kd": {"label_smoothing": 0.1}}, None),
+        ({"student_kd": {"alpha": 0.5, "temperature": 2.0, "soft_loss": "dist", "teacher_seed": 3}}, "student"),
         ({"student": {"arch": "resnet34"}, "teacher": {"arch": "resnet18"}}, "teacher"),  # self-distillation
         ({"student_kd": {"baseline": "teacher"}}, "teacher"),
     ],
 )
-def test_a_distilled_model_is_compared_with_its_architecture_without_a_teacher(changes, baseline):
+def test_a_distilled_model_is_compared_with_the_same_recipe_without_a_teacher(changes, baseline):
     recipes = PRESETS["scratch"].recipes
     models = {
         name: Evaluated(dataclasses.replace(recipe, **changes.get(name, {})), {}, {})
@@ -200,7 +211,10 @@ def test_the_reason_why_a_model_is_not_compared_is_the_right_one():
     reasons = not_compared(evaluated({"student": [0], "student_kd": [1]}))
     assert reasons == {"student_kd": "it has no seed in common with its baseline student"}
     reasons = not_compared(evaluated({"teacher": [0], "student_kd": [0]}))
-    assert reasons == {"student_kd": "no resnet18 without a teacher has been evaluated"}
+    assert reasons["student_kd"].startswith("no row without a teacher that has been evaluated has the same settings")
+    row = re.search(r'"(\w+)": (Recipe\(.*\)),', reasons["student_kd"])
+    assert row[1] == "student_kd_alone"
+    assert eval(row[2], {"Recipe": Recipe}) == recipes["student"]  # ready to paste
 
 
 def test_a_pair_without_common_seeds_does_not_lower_the_level_of_the_others():
@@ -219,8 +233,13 @@ def test_settings_in_which_a_model_and_its_baseline_differ_are_listed():
     assert differing_settings(recipes["student_kd"], recipes["student_10"]) == {}
     warmer = dataclasses.replace(recipes["student_kd"], temperature=8.0, baseline="student_kd")
     assert differing_settings(warmer, recipes["student_kd"]) == {"temperature": [8.0, 5.0]}
+    smoothed = dataclasses.replace(recipes["student_10"], label_smoothing=0.1)
+    assert differing_settings(smoothed, recipes["student_kd"]) == {
+        "label_smoothing": [0.1, 0.0],
+        "teacher": [None, "teacher"],  # here the baseline is the distilled one
+    }
     models, labels = three_models()
-    fewer = dataclasses.replace(models["student_kd"].recipe, lr=0.5)
+    fewer = dataclasses.replace(models["student_kd"].recipe, lr=0.5, baseline="student")
     models["student_kd"] = models["student_kd"]._replace(recipe=fewer)
     (entry,) = compare_all(models, labels)
     assert entry["differs_in"] == {"lr": [0.5, 0.02]}

@@ -6,12 +6,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT, flags
+from conftest import ROOT, flags, override
 
 import evaluate
 import teacher_student_model
 from config import PRESETS, parse
 from engine.errors import UserError
+from engine.recipes import baseline_of
 from engine.sweeps import name_of
 
 
@@ -56,7 +57,7 @@ def test_rows_are_named_by_their_values():
 
 
 def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys):
-    words = [*flags(tmp_path), "--student_kd.epochs=1", "--student.epochs=1", "--teacher.epochs=1", "--sweep"]
+    words = flags(tmp_path, "--student_kd.epochs=1", "--student.epochs=1", "--teacher.epochs=1", "--sweep")
     teacher_student_model.main([*words, "student_kd.temperature=1,4"])
     capsys.readouterr()
     grown = [*words, "student_kd.temperature=1,4", "student_kd.alpha=0.25,0"]
@@ -84,6 +85,34 @@ def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys
     assert "sweep_" not in (report / "results.md").read_text()  # no link to a figure that is not drawn
 
 
+def baselines(*sweep: str, preset: str = "demo") -> dict[str, str | None]:
+    recipes = parse(["--preset", preset, "--sweep", *sweep]).recipes
+    return {name: baseline_of(name, recipes) for name, recipe in recipes.items() if recipe.teacher}
+
+
+def test_a_swept_model_is_compared_with_the_row_of_its_own_settings():
+    """By hand: the demo's student_kd has 18 epochs and a learning rate of 0.01."""
+    assert baselines("student.epochs=1,20") == {"student_kd": None}
+    assert baselines("student.epochs=1,18") == {"student_kd": "student-epochs-18"}
+    assert baselines("student.lr=0.001,0.02", "student_kd.lr=0.001,0.02") == {
+        "student_kd-lr-0_001": "student-lr-0_001",
+        "student_kd-lr-0_02": "student-lr-0_02",
+    }
+    assert baselines("student.train_size=50,100") == {"student_kd": "student-train_size-100"}
+    assert baselines("student_kd.temperature=1,4") == {
+        "student_kd-temperature-1": "student",
+        "student_kd-temperature-4": "student",
+    }
+
+
+def test_a_written_baseline_that_is_swept_means_its_row_of_the_same_values():
+    """By hand: in the preset cifar10, student_kd names student_10; both train 10 epochs at 0.001."""
+    assert baselines("student_10.lr=0.001,0.1", preset="cifar10") == {"student_kd": "student_10-lr-0_001"}
+    swept = baselines("student_10.lr=0.01,0.1", "student_kd.lr=0.01,0.1", preset="cifar10")
+    assert swept == {"student_kd-lr-0_01": "student_10-lr-0_01", "student_kd-lr-0_1": "student_10-lr-0_1"}
+    assert baselines("student_10.epochs=3,5", preset="cifar10") == {"student_kd": "student_10"}  # which no row is
+
+
 OWN_LOSS = '''
 def powered(z, v, labels, temperature, power=2.0):
     """The mean absolute difference of the probabilities, to a power."""
@@ -106,8 +135,8 @@ def test_adding_a_soft_loss_takes_a_function_and_a_line(tmp_path):
         .replace('    "kd": kd,\n', '    "kd": kd,\n    "powered": powered,\n')
     )
     source.write_text(text)
-    words = [*flags(tmp_path), "--student_kd.soft_loss=powered", "--sweep", "student_kd.power=1,2"]
-    words += ["--teacher.epochs=1", "--student_kd.epochs=1", "--only", "teacher", "student_kd-power-1"]
+    words = flags(tmp_path, "--student_kd.soft_loss=powered", "--sweep", "student_kd.power=1,2")
+    words = override(words, "--teacher.epochs=1", "--student_kd.epochs=1", "--only", "teacher", "student_kd-power-1")
     code = "import evaluate, sys, teacher_student_model as t; t.main(sys.argv[1:]); evaluate.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
