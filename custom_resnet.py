@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.checkpoints import checkpoint_path, save_checkpoint
+from engine.checkpoints import checkpoint_path, save_model
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
 from engine.device import (
@@ -196,7 +196,7 @@ def train(
         if finished:
             state = {key: state[key] for key in ("model", "history")}
         weights = {key: tensor.cpu().contiguous() for key, tensor in state["model"].items()}
-        broadcast_from_rank0(lambda: save_checkpoint(path, {**about, **origin, **state, "model": weights}))
+        broadcast_from_rank0(lambda: save_model(path, {**about, **origin, **state, "model": weights}))
 
     with explain_device_errors(config):
         if recipe.epochs == 0:

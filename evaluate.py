@@ -1,7 +1,7 @@
 """Evaluate the trained models: accuracy, significance of the differences, calibration, fidelity and cost.
 
     python evaluate.py                          # the default run, cifar10
-    python evaluate.py --run NAME               # any run; its settings are read from its checkpoints
+    python evaluate.py --run NAME               # every model in checkpoints/NAME, with the settings that it records
     python evaluate.py --run NAME --predict IMAGE ...   # instead: each model's prediction for your own images
     python evaluate.py --run NAME --export      # instead: checkpoints/RUN/seedS/MODEL.pt2, which needs only PyTorch
 
@@ -143,10 +143,11 @@ def export(config: Config, dataset: Dataset) -> None:
     names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
-        for name, seed, state, _ in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
+        for name, seed, state, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
             model, path = load_model(state, "cpu"), checkpoint_path(config, name, seed).with_suffix(".pt2")
             logits = predict(model, images, config.image_size, "fp32", title=f"{name} seed {seed}")
             about = {"name": name, "seed": seed, "classes": state["classes"], "image_size": config.image_size}
+            about["weights"] = digest
             content = export_program(model, config.image_size, about)
             largest = check_export(content, path, images, torch.softmax(logits, dim=1))
             write_durably(path, content)

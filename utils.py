@@ -1,7 +1,7 @@
 """Set-up shared by the scripts: errors and signals, settings, device, data, and checks before training starts."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine import flags
-from engine.checkpoints import checkpoint_path, recorded_config, recorded_precision
+from engine.checkpoints import checkpoint_path, recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends, describe_precision, device_name, resolve_device
@@ -17,8 +17,9 @@ from engine.distributed import broadcast_from_rank0, main_process_first, process
 from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
-from engine.fingerprints import load_or_copy, load_teacher_state
+from engine.fingerprints import load_or_copy, load_teacher_state, recorded_config
 from engine.settings import Config
+from engine.sweeps import row_of_same_values
 
 with exit_on_error():  # a mistake in an edited config.py is one line, not a traceback
     check_duplicate_keys(Path(__file__).with_name("config.py"))
@@ -35,15 +36,41 @@ def run_script() -> Iterator[None]:
 
 
 def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
-    """`config.parse`, except that --run without --preset means the settings recorded in that run's checkpoints."""
+    """`config.parse`, except that --run without --preset means the models that lie in that run's folder."""
     parser = flags.Parser(add_help=False, allow_abbrev=False, argument_default=None)
     for name in ("run", "preset", "checkpoints_path"):
         parser.add_argument(f"--{name}")
-    given, _ = parser.parse_known_args(argv)
+    given, rest = parser.parse_known_args(argv)
     if given.run and not given.preset:
-        folder = Path(given.checkpoints_path or "checkpoints", given.run).expanduser()
-        return flags.parse({"recorded": recorded_config(folder)}, argv, script_flags)
+        recorded = recorded_config(Path(given.checkpoints_path or "checkpoints", given.run).expanduser())
+        by_flag = {word.partition("=")[0] for word in rest}
+        recorded = compare_as_in_config_py(recorded, {n for n in recorded.recipes if f"--{n}.baseline" not in by_flag})
+        return flags.parse({"recorded": recorded}, argv, script_flags)
     return settings.parse(argv, script_flags)
+
+
+def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
+    """The recorded settings, except that config.py says what the recipes `names` are compared with, if it has them.
+
+    A line in the log names each recorded baseline that differs.
+    """
+    preset = settings.PRESETS.get(recorded.preset)
+    if not isinstance(preset, Config):
+        return recorded
+    swept_row = {name: row for row, points in recorded.swept.items() for name in points}
+    recipes = dict(recorded.recipes)
+    for name in names:
+        row, before = preset.recipes.get(swept_row.get(name, name)), recipes[name].baseline
+        if row is None:
+            continue
+        baseline = row_of_same_values(recipes[name], row.baseline, recorded.swept)
+        if baseline != before:
+            recipes[name] = replace(recipes[name], baseline=baseline)
+            log.info(f"{name}.baseline is {baseline} in config.py, which counts, and {before} in the checkpoint")
+        if baseline in preset.recipes:  # it may not be trained yet
+            for other in (baseline, *preset.teachers_of(baseline)):
+                recipes.setdefault(other, preset.recipes[other])
+    return replace(recorded, recipes=recipes)
 
 
 def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:

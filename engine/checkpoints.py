@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from engine.console import log
 from engine.errors import UserError, first_line
 from engine.files import write_durably
-from engine.recipes import Recipe
 from engine.settings import Config
 
 FORMAT = 2
@@ -90,7 +88,26 @@ def load_training(path: Path) -> dict[str, Any] | None:
     wrong = [key for key, type_ in types.items() if not isinstance(state.get(key), type_)]
     if wrong:
         raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")
+    check_place(path, state)
     return state
+
+
+def check_place(path: Path, state: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint does not lie where its name and its seed belong."""
+    place = f"seed{state['settings']['seed']}/{state['name']}.pt"
+    if path.parts[-2:] != tuple(place.split("/")):
+        raise UserError(
+            f"{path}: holds the model of {place}; it was copied or renamed. Move it away, or back to its place"
+        )
+
+
+def save_model(path: Path, state: dict[str, Any]) -> None:
+    """Save a model's checkpoint, and remove an export of the model that was there before."""
+    save_checkpoint(path, state)
+    export = path.with_suffix(".pt2")
+    if export.exists():
+        export.unlink()
+        log.info(f"{export}: removed, because the model that it was exported from has been replaced")
 
 
 def load_finished(path: Path) -> dict[str, Any] | None:
@@ -113,32 +130,6 @@ def recorded_precision(config: Config) -> str | None:
     paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
     settings = (state["settings"] for path in paths if (state := read_metadata(path)))
     return next((found["precision"] for found in settings if "precision" in found), None)
-
-
-def recorded_config(folder: Path) -> Config:
-    """The settings in the newest checkpoint of a run's `folder`, with the seeds of all.
-
-    Models that those settings do not have are named in the log. Raises UserError if there are no checkpoints.
-    """
-    paths = sorted(folder.glob("seed*/*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    recorded = [state["config"] for path in paths if (state := read_metadata(path))]
-    if not recorded:
-        raise UserError(f"{folder}: holds no checkpoints; train first, or name another --run or --checkpoints_path")
-
-    def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:  # by this version of the program
-        return {field.name: values[field.name] for field in fields(cls) if field.name in values}
-
-    last = known(Config, recorded[-1])
-    last["recipes"] = {name: Recipe(**known(Recipe, recipe)) for name, recipe in last["recipes"].items()}
-    last["seeds"] = tuple(sorted({seed for config in recorded for seed in config["seeds"]}))
-    left_out = sorted({path.stem for path in paths} - set(last["recipes"]))
-    if left_out:
-        log.info(
-            f"{folder}: left out, as the newest command did not include them: {', '.join(left_out)}. To evaluate them, "
-            "pass --preset and the flags that they were trained with"
-        )
-    here = {"run": folder.name, "checkpoints_path": str(folder.parent), "device": "auto", "jobs": 1}
-    return Config(**{**last, **here, "only": (), "overwrite": False})
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:

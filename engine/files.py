@@ -3,7 +3,8 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import filelock
@@ -43,6 +44,30 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes], stale: Iterable[Path] = ()) -> None:
+    """Replace files of a folder, by their relative path, and remove the `stale` ones: all of this or nothing.
+
+    Every file is on the disk before the first one is replaced. Raises UserError if one cannot be written.
+    """
+    waiting = folder / ".new"
+    try:
+        shutil.rmtree(waiting, ignore_errors=True)  # left by a killed process
+        for name, content in files.items():
+            write_durably(waiting / name, content)
+        for name in files:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(waiting / name, path)
+        for path in stale:
+            path.unlink(missing_ok=True)
+            if path.parent != folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be replaced ({error.strerror}); move it away") from None
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
 
 
 @contextlib.contextmanager

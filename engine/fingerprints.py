@@ -1,16 +1,18 @@
 """Fingerprints: every input that a model or stored logits depend on, and what follows if they differ or agree."""
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints import (
+    check_place,
     checkpoint_path,
     load_finished,
     load_training,
     read_metadata,
-    save_checkpoint,
+    save_model,
     tensors_digest,
     weights_digest,
 )
@@ -21,11 +23,12 @@ from engine.files import write_durably
 from engine.models import read_weights
 from engine.recipes import DISTILLATION_FIELDS, Recipe
 from engine.settings import Config
+from engine.sweeps import Grid
 
 # The fields of Config that no weights depend on; the images of the data set have a digest of their own.
 IRRELEVANT = {
     *("recipes", "run", "dataset", "seeds", "only", "overwrite", "checkpoint_minutes", "device", "compile"),
-    *("deterministic", "sweep", "jobs", "data_path", "checkpoints_path", "imgs_path"),
+    *("deterministic", "sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path"),
 }
 
 # A checkpoint that is older than a setting was trained with its default.
@@ -125,7 +128,7 @@ def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict
     state = load_matching(path, settings, config.overwrite)
     if state is None and (found := same_model(name, settings, config)):
         source, state = found[0], {**found[1], "name": name, "config": asdict(config)}
-        save_checkpoint(path, state)
+        save_model(path, state)
         logits = source.with_suffix(".logits")
         if logits.exists():
             write_durably(path.with_suffix(".logits"), logits.read_bytes())
@@ -157,3 +160,80 @@ def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) ->
     """Every input that a teacher's stored logits depend on."""
     settings = {field: getattr(config, field) for field in ("validation_size", "image_size", "precision")}
     return {"teacher": teacher_digest, "images": dataset.digest, **settings}
+
+
+def check_teacher(path: Path, state: dict[str, Any], config: Config) -> None:
+    """Raise UserError if a student was distilled from other weights than the checkpoint of its teacher holds now."""
+    teacher = config.teacher_of(state["name"], state["settings"]["seed"])
+    recorded = state["settings"].get("weights of the teacher")
+    if teacher and recorded:
+        of_teacher = checkpoint_path(config, *teacher)
+        if weights_digest(of_teacher) not in (None, recorded):
+            raise UserError(f"{path}: was distilled from a teacher that has been retrained since ({of_teacher})")
+
+
+def recorded_config(folder: Path) -> Config:
+    """The settings of all models that lie in a run's `folder`, each as its own checkpoint records them.
+
+    Raises UserError if there are none, and if two checkpoints contradict one another, with both names.
+    """
+    states = {}
+    for path in sorted(folder.glob("seed*/*.pt")):
+        states[path] = read_metadata(path) or load_training(path)
+        check_place(path, states[path])
+    if not states:
+        raise UserError(f"{folder}: holds no checkpoints; train first, or name another --run or --checkpoints_path")
+    recipes: dict[str, Recipe] = {}
+    described_by: dict[str, Path] = {}  # recipe -> the checkpoint that describes it
+    first = next(iter(states))
+    shared = known(Config, states[first]["config"])
+    for path, state in states.items():
+        recorded = state["config"]
+        check_agreement(first, shared, path, recorded, IRRELEVANT | {"precision"}, "")
+        for name, values in recorded["recipes"].items():
+            if name == state["name"] and name in described_by:
+                check_agreement(described_by[name], asdict(recipes[name]), path, values, {"baseline"}, f"{name}.")
+            elif name == state["name"] or name not in recipes:
+                recipes[name] = Recipe(**known(Recipe, values))
+        described_by.setdefault(state["name"], path)
+    here = {
+        "run": folder.name,
+        "checkpoints_path": str(folder.parent),
+        "imgs_path": "imgs",
+        "device": "auto",
+        "jobs": 1,
+    }
+    here |= {"recipes": recipes, "only": (), "overwrite": False, "sweep": (), "swept": all_swept(states.values())}
+    here["seeds"] = tuple(sorted({state["settings"]["seed"] for state in states.values()}))
+    return Config(**{**shared, **here})
+
+
+def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The recorded values of the fields that this version of the program has."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
+
+
+def check_agreement(
+    first: Path, expected: dict[str, Any], second: Path, found: dict[str, Any], ignored: set[str], prefix: str
+) -> None:
+    """Raise UserError, naming both files, if the settings that two checkpoints record contradict one another."""
+    differing = [
+        f"{prefix}{field} is {expected[field]} and {found[field]}"
+        for field in expected
+        if field not in ignored and expected[field] != found.get(field)
+    ]
+    if differing:
+        raise UserError(
+            f"{first} and {second} contradict one another: {'; '.join(differing)}. Move one of them away, or retrain it"
+        )
+
+
+def all_swept(states: Iterable[dict[str, Any]]) -> Grid:
+    """The rows of all recorded sweeps; of sweeps of one row over different settings, those of the most settings."""
+    swept: Grid = {}
+    for state in states:
+        for row, points in state["config"]["swept"].items():
+            found = swept.setdefault(row, {}) | points
+            most = max(len(values) for values in found.values())
+            swept[row] = {name: values for name, values in found.items() if len(values) == most}
+    return swept

@@ -63,7 +63,8 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
             problems += [f"{name}.{message}" for message in error.messages]
             recipes[name] = recipe
     try:
-        config = dataclasses.replace(preset, recipes=recipes, **convert(Config, words))
+        name = preset.preset or known.preset
+        config = dataclasses.replace(preset, recipes=recipes, preset=name, **convert(Config, words))
     except UserError as error:
         problems += error.messages
     if problems:

@@ -1,6 +1,6 @@
 """The fields of Config, a whole experiment, and its validation together with that of its recipes."""
 
-import itertools
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from engine.fields import (
     text,
 )
 from engine.recipes import SEED, Recipe, baseline_of
-from engine.sweeps import expand, grid
+from engine.sweeps import Grid, expand, grid
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ class Config:
     data_path: str = setting("data", PATH, "where downloaded data sets are kept")
     checkpoints_path: str = setting("checkpoints", PATH, "where models are written: RUN/seedS/MODEL.pt")
     imgs_path: str = setting("imgs", PATH, "where reports are written: RUN/results.md and figures")
+    # Not settings: the preset that this is, if any, and the rows that sweeps have made.
+    preset: str | None = dataclasses.field(default=None, compare=False)
+    swept: Grid = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         invalid = invalid_fields(self)
@@ -106,18 +109,22 @@ class Config:
         values = {field.name: getattr(self, field.name) for field in settings_of(Config)}
         values |= {field.name: field.default for field in settings_of(Config) if field.name in invalid}
         try:
-            fields = {field.name: field for field in settings_of(Recipe)}
-            object.__setattr__(self, "recipes", expand(self.recipes, values["sweep"], fields))
+            swept = grid(values["sweep"], {field.name: field for field in settings_of(Recipe)})
+            object.__setattr__(self, "recipes", expand(self.recipes, swept))
         except UserError as error:
             raise UserError(*invalid.values(), *error.messages) from None
-        swept = grid(values["sweep"], fields)
-        rows = ([point.row for point in swept[name]] if name in swept else [name] for name in values["only"])
-        only = tuple(dict.fromkeys(itertools.chain(*rows)))
-        problems = [*invalid.values(), *self._conflicts(values["seeds"], only)]
+        swept = self.swept | swept
+        object.__setattr__(self, "swept", swept)
+        only: dict[str, None] = {}
+        for name in values["only"]:
+            if name in self.recipes or name not in swept:
+                only[name] = None
+            only |= dict.fromkeys(swept.get(name, {}))
+        problems = [*invalid.values(), *self._conflicts(values["seeds"], tuple(only))]
         problems += self._recipe_conflicts(values["batch_size"], swept)
         if problems:
             raise UserError(*problems)
-        object.__setattr__(self, "only", only)
+        object.__setattr__(self, "only", tuple(only))
         for name in ("dataset", "data_path", "checkpoints_path", "imgs_path"):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))  # "~" in config.py or after "="
 

@@ -4,22 +4,17 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from engine.errors import UserError, suggest
 from engine.fields import show, value_of
 
 R = TypeVar("R")  # a Recipe, whose fields are described by their metadata
 
-
-class Point(NamedTuple):
-    """A row of a sweep: its name, and the values of the swept fields."""
-
-    row: str
-    values: dict[str, Any]
+Grid = dict[str, dict[str, dict[str, Any]]]  # swept row -> each row in its place -> the values of the swept fields
 
 
-def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, list[Point]]:
+def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> Grid:
     """The rows that replace each swept row: all combinations of its values, named by them.
 
     Raises UserError for words that do not have the form RECIPE.SETTING=VALUE,VALUE, name unknown fields or repeat one.
@@ -35,14 +30,15 @@ def grid(sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str
         if field in swept.setdefault(row, {}):
             raise UserError(f"sweep = {word!r}: {row}.{field} is swept twice; put all its values into one word")
         swept[row][field] = [value_of(fields[field], value) for value in values.split(",")]
-    points = {}
+    points: Grid = {}
     for row, values in swept.items():
-        combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-        points[row] = [Point(name_of(row, chosen), chosen) for chosen in combinations]
-        names = [point.row for point in points[row]]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"sweep of {row}: two rows would have the name {twice}")
+        points[row] = {}
+        for chosen in itertools.product(*values.values()):
+            point = dict(zip(values, chosen, strict=True))
+            name = name_of(row, point)
+            if name in points[row]:
+                raise UserError(f"sweep of {row}: two rows would have the name {name}")
+            points[row][name] = point
     return points
 
 
@@ -54,26 +50,33 @@ def name_of(row: str, values: dict[str, Any]) -> str:
     return "-".join(parts)
 
 
-def expand(recipes: dict[str, R], sweep: Sequence[str], fields: dict[str, dataclasses.Field]) -> dict[str, R]:
+def expand(recipes: dict[str, R], points: Grid) -> dict[str, R]:
     """The recipes, with each swept row replaced by its grid. Calling it twice changes nothing.
 
     A baseline that is swept itself becomes its row of the same values, if it has one. Raises UserError for rows that do
     not exist, and for values that a field does not accept.
     """
-    points, expanded, problems = grid(sweep, fields), {}, []
-    for row, its_points in points.items():
-        if row not in recipes and not all(point.row in recipes for point in its_points):
+    expanded, problems = {}, []
+    for row in points:
+        if row not in recipes and not all(name in recipes for name in points[row]):
             raise UserError(f"sweep = {row!r}: no such recipe; {suggest(row, recipes)}")
-    for name, recipe in recipes.items():
-        for point in points.get(name, [Point(name, {})]):
+    for row, recipe in recipes.items():
+        for name, values in points.get(row, {row: {}}).items():
             try:
-                expanded[point.row] = dataclasses.replace(recipe, **point.values)
+                expanded[name] = dataclasses.replace(recipe, **values)
             except UserError as error:
-                problems += [f"sweep: {name}.{message}" for message in error.messages]
+                problems += [f"sweep: {row}.{message}" for message in error.messages]
     if problems:
         raise UserError(*problems)
-    for name, recipe in expanded.items():
-        for point in points.get(recipe.baseline, []):
-            if all(getattr(recipe, field) == value for field, value in point.values.items()):
-                expanded[name] = dataclasses.replace(recipe, baseline=point.row)
-    return expanded
+    return {
+        name: dataclasses.replace(recipe, baseline=row_of_same_values(recipe, recipe.baseline, points))
+        for name, recipe in expanded.items()
+    }
+
+
+def row_of_same_values(recipe: R, baseline: str | None, points: Grid) -> str | None:
+    """The row in place of a swept baseline that has a recipe's values; the baseline itself if there is none."""
+    for name, values in points.get(baseline, {}).items():
+        if all(getattr(recipe, field) == value for field, value in values.items()):
+            return name
+    return baseline

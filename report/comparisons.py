@@ -238,9 +238,9 @@ def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]
 def disagreements(name: str, models: Models, most: int = 12) -> dict[str, Any] | None:
     """Test images on which teacher, baseline and model do not all agree, for their first common seed; None if none.
 
-    `models` are their rows and `seeds` their seeds, in the same order, by title; `seed` is the model's own. A teacher of
-    the baseline's row, but of another seed, is a model of its own. `shown` are at most `most` of the images, drawn at
-    random with a fixed seed.
+    `models` are their rows and `seeds` their seeds by title, in the same order; `seed` is the model's. A teacher of the
+    baseline's row and of another seed is a third model. `shown` are at most `most` of the images, drawn at random with
+    a fixed seed.
     """
     baseline, recipe = baseline_of(name, models), models[name].recipe
     if baseline not in models:

@@ -8,6 +8,7 @@ import torch
 
 from engine.checkpoints import checkpoint_path, load_finished
 from engine.console import log
+from engine.fingerprints import check_teacher
 from engine.folder import find_images, open_image, to_array
 from engine.inference import predict
 from engine.models import load_model
@@ -19,7 +20,8 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
     """A table for each image file, also of folders: the class and the probabilities (%) by every trained model.
 
     Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
-    Empty if no model is trained. Raises UserError naming a file that cannot be read.
+    Empty if no model is trained. Raises UserError naming a file that cannot be read, and a
+    checkpoint that is not the model of its name or was distilled from a teacher that has been retrained since.
     """
     files = [file for path in paths for file in find_images(path)]
     resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
@@ -30,6 +32,7 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
         if not state:
             log.info(f"not trained yet, skipped: {path}")
             continue
+        check_teacher(path, state, config)
         model, size = load_model(state, config.device), state["settings"]["image_size"]
         if size not in resized:
             arrays = [to_array(open_image(file), size) for file in files]

@@ -16,11 +16,9 @@ from sklearn.metrics import classification_report, precision_recall_fscore_suppo
 
 from engine.datasets import Dataset
 from engine.device import environment
-from engine.fields import settings_of
-from engine.files import write_durably
-from engine.recipes import Recipe
+from engine.files import replace_files
 from engine.settings import Config
-from engine.sweeps import Point, grid
+from engine.sweeps import Grid
 from report import figures
 from report.comparisons import (
     Models,
@@ -36,6 +34,13 @@ from report.effects import effects_figure, sweep_figure
 from report.markdown import results_markdown
 from report.metrics import confusion_counts, fit_temperature, log_probabilities, model_metrics
 
+# Every file of a report. Those of an earlier one that a report does not have are removed.
+FILES = (
+    *("results.md", "results.json", "predictions.npz", "training_curves.png", "reliability.png", "effects.png"),
+    *("sweep_*.png", "*/confusion_matrix.png", "*/classification_report.png", "*/classification_report.txt"),
+    *("*/class_differences.png", "*/confusion_difference.png", "*/disagreements.png"),
+)
+
 Temperatures = Mapping[str, Mapping[int, float]]  # model -> seed -> temperature fitted to the validation images
 
 
@@ -46,7 +51,7 @@ def write_report(
     training_logits: TrainingLogits,
     missing: list[Path],
 ) -> dict[str, Any]:
-    """Write every file of the report, and return what results.json holds."""
+    """Write every file of the report in place of an earlier one's, and return what results.json holds."""
     labels, folder = dataset.test.labels.cpu().numpy(), Path(config.imgs_path, config.run)
     validation_labels = dataset.validation.labels.cpu().numpy() if dataset.validation else None
     temperatures = {
@@ -58,8 +63,7 @@ def write_report(
     drawn = itertools.chain(
         model_figures(config, dataset, models, labels, temperatures), run_figures(config, results), *compared
     )
-    for path, figure in drawn:
-        write_durably(folder / path, figures.png(figure))
+    files = {path: figures.png(figure) for path, figure in drawn}
     for name, model in models.items():
         reports = {
             f"seed {seed}\n": classification_report(
@@ -68,7 +72,7 @@ def write_report(
             for seed, p in model.predictions.items()
         }
         text = "\n".join(title * (len(reports) > 1) + report for title, report in reports.items())
-        write_durably(folder / name / "classification_report.txt", text.encode())
+        files[f"{name}/classification_report.txt"] = text.encode()
 
     arrays = {"labels": labels}
     arrays |= {f"{name}/seed{seed}": logits for name, model in models.items() for seed, logits in model.logits.items()}
@@ -78,9 +82,11 @@ def write_report(
             arrays |= {f"validation/{name}/seed{seed}": z for seed, z in model.validation_logits.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_durably(folder / "predictions.npz", buffer.getvalue())
-    write_durably(folder / "results.json", (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
-    write_durably(folder / "results.md", results_markdown(results).encode())
+    files["predictions.npz"] = buffer.getvalue()
+    files["results.json"] = (json.dumps(results, indent=2, allow_nan=False) + "\n").encode()
+    files["results.md"] = results_markdown(results).encode()
+    earlier = {path for pattern in FILES for path in folder.glob(pattern)}
+    replace_files(folder, files, stale=earlier - {folder / name for name in files})
     return results
 
 
@@ -101,7 +107,11 @@ def collect(
         "classes": list(classes),
         "n_test": len(labels),
         "models": {
-            name: {**model_metrics(model, labels, classes, temperatures[name]), "cost": cost[name]}
+            name: {
+                **model_metrics(model, labels, classes, temperatures[name]),
+                "weights": {str(seed): digest for seed, digest in model.digests.items()},
+                "cost": cost[name],
+            }
             for name, model in models.items()
         },
         "comparisons": [
@@ -112,7 +122,10 @@ def collect(
         "versus_teacher": versus_teacher(models, cost, labels),
         "fidelity": fidelity(models, labels),
         "soft_targets": soft_targets(models, training_logits),
-        "sweeps": {row: [point._asdict() for point in points] for row, points in sweeps(config, models).items()},
+        "sweeps": {
+            row: [{"row": name, "values": values} for name, values in points.items()]
+            for row, points in sweeps(config, models).items()
+        },
         "missing": [str(path) for path in missing],
         "settings": {
             **dataclasses.asdict(config),
@@ -156,17 +169,16 @@ def run_figures(config: Config, results: dict[str, Any]) -> Iterator[tuple[str, 
             name: models[name]
             for comparison in results["comparisons"]
             for name in (comparison["baseline"], config.recipes[comparison["model"]].teacher)
-            if comparison["model"] in {point.row for point in points} and name in models
+            if comparison["model"] in points and name in models
         }
-        found = [(point.values, models[point.row]) for point in points]
+        found = [(values, models[name]) for name, values in points.items()]
         yield f"sweep_{row}.png", sweep_figure(found, references, colours)
 
 
-def sweeps(config: Config, evaluated: Container[str]) -> dict[str, list[Point]]:
-    """The evaluated points of each sweep that has some."""
-    points = grid(config.sweep, {field.name: field for field in settings_of(Recipe)})
-    found = {row: [point for point in row_points if point.row in evaluated] for row, row_points in points.items()}
-    return {row: row_points for row, row_points in found.items() if row_points}
+def sweeps(config: Config, evaluated: Container[str]) -> Grid:
+    """The evaluated rows of each sweep that has some."""
+    found = {row: {n: values for n, values in points.items() if n in evaluated} for row, points in config.swept.items()}
+    return {row: points for row, points in found.items() if points}
 
 
 def comparison_figures(

@@ -55,10 +55,13 @@ def override(words: list[str], *more: str) -> list[str]:
     return [word for group in {**split(words), **split(more)}.values() for word in group]
 
 
+def paths(folder: Path) -> list[str]:
+    return [f"--checkpoints_path={folder / 'checkpoints'}", f"--imgs_path={folder / 'imgs'}"]
+
+
 def flags(folder: Path, *more: str, device: str = "cpu") -> list[str]:
     """The command line of a small experiment that keeps to `folder`, with more flags."""
-    paths = [f"--checkpoints_path={folder / 'checkpoints'}", f"--imgs_path={folder / 'imgs'}"]
-    return override([*SMALL_FLAGS, "--device", device, *paths], *more)
+    return override([*SMALL_FLAGS, "--device", device, *paths(folder)], *more)
 
 
 def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -153,7 +153,7 @@ def test_an_export_lists_its_classes(exported):
     about = {"about.json": ""}
     torch.export.load(str(exported / "checkpoints/demo/seed0/student_kd.pt2"), extra_files=about)
     expected = {"name": "student_kd", "seed": 0, "classes": list("0123456789"), "image_size": 16}
-    assert json.loads(about["about.json"]) == expected
+    assert expected.items() <= json.loads(about["about.json"]).items()
 
 
 @pytest.mark.parametrize("spoiled", ["program", "numbers"])

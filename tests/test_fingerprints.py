@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, flags
+from conftest import ROOT, SMALL, flags, override, paths
 
 import config as config_module
 import custom_resnet
@@ -167,16 +167,15 @@ def test_a_state_of_another_device_keeps_this_devices_optimizer(config, model):
 
 def test_evaluate_needs_only_the_name_of_a_run(tmp_path, capsys):
     words = flags(tmp_path, "--run=warmer", "--only=student", "--student.lr=0.03", "--student.epochs=1")
-    custom_resnet.main([*words, "--seeds", "3"])
-    custom_resnet.main([*words, "--seeds", "4"])
-    checkpoints = f"--checkpoints_path={tmp_path / 'checkpoints'}"
-    evaluate.main(["--run", "warmer", checkpoints])
+    custom_resnet.main(override(words, "--seeds", "3"))
+    custom_resnet.main(override(words, "--seeds", "4"))
+    evaluate.main(["--run", "warmer", *paths(tmp_path)])
     results = json.loads((tmp_path / "imgs/warmer/results.json").read_text())
     assert results["settings"]["recipes"]["student"]["lr"] == 0.03
     assert list(results["models"]["student"]["accuracy"]["seeds"]) == ["3", "4"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        evaluate.main(["--run", "nowhere", checkpoints, f"--imgs_path={tmp_path}", "--dataset=digits"])
+        evaluate.main(["--run", "nowhere", *paths(tmp_path), "--dataset=digits"])
     assert "checkpoints/nowhere: holds no checkpoints; train first" in capsys.readouterr().err
 
 

@@ -1,0 +1,198 @@
+"""The evaluation of a run by the checkpoints that lie in its folder."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags, override, paths
+
+import engine.files
+import evaluate
+import teacher_student_model
+import utils
+from config import PRESETS
+from engine.checkpoints import load_checkpoint, save_checkpoint, tensors_digest
+from engine.errors import UserError
+from report import write
+from utils import parse_recorded
+
+
+@pytest.fixture(autouse=True)
+def figures_are_not_drawn(monkeypatch):
+    monkeypatch.setattr(write.figures, "png", lambda figure: b"a figure")
+
+
+def copy_of(trained, tmp_path) -> Path:
+    """The checkpoints of the run demo, of seeds 0 and 1, in a folder that a test may change."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints/demo"
+
+
+def refused(main, words, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Save a checkpoint with changes, as the program would have."""
+    save_checkpoint(path, {**load_checkpoint(path), **changes})
+
+
+def test_a_run_is_evaluated_by_all_its_checkpoints_whatever_their_times(trained, tmp_path):
+    """A sweep after the plain row: both lie there, and neither time stamps nor config.py hide one."""
+    folder = copy_of(trained, tmp_path)
+    swept = flags(tmp_path, "--sweep", "student_kd.alpha=0,1", "--student_kd.epochs=1")
+    teacher_student_model.main(override(swept, "--seeds", "0", "1"))
+    for newest in ("student_kd.pt", "student_kd-alpha-0.pt"):
+        os.utime(folder / "seed1" / newest, (2_000_000_000, 2_000_000_000))
+        evaluate.main(["--run=demo", *paths(tmp_path)])
+        results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+        rows = ["teacher", "student", "student_kd", "student_kd-alpha-0", "student_kd-alpha-1"]
+        assert set(results["models"]) == set(rows)
+        assert {name: len(model["accuracy"]["seeds"]) for name, model in results["models"].items()} == dict.fromkeys(
+            rows, 2
+        )
+        assert [entry["values"] for entry in results["sweeps"]["student_kd"]] == [{"alpha": 0.0}, {"alpha": 1.0}]
+
+
+def test_checkpoints_that_contradict_one_another_are_refused_with_both_names(trained, tmp_path, capsys):
+    folder = copy_of(trained, tmp_path)
+    config = load_checkpoint(folder / "seed1/student.pt")["config"]
+    row = config["recipes"]["student"]
+    for changes, what in (
+        ({"recipes": {**config["recipes"], "student": {**row, "lr": 0.5}}}, "student.lr is 0.01 and 0.5"),
+        ({"batch_size": 7}, "batch_size is 25 and 7"),
+    ):
+        rewrite(folder / "seed1/student.pt", config={**config, **changes})
+        message = refused(evaluate.main, ["--run=demo", *paths(tmp_path)], capsys)
+        assert "seed0/student" in message
+        assert "seed1/student.pt" in message
+        assert what in message
+    rewrite(folder / "seed1/student.pt", config={**config, "recipes": {**config["recipes"], "student": row}})
+    evaluate.main(["--run=demo", *paths(tmp_path), "--only", "student"])
+
+
+def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(trained, tmp_path, capsys, monkeypatch):
+    folder = copy_of(trained, tmp_path)
+
+    def baseline(*words: str) -> str:
+        capsys.readouterr()
+        return parse_recorded(["--run=demo", *paths(tmp_path), *words], {}).recipes["student_kd"].baseline
+
+    for path in folder.glob("seed*/*.pt"):
+        config = load_checkpoint(path)["config"]
+        assert config["preset"] == "demo"
+        config["recipes"]["student_kd"]["baseline"] = "teacher"
+        rewrite(path, config=config)
+    assert baseline() is None  # as config.py's demo has it
+    monkeypatch.setattr(utils.settings, "PRESETS", {})
+    assert baseline() == "teacher"
+    edited = replace(PRESETS["demo"].recipes["student_kd"], baseline="student")
+    recipes = {**PRESETS["demo"].recipes, "student_kd": edited}
+    monkeypatch.setattr(utils.settings, "PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
+    assert baseline() == "student"
+    parse_recorded(["--run=demo", *paths(tmp_path)], {})
+    assert "student_kd.baseline is student in config.py, which counts, and teacher in the checkpoint" in (
+        capsys.readouterr().err
+    )
+    assert baseline("--student_kd.baseline", "teacher") == "teacher"
+    new = replace(PRESETS["demo"].recipes["student"], lr=0.5)
+    recipes |= {"unborn": new, "student_kd": replace(edited, baseline="unborn")}
+    monkeypatch.setattr(utils.settings, "PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
+    assert baseline() == "unborn"  # the report says that it is not trained yet
+
+
+def test_a_report_goes_to_this_checkout_wherever_the_run_was_trained(trained, tmp_path, monkeypatch):
+    copy_of(trained, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert parse_recorded(["--run=demo"], {}).imgs_path == "imgs"
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("seed0/student.pt", "seed1/student.pt"), ("seed0/student.pt", "seed0/student_kd.pt")],
+    ids=["seed", "name"],
+)
+def test_a_checkpoint_under_another_name_is_refused_everywhere(trained, tmp_path, image_folder, capsys, source, target):
+    folder = copy_of(trained, tmp_path)
+    (image,) = image_folder({"test": 1}).rglob("*.png")
+    shutil.copy(folder / source, folder / target)
+    both = flags(tmp_path, "--seeds", "0", "1")
+    for main, words in (
+        (evaluate.main, [*both, "--predict", str(image)]),
+        (evaluate.main, ["--run=demo", *paths(tmp_path), "--predict", str(image)]),
+        (evaluate.main, both),
+        (evaluate.main, [*both, "--export", "--only", "student", "student_kd"]),
+        (teacher_student_model.main, both),
+    ):
+        message = refused(main, words, capsys)
+        assert f"{target}: holds the model of {source}" in message
+
+
+def test_a_student_of_a_retrained_teacher_is_not_predicted_with(trained, tmp_path, image_folder, capsys):
+    folder = copy_of(trained, tmp_path)
+    (image,) = image_folder({"test": 1}).rglob("*.png")
+    teacher_student_model.main(flags(tmp_path, "--only=teacher", "--teacher.lr=0.02", "--overwrite"))
+    message = refused(evaluate.main, flags(tmp_path, "--predict", str(image)), capsys)
+    assert f"{folder}/seed0/student_kd.pt: was distilled from a teacher that has been retrained since" in message
+
+
+# What is derived from a model does not outlive it
+
+
+def test_an_export_says_of_which_weights_it_is_and_goes_with_them(trained, tmp_path, capsys):
+    folder = copy_of(trained, tmp_path)
+    evaluate.main(flags(tmp_path, "--export"))
+    export, about = folder / "seed0/student_kd.pt2", {"about.json": ""}
+    torch.export.load(str(export), extra_files=about)
+    weights = load_checkpoint(folder / "seed0/student_kd.pt")["model"]
+    assert json.loads(about["about.json"])["weights"] == tensors_digest(weights)
+    teacher_student_model.main(flags(tmp_path, "--student_kd.epochs=1", "--overwrite"))
+    assert not export.exists()
+    assert f"{export}: removed" in capsys.readouterr().err
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_report_replaces_the_earlier_one_as_a_whole(trained, tmp_path):
+    copy_of(trained, tmp_path)
+    evaluate.main(flags(tmp_path))
+    folder = tmp_path / "imgs/demo"
+    before = files(folder)
+    assert all(any(Path(name).match(pattern) for pattern in write.FILES) for name in before)
+    (folder / "notes.txt").write_text("the user's")
+    (folder / "student_kd/own.png").write_text("the user's")
+    evaluate.main(flags(tmp_path, "--only=teacher"))
+    after = set(files(folder))
+    assert {name for name in before if name.startswith("student")} & after == set()
+    assert {"notes.txt", "student_kd/own.png", "results.json", "teacher/confusion_matrix.png"} <= after
+    assert not any(path.is_dir() and not any(path.iterdir()) for path in folder.rglob("*"))
+
+
+def test_an_evaluation_that_fails_leaves_the_earlier_report_as_it_was(trained, tmp_path, monkeypatch):
+    copy_of(trained, tmp_path)
+    evaluate.main(flags(tmp_path))
+    before = files(tmp_path / "imgs/demo")
+    written = []
+
+    def full_disk(path, *parts):
+        written.append(path)
+        if len(written) == 5:
+            raise UserError(f"{path}: cannot be written (No space left on device)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(parts))
+
+    monkeypatch.setattr(engine.files, "write_durably", full_disk)
+    with pytest.raises(SystemExit):
+        evaluate.main(flags(tmp_path, "--only=student"))
+    assert len(written) == 5
+    assert files(tmp_path / "imgs/demo") == before
