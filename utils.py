@@ -97,7 +97,7 @@ def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) 
         probe.unlink()
         state = load_or_copy(name, seed, config, dataset)
         if state and config.precision == "auto":
-            config = replace(config, precision=state["settings"].get("precision", "auto"))
+            config = replace(config, precision=state["settings"]["config"].get("precision", "auto"))
         teacher, epochs = config.teacher_of(name, seed), config.recipes[name].epochs
         if teacher in jobs:  # which may change its weights
             jobs[name, seed] = Job(name, seed, epochs)

@@ -16,7 +16,7 @@ from engine.files import write_durably
 from engine.recipes import Recipe
 from engine.settings import Config
 
-FORMAT = 2
+FORMAT = 3
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -111,7 +111,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 def recorded_precision(config: Config) -> str | None:
     """The precision of the first model that the run has trained; None if there is none, or none that can be read."""
     paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
-    settings = (state["settings"] for path in paths if (state := read_metadata(path)))
+    settings = (state["settings"]["config"] for path in paths if (state := read_metadata(path)))
     return next((found["precision"] for found in settings if "precision" in found), None)
 
 

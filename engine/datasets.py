@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split | None
     test: Split
-    digest: str  # sha256 of the classes and of every image and label
+    digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
 
     def subset(self, size: int | None) -> torch.Tensor:
         """Indices (size,) of a stratified choice of training images, always the same; None: all of them."""
@@ -113,6 +113,7 @@ def read_dataset(config: Config) -> Dataset:
     check_sizes(config, train)
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
+        digest.update(held_out.numpy())
         validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
     for name, recipe in config.recipes.items():
         if recipe.train_size is not None:

@@ -176,11 +176,14 @@ class Config:
     def seeds_of(self, name: str) -> list[int]:
         """The seeds that a recipe is trained with: all of them.
 
-        A recipe that is only a teacher has the `teacher_seed`s of its students instead, if each of them sets one.
+        A recipe that is only a teacher is trained with those that its students use: the `teacher_seed` of a student, or
+        the student's own seeds.
         """
-        chosen = [recipe.teacher_seed for recipe in self.recipes.values() if recipe.teacher == name]
-        only_a_teacher = chosen and name not in [baseline_of(other, self.recipes) for other in self.recipes]
-        return sorted(set(chosen)) if only_a_teacher and None not in chosen else list(self.seeds)
+        students = [other for other, recipe in self.recipes.items() if recipe.teacher == name]
+        if not students or name in [baseline_of(other, self.recipes) for other in self.recipes]:
+            return list(self.seeds)
+        used = [self.teacher_of(student, seed)[1] for student in students for seed in self.seeds_of(student)]
+        return list(dict.fromkeys(used))
 
     def models(self) -> list[tuple[str, int]]:
         """Name and seed of every selected model, seed by seed, each teacher before its students."""

@@ -204,7 +204,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
     words += ["--only", "teacher", "student_kd"]
     teacher_student_model.main(words)
     output = capsys.readouterr().err
-    assert "precision" not in load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")["settings"]
+    assert load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")["settings"]["config"] == {}
     accuracy = (predict(theirs, digits.test.images.cpu(), 16).argmax(1) == digits.test.labels.cpu()).float().mean()
     assert f"accuracy on the test images {accuracy:.2%}" in output
     assert f"warning: teacher seed 0 classifies only {accuracy:.0%} correctly" in output
