@@ -20,6 +20,7 @@ from engine.checkpoints import checkpoint_path, save_checkpoint
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
 from engine.device import (
+    DROPOUT,
     code_digest,
     compiled,
     environment,
@@ -87,7 +88,7 @@ def fit(
         total, done = (count * (own.stop - own.start) for count in (training.steps, training.step))
         with Progress(f"{title} epoch {epoch + 1}/{recipe.epochs}", total, done) as progress:
             for batch in batches(dataset.train, subset, config, seed, epoch, training.step):
-                seed_torch(seed, epoch, training.step, rank())  # for dropout: a resumed run draws the same masks
+                seed_torch(DROPOUT, seed, epoch, training.step, rank())  # a resumed run draws the same masks
                 with forward_pass(config.device, config.precision):
                     logits = forward(batch.images).float()
                 terms = loss_fn(logits, batch)

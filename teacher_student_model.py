@@ -23,7 +23,7 @@ from custom_resnet import LossFunction, train
 from engine.checkpoints import load_logits, logits_path, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
-from engine.device import configure_backends, forward_pass
+from engine.device import SHUFFLED_TEACHER, configure_backends, forward_pass, seed_sequence
 from engine.distributed import broadcast_from_rank0
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
@@ -153,7 +153,8 @@ def shuffle_within_classes(logits: torch.Tensor, dataset: Dataset, subset: torch
     A student that gains from these as much as from the true ones gains from smoother labels, not from what the teacher
     sees in each image.
     """
-    random, index = np.random.default_rng(seed), torch.arange(logits.shape[1])
+    random = np.random.default_rng(seed_sequence(SHUFFLED_TEACHER, seed))
+    index = torch.arange(logits.shape[1])
     labels = dataset.train.labels.cpu()[subset]
     for label in labels.unique():
         members = subset[labels == label]

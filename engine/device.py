@@ -70,9 +70,23 @@ def forward_pass(device: str | torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-def seed_torch(*position: int) -> None:
-    """Seed torch's generators with a function of these numbers, such as seed, epoch and step."""
-    torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+# Random numbers have a stream for each purpose. The order of the images and the initial weights are drawn from streams
+# without a number: NumPy's default_rng((seed, epoch)) and torch.manual_seed(seed).
+DROPOUT, AUGMENTATION, SHUFFLED_TEACHER = 1, 2, 3
+
+
+def seed_sequence(stream: int, *position: int) -> np.random.SeedSequence:
+    """Random numbers of a stream at a position, up to four numbers such as seed, epoch and step.
+
+    With `spawn_key` they differ from those of every other stream. Without it, NumPy ignores zeros at the end of a
+    position, so that (seed, epoch, step) and (seed, epoch, step, 0) would share them.
+    """
+    return np.random.SeedSequence(position, spawn_key=(stream,))
+
+
+def seed_torch(stream: int, *position: int) -> None:
+    """Seed torch's generators with `seed_sequence`."""
+    torch.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
 
 
 def synchronize(device: str | torch.device) -> None:

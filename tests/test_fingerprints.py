@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, flags
+from torch import nn
 
 import config as config_module
 import custom_resnet
@@ -150,6 +151,32 @@ def test_a_state_of_another_device_keeps_this_devices_optimizer(config, model):
         group["fused"] = None
     (group,) = Training(model, recipe, config, 100, "test", saved).optimizer.param_groups
     assert group["fused"] is True
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_resumes_in_another_memory_format(config, optimizer):
+    """MPS trains in the contiguous one, CPU and CUDA in channels_last. Against a run in one format."""
+    recipe, formats = Recipe(optimizer=optimizer, lr=0.1, epochs=1), (torch.contiguous_format, torch.channels_last)
+
+    def steps(model, state, numbers):
+        training = Training(model, recipe, config, 100, "test", state)
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            for parameter in model.parameters():
+                gradient = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            training.optimizer.step()
+        return copy.deepcopy(training.state_dict())
+
+    def build(memory_format):
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 4, 3).to(config.device, memory_format=memory_format)
+
+    for first, second in (formats, formats[::-1]):
+        expected = steps(build(first), None, range(6))["model"]
+        resumed = steps(build(second), steps(build(first), None, range(3)), range(3, 6))["model"]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=0)
 
 
 # The evaluation knows the run

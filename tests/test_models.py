@@ -48,6 +48,16 @@ def test_the_stem_of_a_recipe_is_that_of_its_model():
         assert initial_model(Recipe(stem=stem, pretrained=False), 10).conv1.kernel_size == size
 
 
+def test_initial_weights_are_torchvisions_for_the_seed():
+    """Pinned: the stream of torch's generator for the seed."""
+    torch.manual_seed(3)
+    weights = initial_model(Recipe(pretrained=False), 10).conv1.weight
+    torch.manual_seed(3)
+    assert torch.equal(weights, torchvision.models.resnet18().conv1.weight)
+    expected = [0.005683334544301033, 0.01489682774990797, -0.004761551972478628]
+    assert weights.flatten()[:3].tolist() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("arch", sorted(set(ARCHS) - set(FAMILIES)))
 def test_every_other_architecture_builds_with_torchvisions_names(arch):
