@@ -228,6 +228,37 @@ def test_a_batch_size_above_the_number_of_images_is_refused(miniature_cifar10):
         datasets.load_dataset(replace(config, batch_size=60, validation_size=50))
 
 
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_onecycle_is_refused_for_so_few_steps_that_it_never_reaches_its_peak(config, steps):
+    """Against PyTorch's own schedule. Its last step is not counted: it ends at lr / 250,000."""
+    row = replace(config.recipes["student"], lr=1.0, schedule="onecycle", epochs=1, train_size=50 * steps)
+    config = replace(config, recipes={"student": row}, batch_size=50)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps), []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < steps:
+            scheduler.step()
+    if steps < 5:
+        assert max(rates) < 0.95 or steps == 3
+        with pytest.raises(UserError, match=rf"student\.schedule = 'onecycle': .* trains for {steps}; "):
+            datasets.load_dataset(config)
+    else:
+        assert max(rates) > 0.95
+        datasets.load_dataset(config)
+
+
+def test_the_steps_of_onecycle_are_those_of_selected_recipes_over_all_epochs(config):
+    row = replace(config.recipes["student"], schedule="onecycle", epochs=1)  # 100 images in batches of 25
+    few = replace(config, recipes={**config.recipes, "student": row})
+    with pytest.raises(UserError, match=r"student\.schedule"):
+        datasets.load_dataset(few)
+    datasets.load_dataset(replace(few, only=("teacher",)))
+    for changes in ({"epochs": 2}, {"train_size": None}, {"schedule": "cosine"}):
+        datasets.load_dataset(replace(config, recipes={**config.recipes, "student": replace(row, **changes)}))
+
+
 def test_impossible_sizes_are_refused_naming_the_recipe(config):
     recipes = {**config.recipes, "student": replace(config.recipes["student"], train_size=1290)}
     with pytest.raises(UserError, match=r"student.train_size = 1290: must select and leave at least one image"):
