@@ -42,6 +42,7 @@ from engine.distributed import (
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
+from engine.images import NORMALISATION
 from engine.inference import Stopped, predict
 from engine.models import build_model, initial_model
 from engine.recipes import Recipe
@@ -192,6 +193,7 @@ def train(
     def write(state: dict[str, Any]) -> None:
         finished = len(state["history"]) == recipe.epochs
         about = {"name": name, "seed": seed, "arch": recipe.arch, "stem": recipe.stem, "classes": list(dataset.classes)}
+        about["normalisation"] = NORMALISATION
         origin = {"settings": settings, "environment": environment(config), "finished": finished}
         origin["config"] = asdict(config)
         if finished:
@@ -236,7 +238,7 @@ def start_model(
         torch.manual_seed(seed)  # every recipe of this architecture starts from the same weights
         if state:
             return build_model(recipe.arch, len(dataset.classes), stem=recipe.stem)
-        return initial_model(recipe, len(dataset.classes))
+        return initial_model(recipe, dataset.classes, lambda text: log.info(f"{title}  {text}"))
 
     model = main_process_first(build)
     if config.sync_batchnorm and world_size() > 1:

@@ -86,7 +86,7 @@ def load_training(path: Path) -> dict[str, Any] | None:
         return None
     state = load_checkpoint(path)
     types = {"name": str, "arch": str, "stem": str, "classes": list, "config": dict, "settings": dict}
-    types |= {"environment": dict, "finished": bool, "model": dict, "history": list}
+    types |= {"normalisation": dict, "environment": dict, "finished": bool, "model": dict, "history": list}
     wrong = [key for key, type_ in types.items() if not isinstance(state.get(key), type_)]
     if wrong:
         raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,8 +128,8 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
     for name in dict.fromkeys(job.name for job in jobs):
         recipe = config.recipes[name]
         resumed = all(job.resumed for job in jobs if job.name == name)  # and needs no initial weights
-        build = Architecture.of(recipe).build if resumed else partial(initial_model, recipe)
-        model = build(len(dataset.classes))
+        arch = Architecture.of(recipe)
+        model = arch.build(len(dataset.classes)) if resumed else initial_model(recipe, dataset.classes)
         check_image_size(model, recipe.arch, config.image_size)
         sizes[name] = sum(tensor.nbytes for tensor in model.state_dict().values())
     return sizes

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from engine.device import AUGMENTATION, memory_format, seed_torch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALISATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}  # as a checkpoint records it
 PRECISION_BITS = 22  # of Pillow's fixed-point weights
 
 

@@ -77,12 +77,16 @@ def test_pickled_code_is_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["name", "settings", "environment", "model", "history", "classes", "arch", "finished", "config", "stem"]
+    "wrong",
+    [
+        *("name", "settings", "environment", "model", "history", "classes", "arch", "finished", "config", "stem"),
+        "normalisation",
+    ],
 )
 def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wrong):
     path = tmp_path / "model.pt"
     about = {"name": "student", "settings": {}, "environment": {}, "history": [], "classes": [], "finished": True}
-    about |= {"model": {}, "arch": "resnet18", "stem": "imagenet", "config": {}}
+    about |= {"model": {}, "arch": "resnet18", "stem": "imagenet", "config": {}, "normalisation": {}}
     checkpoints.save_checkpoint(path, about)
     assert checkpoints.load_finished(path)
     checkpoints.save_checkpoint(path, {**about, wrong: 7})
