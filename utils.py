@@ -12,7 +12,7 @@ from engine import flags
 from engine.checkpoints import checkpoint_path, recorded_config, recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
-from engine.device import configure_backends, describe_precision, device_name, resolve_device
+from engine.device import configure_backends, describe_precision, describe_threads, device_name, resolve_device
 from engine.distributed import broadcast_from_rank0, main_process_first, process_group, world_size
 from engine.errors import UserError, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
@@ -115,5 +115,5 @@ def log_summary(config: Config, dataset: Dataset) -> None:
     log.info(
         f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
-        f"{device_name(config)}{several}, {describe_precision(config)}{pinned}"
+        f"{device_name(config)}{describe_threads(config)}{several}, {describe_precision(config)}{pinned}"
     )

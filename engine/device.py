@@ -156,7 +156,12 @@ def explain_device_errors(config: Config) -> Iterator[None]:
 def device_name(config: Config) -> str:
     if torch.device(config.device).type == "cuda":
         return torch.cuda.get_device_name(config.device)
-    return f"{config.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{config.device} ({platform.machine()})"
+
+
+def describe_threads(config: Config) -> str:
+    """The number of threads on a CPU, such as ", 2 threads"; nothing on another device."""
+    return f", {torch.get_num_threads()} threads" if torch.device(config.device).type == "cpu" else ""
 
 
 def describe_precision(config: Config) -> str:
@@ -177,8 +182,8 @@ def code_digest() -> str:
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What a result depends on besides the settings."""
-    return {
+    """What a result depends on besides the settings: on a CPU, also the number of threads."""
+    found = {
         "code": code_digest(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -188,3 +193,6 @@ def environment(config: Config) -> dict[str, str]:
         "precision": describe_precision(config),
         "processes": str(world_size()),
     }
+    if torch.device(config.device).type == "cpu":
+        found["threads"] = str(torch.get_num_threads())  # among which sums are divided
+    return found

@@ -70,7 +70,11 @@ class Config:
     overwrite: bool = setting(
         False, FLAG, "retrain, in place, models that were trained with other settings and only those"
     )
-    jobs: int = setting(1, integer(1, 64), "models to train at the same time, each with its share of the CPU's threads")
+    jobs: int = setting(
+        1,
+        integer(1, 64),
+        "models to train at the same time, each with its share of the CPU's threads, whose number changes a model",
+    )
     checkpoint_minutes: float = setting(
         10, POSITIVE, "save the training state this often, and after an epoch if the last save was over 5 s ago"
     )
@@ -90,7 +94,9 @@ class Config:
         "torch.compile the model; auto: on CUDA, if the training is long enough to repay the minute it takes",
     )
     deterministic: bool = setting(
-        False, FLAG, "bit-reproducible but slower on CUDA, without compile = auto (a CPU is always reproducible)"
+        False,
+        FLAG,
+        "bit-reproducible but slower on CUDA, without compile = auto (a CPU always is, given the number of threads)",
     )
     sync_batchnorm: bool = setting(
         False, FLAG, "with several processes, BatchNorm over the whole batch instead of each process's part; CUDA only"

@@ -272,6 +272,8 @@ def test_the_environment_names_what_a_result_depends_on(config):
     assert found["device"] == device_name(config)
     assert found["precision"].startswith("fp32")
     assert found["processes"] == "1"
+    on_a_cpu = {"threads": str(torch.get_num_threads())} if config.device == "cpu" else {}
+    assert {key: value for key, value in found.items() if key == "threads"} == on_a_cpu
     assert {type(value) for value in found.values()} == {str}  # plain values, which a checkpoint can hold
 
 
