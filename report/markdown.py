@@ -132,12 +132,6 @@ def render(results: dict[str, Any]) -> ModuleType:
     everything, code = len(trained) == 1, results["environment"]["code"]
     other_code = [names for names, found in trained.values() if found.get("code") != code]
     recipes = results["settings"]["recipes"].values()
-    different: dict[str, dict[str, list[str]]] = {key: {} for key in ("device", "processes", "threads", "precision")}
-    for names, found in trained.values():
-        names = [name for name in names if results["settings"]["recipes"][name.split()[0]]["epochs"]]
-        for key in different.keys() & found.keys():
-            if names:
-                different[key].setdefault(found[key], []).extend(names)
     used = {name for recipe in recipes if recipe["teacher"] for name in parameters(recipe["soft_loss"])}
     return env.get_template("results.md.jinja").make_module(
         {
@@ -155,10 +149,21 @@ def render(results: dict[str, Any]) -> ModuleType:
             "worse_when_scaled": worse_when_scaled,
             "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
             "other_code": ["all models"] if len(other_code) == len(trained) > 0 else [*itertools.chain(*other_code)],
-            "different_environments": {key: values for key, values in different.items() if len(values) > 1},
+            "different_environments": different_environments(results),
             "ln": math.log,
         }
     )
+
+
+def different_environments(results: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """What changes a trained model and is not the same for all: value -> models, for each of these keys."""
+    found: dict[str, dict[str, list[str]]] = {key: {} for key in ("device", "processes", "threads", "precision")}
+    for name, model in results["models"].items():
+        if results["settings"]["recipes"][name]["epochs"]:  # otherwise its weights are used as they are
+            for seed, environment in model["environments"].items():
+                for key in found.keys() & environment.keys():
+                    found[key].setdefault(environment[key], []).append(f"{name} seed {seed}")
+    return {key: models for key, models in found.items() if len(models) > 1}
 
 
 def results_markdown(results: dict[str, Any]) -> str:
