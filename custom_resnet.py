@@ -20,6 +20,7 @@ from engine.checkpoints import checkpoint_path, save_model
 from engine.console import Progress, duration, log, stop_requests
 from engine.datasets import Batch, Dataset, batches
 from engine.device import (
+    DROPOUT,
     code_digest,
     compiled,
     environment,
@@ -41,6 +42,7 @@ from engine.distributed import (
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
+from engine.images import NORMALISATION
 from engine.inference import Stopped, predict
 from engine.models import build_model, initial_model
 from engine.recipes import Recipe
@@ -87,7 +89,7 @@ def fit(
         total, done = (count * (own.stop - own.start) for count in (training.steps, training.step))
         with Progress(f"{title} epoch {epoch + 1}/{recipe.epochs}", total, done) as progress:
             for batch in batches(dataset.train, subset, config, seed, epoch, training.step):
-                seed_torch(seed, epoch, training.step, rank())  # for dropout: a resumed run draws the same masks
+                seed_torch(DROPOUT, seed, epoch, training.step, rank())  # a resumed run draws the same masks
                 with forward_pass(config.device, config.precision):
                     logits = forward(batch.images).float()
                 terms = loss_fn(logits, batch)
@@ -191,6 +193,7 @@ def train(
     def write(state: dict[str, Any]) -> None:
         finished = len(state["history"]) == recipe.epochs
         about = {"name": name, "seed": seed, "arch": recipe.arch, "stem": recipe.stem, "classes": list(dataset.classes)}
+        about["normalisation"] = NORMALISATION
         origin = {"settings": settings, "environment": environment(config), "finished": finished}
         origin["config"] = asdict(config)
         if finished:
@@ -235,7 +238,7 @@ def start_model(
         torch.manual_seed(seed)  # every recipe of this architecture starts from the same weights
         if state:
             return build_model(recipe.arch, len(dataset.classes), stem=recipe.stem)
-        return initial_model(recipe, len(dataset.classes))
+        return initial_model(recipe, dataset.classes, lambda text: log.info(f"{title}  {text}"))
 
     model = main_process_first(build)
     if config.sync_batchnorm and world_size() > 1:

@@ -32,7 +32,7 @@ from engine.datasets import Dataset, load_dataset
 from engine.distributed import broadcast_from_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
-from engine.fingerprints import check_settings, logits_fingerprint, training_settings
+from engine.fingerprints import check_settings, logits_fingerprint, training_settings, without_precision
 from engine.flags import Parser
 from engine.inference import predict
 from engine.models import load_model
@@ -69,8 +69,7 @@ def finished_checkpoints(
             missing.append(path)
             continue
         settings = broadcast_from_rank0(lambda n=name, s=seed: training_settings(n, s, config, dataset))
-        settings.pop("precision", None)  # the evaluation may use a different one
-        check_settings(path, state, settings)
+        check_settings(path, state, without_precision(settings))  # the evaluation may use a different one
         yield name, seed, state, tensors_digest(state["model"])
 
 

@@ -8,6 +8,7 @@ Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained
 Then: python evaluate.py with the same flags.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,18 +24,27 @@ from custom_resnet import LossFunction, train
 from engine.checkpoints import load_logits, logits_path, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
-from engine.device import configure_backends, forward_pass
-from engine.distributed import broadcast_from_rank0
+from engine.device import SHUFFLED_TEACHER, code_digest, configure_backends, forward_pass, seed_sequence
+from engine.distributed import broadcast_from_rank0, world_size
+from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
 from engine.fingerprints import load_teacher_state, logits_fingerprint
 from engine.inference import fold_batchnorm, predict
-from engine.jobs import run_in_processes
+from engine.jobs import call_in_process, run_in_processes
 from engine.models import load_model
 from engine.recipes import Recipe
 from engine.settings import Config
 from engine.soft_losses import SOFT_LOSSES, SoftLoss, kd
-from utils import Estimates, load_config, run_script, start_training
+from utils import (
+    Estimates,
+    load_training_data,
+    parse_config,
+    prepare,
+    run_script,
+    set_up_device,
+    start_training,
+)
 
 
 def distillation_loss(
@@ -153,7 +163,8 @@ def shuffle_within_classes(logits: torch.Tensor, dataset: Dataset, subset: torch
     A student that gains from these as much as from the true ones gains from smoother labels, not from what the teacher
     sees in each image.
     """
-    random, index = np.random.default_rng(seed), torch.arange(logits.shape[1])
+    random = np.random.default_rng(seed_sequence(SHUFFLED_TEACHER, seed))
+    index = torch.arange(logits.shape[1])
     labels = dataset.train.labels.cpu()[subset]
     for label in labels.unique():
         members = subset[labels == label]
@@ -211,25 +222,60 @@ def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate
     train(name, seed, config, dataset, make_loss if recipe.teacher else None, estimate)
 
 
-def train_in_process(config: Config, estimates: Estimates, model: tuple[str, int], threads: int) -> None:
+# A script that has only been imported can be forked: all models are then trained by the code of its start. A process in
+# which PyTorch has used threads or a GPU cannot, and macOS and Windows have no safe fork.
+START_METHOD = "fork" if __name__ == "__main__" and sys.platform == "linux" else "spawn"
+
+
+def check_code(digest: str) -> None:
+    """Raise UserError if this process has imported other code than the one that started it."""
+    if code_digest() != digest:
+        raise UserError(
+            "the code was edited while this run was training, and its remaining models would be trained by other code; "
+            "undo the edit, or choose another name for this experiment (--run NAME)"
+        )
+
+
+def prepare_in_process(config: Config, models: list[tuple[str, int]], code: str) -> tuple[Config, Estimates]:
+    """What a process does before others train the models: `code` is the digest of the code that started it."""
+    with run_script():
+        check_code(code)
+        config = set_up_device(config)
+        return prepare(config, models, load_training_data(config))
+
+
+def train_in_process(config: Config, estimates: Estimates, code: str, model: tuple[str, int], threads: int) -> None:
     """Train a model in a process that `run_in_processes` has started."""
     with run_script():
+        check_code(code)
         torch.set_num_threads(threads)
         configure_backends(config)
         train_model(*model, config, load_dataset(config), estimates[model]._replace(later=0.0))
 
 
+def train_at_the_same_time(config: Config) -> None:
+    """Train `jobs` models at a time. All that uses the device happens in other processes, so that this one can fork."""
+    models, code = config.models(), code_digest()
+    with lock(Path(config.checkpoints_path, config.run)):
+        config, estimates = call_in_process(partial(prepare_in_process, config, models, code), START_METHOD)
+        teachers = {model: config.teacher_of(*model) for model in models if model in estimates}
+        run_in_processes(partial(train_in_process, config, estimates, code), teachers, config.jobs, START_METHOD)
+
+
+def train_one_by_one(config: Config) -> None:
+    config, models = set_up_device(config), config.models()
+    with start_training(config, models) as (config, dataset, estimates):
+        for model in models:
+            train_model(*model, config, dataset, estimates.get(model, UNKNOWN))
+
+
 def main(argv: list[str] | None = None) -> None:
     with run_script():
-        config = load_config(argv)
-        models = config.models()
-        with start_training(config, models) as (config, dataset, estimates):
-            if config.jobs > 1:
-                teachers = {model: config.teacher_of(*model) for model in models if model in estimates}
-                run_in_processes(partial(train_in_process, config, estimates), teachers, config.jobs)
-            else:
-                for model in models:
-                    train_model(*model, config, dataset, estimates.get(model, UNKNOWN))
+        config = parse_config(argv)
+        if config.jobs > 1 and world_size() == 1:
+            train_at_the_same_time(config)
+        else:
+            train_one_by_one(config)
         elsewhere = f" --checkpoints_path {config.checkpoints_path}" * (config.checkpoints_path != "checkpoints")
         log.info(f"All selected models are trained. For the report: python evaluate.py --run {config.run}{elsewhere}")
 

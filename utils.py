@@ -12,7 +12,14 @@ from engine import flags
 from engine.checkpoints import checkpoint_path, recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
-from engine.device import configure_backends, describe_precision, device_name, resolve_device
+from engine.device import (
+    code_digest,
+    configure_backends,
+    describe_precision,
+    describe_threads,
+    device_name,
+    resolve_device,
+)
 from engine.distributed import broadcast_from_rank0, main_process_first, process_group, world_size
 from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
@@ -31,6 +38,7 @@ with exit_on_error():  # a mistake in an edited config.py is one line, not a tra
 def run_script() -> Iterator[None]:
     """The context of a script's main: logging to stderr, one-line errors, exit on signals, the process group."""
     configure_logging()
+    code_digest()  # of the code that runs: the files may be edited later
     with exit_on_error(), handle_signals(exit_on_signal, "SIGTERM", "SIGHUP"), process_group():
         yield
 
@@ -78,8 +86,17 @@ def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None =
 
     A script with flags of its own works on an existing run, whose settings are read from its checkpoints.
     """
+    return set_up_device(parse_config(argv, script_flags))
+
+
+def parse_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:
+    """As `load_config`, but the device is not touched yet."""
     parse = settings.parse if script_flags is None else partial(parse_recorded, script_flags=script_flags)
-    config = broadcast_from_rank0(lambda: parse(argv))
+    return broadcast_from_rank0(lambda: parse(argv))
+
+
+def set_up_device(config: Config) -> Config:
+    """The config with its device resolved and configured."""
     config = main_process_first(lambda: resolve_device(config))
     configure_backends(config)
     return config
@@ -94,20 +111,30 @@ def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tu
 
     Yields the config with its precision resolved, the data set and the estimates of what is left to train.
     """
+    dataset = load_training_data(config)
+    with lock(Path(config.checkpoints_path, config.run)):
+        config, estimates = prepare(config, models, dataset)
+        yield config, dataset, estimates
+
+
+def load_training_data(config: Config) -> Dataset:
     if config.sync_batchnorm and torch.device(config.device).type != "cuda":
         raise UserError(f"sync_batchnorm = True: PyTorch supports it on CUDA only, and the device is {config.device}")
-    dataset = load_dataset(config)
-    with lock(Path(config.checkpoints_path, config.run)):
+    return load_dataset(config)
 
-        def check_and_plan() -> tuple[Config, Estimates]:
-            jobs, precision = unfinished(models, config, dataset)
-            check_space(jobs, check_models(jobs, config, dataset), config, dataset)
-            return plan(jobs, replace(config, precision=precision), dataset)
 
-        resolved, estimates = broadcast_from_rank0(check_and_plan)
-        config = replace(config, precision=resolved.precision)  # each rank keeps its own device
-        log_summary(config, dataset)
-        yield config, dataset, estimates
+def prepare(config: Config, models: list[tuple[str, int]], dataset: Dataset) -> tuple[Config, Estimates]:
+    """What `start_training` does while it holds the lock: checks, the precision, the estimates, a line in the log."""
+
+    def check_and_plan() -> tuple[Config, Estimates]:
+        jobs, precision = unfinished(models, config, dataset)
+        check_space(jobs, check_models(jobs, config, dataset), config, dataset)
+        return plan(jobs, replace(config, precision=precision), dataset)
+
+    resolved, estimates = broadcast_from_rank0(check_and_plan)
+    config = replace(config, precision=resolved.precision)  # each rank keeps its own device
+    log_summary(config, dataset)
+    return config, estimates
 
 
 def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) -> tuple[list[Job], str]:
@@ -126,7 +153,7 @@ def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) 
         probe.unlink()
         state = load_or_copy(name, seed, config, dataset)
         if state and config.precision == "auto":
-            config = replace(config, precision=state["settings"].get("precision", "auto"))
+            config = replace(config, precision=state["settings"]["config"].get("precision", "auto"))
         teacher, epochs = config.teacher_of(name, seed), config.recipes[name].epochs
         if teacher in jobs:  # which may change its weights
             jobs[name, seed] = Job(name, seed, epochs)
@@ -144,5 +171,5 @@ def log_summary(config: Config, dataset: Dataset) -> None:
     log.info(
         f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
-        f"{device_name(config)}{several}, {describe_precision(config)}{pinned}"
+        f"{device_name(config)}{describe_threads(config)}{several}, {describe_precision(config)}{pinned}"
     )

@@ -14,7 +14,7 @@ from engine.errors import UserError, first_line
 from engine.files import write_durably
 from engine.settings import Config
 
-FORMAT = 2
+FORMAT = 3
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -84,7 +84,7 @@ def load_training(path: Path) -> dict[str, Any] | None:
         return None
     state = load_checkpoint(path)
     types = {"name": str, "arch": str, "stem": str, "classes": list, "config": dict, "settings": dict}
-    types |= {"environment": dict, "finished": bool, "model": dict, "history": list}
+    types |= {"normalisation": dict, "environment": dict, "finished": bool, "model": dict, "history": list}
     wrong = [key for key, type_ in types.items() if not isinstance(state.get(key), type_)]
     if wrong:
         raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")
@@ -128,7 +128,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 def recorded_precision(config: Config) -> str | None:
     """The precision of the first model that the run has trained; None if there is none, or none that can be read."""
     paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
-    settings = (state["settings"] for path in paths if (state := read_metadata(path)))
+    settings = (state["settings"]["config"] for path in paths if (state := read_metadata(path)))
     return next((found["precision"] for found in settings if "precision" in found), None)
 
 

@@ -28,7 +28,7 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split | None
     test: Split
-    digest: str  # sha256 of the classes and of every image and label
+    digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
 
     def subset(self, size: int | None) -> torch.Tensor:
         """Indices (size,) of a stratified choice of training images, always the same; None: all of them."""
@@ -113,10 +113,12 @@ def read_dataset(config: Config) -> Dataset:
     check_sizes(config, train)
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
+        digest.update(held_out.numpy())
         validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
     for name, recipe in config.recipes.items():
         if recipe.train_size is not None:
             stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
+    check_schedules(config, len(train.labels))
     splits = [train, validation, test]
     on_cuda, total = torch.device(config.device).type == "cuda", sum(split.images.nbytes for split in splits if split)
     on_host = on_cuda and total > torch.cuda.mem_get_info(config.device)[0] / 2
@@ -154,6 +156,21 @@ def check_sizes(config: Config, train: Split) -> None:
         )
     if config.crop_padding >= side:
         problems.append(f"crop_padding = {config.crop_padding}: must be less than the {side} pixels of the images")
+    if problems:
+        raise UserError(*problems)
+
+
+def check_schedules(config: Config, images: int) -> None:
+    """Raise UserError for a selected recipe whose onecycle schedule has so few steps that it never reaches lr."""
+    problems = []
+    for name in config.selected():
+        recipe = config.recipes[name]
+        steps = recipe.epochs * ((recipe.train_size or images) // config.batch_size)
+        if recipe.schedule == "onecycle" and 0 < steps < 5:
+            problems.append(
+                f"{name}.schedule = 'onecycle': needs 5 steps or more to reach lr, and this recipe trains for {steps}; "
+                "choose more epochs, a smaller batch_size or another schedule"
+            )
     if problems:
         raise UserError(*problems)
 

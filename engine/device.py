@@ -70,9 +70,23 @@ def forward_pass(device: str | torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-def seed_torch(*position: int) -> None:
-    """Seed torch's generators with a function of these numbers, such as seed, epoch and step."""
-    torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+# Random numbers have a stream for each purpose. The order of the images and the initial weights are drawn from streams
+# without a number: NumPy's default_rng((seed, epoch)) and torch.manual_seed(seed).
+DROPOUT, AUGMENTATION, SHUFFLED_TEACHER = 1, 2, 3
+
+
+def seed_sequence(stream: int, *position: int) -> np.random.SeedSequence:
+    """Random numbers of a stream at a position, up to four numbers such as seed, epoch and step.
+
+    With `spawn_key` they differ from those of every other stream. Without it, NumPy ignores zeros at the end of a
+    position, so that (seed, epoch, step) and (seed, epoch, step, 0) would share them.
+    """
+    return np.random.SeedSequence(position, spawn_key=(stream,))
+
+
+def seed_torch(stream: int, *position: int) -> None:
+    """Seed torch's generators with `seed_sequence`."""
+    torch.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
 
 
 def synchronize(device: str | torch.device) -> None:
@@ -142,7 +156,12 @@ def explain_device_errors(config: Config) -> Iterator[None]:
 def device_name(config: Config) -> str:
     if torch.device(config.device).type == "cuda":
         return torch.cuda.get_device_name(config.device)
-    return f"{config.device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{config.device} ({platform.machine()})"
+
+
+def describe_threads(config: Config) -> str:
+    """The number of threads on a CPU, such as ", 2 threads"; nothing on another device."""
+    return f", {torch.get_num_threads()} threads" if torch.device(config.device).type == "cpu" else ""
 
 
 def describe_precision(config: Config) -> str:
@@ -163,8 +182,8 @@ def code_digest() -> str:
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What a result depends on besides the settings."""
-    return {
+    """What a result depends on besides the settings: on a CPU, also the number of threads."""
+    found = {
         "code": code_digest(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -174,3 +193,6 @@ def environment(config: Config) -> dict[str, str]:
         "precision": describe_precision(config),
         "processes": str(world_size()),
     }
+    if torch.device(config.device).type == "cpu":
+        found["threads"] = str(torch.get_num_threads())  # among which sums are divided
+    return found

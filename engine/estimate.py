@@ -4,14 +4,13 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from engine.checkpoints import checkpoint_path
+from engine.checkpoints import checkpoint_path, logits_path
 from engine.console import duration, log
 from engine.datasets import Dataset
 from engine.device import (
@@ -38,7 +37,7 @@ class Job(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Expected seconds of training: of one model, and of all models after it."""
+    """Expected seconds: of a model's own training steps, and of all models after it with everything that they need."""
 
     model: float = 0.0
     later: float = 0.0
@@ -84,40 +83,68 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     precisions = [config.precision]
     if config.precision == "auto":
         precisions = ["fp32", "bf16"] if supports_bf16(config.device) else ["fp32"]
-    archs = dict.fromkeys(Architecture.of(config.recipes[job.name]) for job in jobs if job.epochs)
+    training = [job for job in jobs if job.epochs]
+    asked = teachers_asked(training, config, dataset)
+    archs = [Architecture.of(config.recipes[job.name]) for job in training]
+    archs += [Architecture.of(config.recipes[config.recipes[job.name].teacher]) for job in training if job in asked]
     with explain_device_errors(config):
-        per_image = time_training(archs, config, dataset, precisions)
+        per_image = time_training(dict.fromkeys(archs), config, dataset, precisions)
     torch.cuda.empty_cache()  # with --jobs, other processes need the memory
 
-    def seconds(job: Job, precision: str) -> float:
+    def seconds(job: Job, precision: str) -> tuple[float, float]:
+        """Of the training steps, and of all that the job needs. A forward pass costs about a third of a step."""
         if not job.epochs:
-            return 0.0
+            return 0.0, 0.0
         recipe = config.recipes[job.name]
-        trained, evaluated = len(dataset.subset(recipe.train_size)), len(dataset.held_out[1].labels)
-        # A forward pass costs about a third of a step.
-        per_epoch = (trained + evaluated / 3) * per_image[Architecture.of(recipe), precision]
-        if recipe.teacher and config.unlimited_views:  # it classifies each batch; if it is trained, too, it is timed
+        step = per_image[Architecture.of(recipe), precision]
+        steps = job.epochs * len(dataset.subset(recipe.train_size)) * step
+        total = steps + job.epochs * len(dataset.held_out[1].labels) * step / 3
+        if job in asked:
             teacher = Architecture.of(config.recipes[recipe.teacher])
-            per_epoch += trained / 3 * per_image.get((teacher, precision), 0.0)
-        return job.epochs * per_epoch / world_size()
+            total += asked[job] * per_image[teacher, precision] / 3
+        return steps / world_size(), total / world_size()
 
-    chosen = min(precisions, key=lambda precision: sum(seconds(job, precision) for job in jobs))
+    chosen = min(precisions, key=lambda precision: sum(seconds(job, precision)[1] for job in jobs))
     if archs and len(precisions) > 1:
         other = "fp32" if chosen == "bf16" else "bf16"
         rates = (
             f"{arch} trains at {1 / per_image[arch, chosen]:,.1f} images/s, in {other} at "
             f"{1 / per_image[arch, other]:,.1f}"
-            for arch in archs
+            for arch in dict.fromkeys(archs)
         )
         log.info(f"precision = auto: {chosen} is faster for this run; {'; '.join(rates)}")
-    each = [seconds(job, chosen) for job in jobs]
-    estimates = {(job.name, job.seed): Estimate(each[i], sum(each[i + 1 :])) for i, job in enumerate(jobs)}
+    each = [seconds(job, chosen)[1] for job in jobs]
+    estimates = {
+        (job.name, job.seed): Estimate(seconds(job, chosen)[0], sum(each[i + 1 :])) for i, job in enumerate(jobs)
+    }
     if sum(each) > 3600:
         log.info(
             f"This will take about {duration(sum(each))} on this machine. For a quick demo: "
             "python teacher_student_model.py --preset demo"
         )
     return replace(config, precision=chosen), estimates
+
+
+def teachers_asked(jobs: list[Job], config: Config, dataset: Dataset) -> dict[Job, int]:
+    """For each job that needs its teacher's logits, the number of images that the teacher classifies for it.
+
+    Logits that are stored are computed for the first student of a teacher, on the images that all of them need, unless
+    there is a file of them already.
+    """
+    distilled = [job for job in jobs if config.recipes[job.name].teacher]
+    subsets = {job: dataset.subset(config.recipes[job.name].train_size) for job in distilled}
+    if config.unlimited_views:
+        return {job: job.epochs * len(subset) for job, subset in subsets.items()}
+    views = (config.horizontal_flip < 1) + (config.horizontal_flip > 0)
+    students: dict[tuple[str, int], list[Job]] = {}
+    for job in distilled:
+        students.setdefault(config.teacher_of(job.name, job.seed), []).append(job)
+    trained = {(job.name, job.seed) for job in jobs}
+    return {
+        taught[0]: views * len(torch.cat([subsets[job] for job in taught]).unique())
+        for teacher, taught in students.items()
+        if teacher in trained or not logits_path(config, *teacher).exists()
+    }
 
 
 def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str, int]:
@@ -129,8 +156,8 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
     for name in dict.fromkeys(job.name for job in jobs):
         recipe = config.recipes[name]
         resumed = all(job.resumed for job in jobs if job.name == name)  # and needs no initial weights
-        build = Architecture.of(recipe).build if resumed else partial(initial_model, recipe)
-        model = build(len(dataset.classes))
+        arch = Architecture.of(recipe)
+        model = arch.build(len(dataset.classes)) if resumed else initial_model(recipe, dataset.classes)
         check_image_size(model, recipe.arch, config.image_size)
         sizes[name] = sum(tensor.nbytes for tensor in model.state_dict().values())
     return sizes

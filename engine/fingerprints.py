@@ -1,7 +1,8 @@
 """Fingerprints: every input that a model or stored logits depend on, and what follows if they differ or agree."""
 
 import contextlib
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from engine.datasets import Dataset
 from engine.errors import UserError
 from engine.files import write_durably
 from engine.models import read_weights
-from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.recipes import Recipe
 from engine.settings import Config
 from engine.sweeps import Grid
 
@@ -31,27 +32,20 @@ IRRELEVANT = {
     *("deterministic", "sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path"),
 }
 
-# A checkpoint that is older than a setting was trained with its default.
-SETTING_DEFAULTS = {field.name: field.default for field in (*fields(Config), *fields(Recipe))}
-
 
 def training_settings(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """The fingerprint of a model: every setting that its weights depend on.
+    """The fingerprint of a model: every setting that its weights depend on, nested, so that no name hides another.
 
-    The weights of its teacher and the file of weights that it starts from are represented by their digests, which are
-    left out if that file is missing.
+    Images and weights are represented by their digests. The digest of the weights that it starts from, or of its
+    teacher's, is left out if there is no such file.
     """
-    recipe = asdict(config.recipes[name])
-    for unused in ("baseline", "teacher_seed", *(() if recipe["teacher"] else DISTILLATION_FIELDS)):
-        recipe.pop(unused, None)
-    if file := config.recipes[name].weights_file:
-        del recipe["weights"]
-        if Path(file).exists():
-            recipe["weights"] = tensors_digest(read_weights(file))
-    settings = {"seed": seed, **recipe}
-    settings |= {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in IRRELEVANT}
-    if not recipe["epochs"]:  # weights that are used as they are
-        del settings["precision"]
+    recipe = config.recipes[name]
+    subset = dataset.subset(recipe.train_size)
+    settings = {"seed": seed, "recipe": recipe_settings(recipe, len(subset)), "config": {}}
+    if recipe.epochs:  # otherwise the weights are used as they are
+        relevant = [field.name for field in fields(Config) if field.name not in IRRELEVANT]
+        settings["config"] = {field: getattr(config, field) for field in relevant}
+        settings["selected training images"] = hashlib.sha256(subset.numpy()).hexdigest()
     settings["images of the data set"] = dataset.digest
     if teacher := config.teacher_of(name, seed):
         try:
@@ -65,25 +59,60 @@ def training_settings(name: str, seed: int, config: Config, dataset: Dataset) ->
     return settings
 
 
+def recipe_settings(recipe: Recipe, images: int) -> dict[str, Any]:
+    """The settings of a recipe that its weights depend on; settings of the same effect have the same values here.
+
+    `images` is the number of training images. The name of the teacher is left out.
+    """
+    settings = {"arch": recipe.arch, "stem": recipe.stem, "epochs": recipe.epochs}
+    if not recipe.weights_file:
+        settings["weights"] = "ImageNet" if recipe.imagenet_weights else "random"
+    elif Path(recipe.weights_file).exists():
+        settings["weights"] = tensors_digest(read_weights(recipe.weights_file))
+    if not recipe.epochs:
+        return settings
+    plain = ("optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing")
+    settings |= {field: getattr(recipe, field) for field in plain}
+    settings |= {"train_size": images, "distilled": recipe.teacher is not None}
+    if recipe.teacher:
+        settings |= {
+            field: getattr(recipe, field) for field in ("alpha", "soft_loss", "temperature", "shuffle_teacher")
+        }
+        settings["soft_weight"] = recipe.weight_of_soft_loss
+        settings["scale_soft_loss"] = recipe.scale_soft_loss or recipe.temperature == 1
+        settings["parameters of the soft loss"] = recipe.loss_parameters()
+    return settings
+
+
+def without_precision(settings: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint that fits a model of either precision."""
+    return {**settings, "config": {key: v for key, v in settings["config"].items() if key != "precision"}}
+
+
 def check_settings(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise UserError, naming what differs, if a checkpoint was trained with different settings."""
 
-    def abbreviate(value: Any) -> Any:
-        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
+    def show(value: Any) -> str:
+        return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
-    of_recipe = {field.name for field in fields(Recipe)}
-    trained_with = SETTING_DEFAULTS | state["settings"]
-    prefix = f"{state['name']}."
-    differing = [
-        f"{prefix * (field in of_recipe)}{field} was {abbreviate(trained_with.get(field))}, is now {abbreviate(value)}"
-        for field, value in settings.items()
-        if trained_with.get(field) != value
-    ]
-    if differing:
+    pairs = list(compare(state["settings"], settings, state["name"]))
+    changed = [pair for pair in pairs if pair[1] is not None] or pairs  # one setting can bring others with it
+    if changed:
+        differing = "; ".join(f"{field} was {show(before)}, is now {show(now)}" for field, before, now in changed)
         raise UserError(
-            f"{path}: was trained with different settings: {'; '.join(differing)}. Restore them, choose another "
+            f"{path}: was trained with different settings: {differing}. Restore them, choose another "
             "name for this experiment (--run NAME), or retrain in place (--overwrite)"
         )
+
+
+def compare(before: dict[str, Any], now: dict[str, Any], name: str, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each setting of the fingerprint `now` that differs: its name (RECIPE.SETTING for a recipe's) and both values."""
+    for field, value in now.items():
+        if isinstance(value, dict):
+            inner = f"{name}." if field == "recipe" else prefix
+            yield from compare(before.get(field, {}), value, name, inner)
+        elif before.get(field) != value:
+            yield prefix + field, before.get(field), value
 
 
 def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -93,7 +122,7 @@ def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -
     if not state:
         raise UserError(f"{path}: the teacher {name!r} is not trained yet; add it to --only")
     if config.precision == "auto":  # not resolved yet
-        settings.pop("precision", None)
+        settings = without_precision(settings)
     try:
         check_settings(path, state, settings)
     except UserError as error:
@@ -124,7 +153,7 @@ def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict
     """
     path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
     if config.precision == "auto":  # not resolved yet
-        settings.pop("precision", None)
+        settings = without_precision(settings)
     state = load_matching(path, settings, config.overwrite)
     if state is None and (found := same_model(name, settings, config)):
         source, state = found[0], {**found[1], "name": name, "config": asdict(config)}
@@ -139,17 +168,15 @@ def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict
 def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Path, dict[str, Any]] | None:
     """A finished model with exactly these settings, in any run under `checkpoints_path`: its checkpoint and its state.
 
-    One of the same name is preferred; damaged ones are passed over. Without a "precision" among the settings, a model
-    of either precision will do.
+    One of the same name is preferred; damaged ones are passed over. Without a precision in the settings, a model of
+    either one will do.
     """
-    older = {key: value for key, value in SETTING_DEFAULTS.items() if key in settings}
+    any_precision = "precision" not in settings["config"]
     paths = Path(config.checkpoints_path).glob(f"*/seed{settings['seed']}/*.pt")
     for path in sorted(paths, key=lambda path: (path.stem != name, path)):
         state = read_metadata(path)
         if state and state["finished"]:
-            trained_with = older | state["settings"]
-            if "precision" not in settings:
-                trained_with.pop("precision", None)
+            trained_with = without_precision(state["settings"]) if any_precision else state["settings"]
             if trained_with == settings:
                 with contextlib.suppress(UserError):
                     return path, load_training(path)
@@ -158,8 +185,12 @@ def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Pat
 
 def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
     """Every input that a teacher's stored logits depend on."""
-    settings = {field: getattr(config, field) for field in ("validation_size", "image_size", "precision")}
-    return {"teacher": teacher_digest, "images": dataset.digest, **settings}
+    return {
+        "teacher": teacher_digest,
+        "images": dataset.digest,
+        "image_size": config.image_size,
+        "precision": config.precision,
+    }
 
 
 def check_teacher(path: Path, state: dict[str, Any], config: Config) -> None:
@@ -196,16 +227,11 @@ def recorded_config(folder: Path) -> Config:
             elif name == state["name"] or name not in recipes:
                 recipes[name] = Recipe(**known(Recipe, values))
         described_by.setdefault(state["name"], path)
-    here = {
-        "run": folder.name,
-        "checkpoints_path": str(folder.parent),
-        "imgs_path": "imgs",
-        "device": "auto",
-        "jobs": 1,
-    }
-    here |= {"recipes": recipes, "only": (), "overwrite": False, "sweep": (), "swept": all_swept(states.values())}
-    here["seeds"] = tuple(sorted({state["settings"]["seed"] for state in states.values()}))
-    return Config(**{**shared, **here})
+    trained = {"recipes": recipes, "sweep": (), "swept": all_swept(states.values())}
+    trained["seeds"] = tuple(sorted({state["settings"]["seed"] for state in states.values()}))
+    here = {"run": folder.name, "checkpoints_path": str(folder.parent), "imgs_path": "imgs"}
+    here |= {"only": (), "overwrite": False, "device": "auto", "jobs": 1}
+    return Config(**{**shared, **trained, **here})
 
 
 def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from engine.device import memory_format, seed_torch
+from engine.device import AUGMENTATION, memory_format, seed_torch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALISATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}  # as a checkpoint records it
 PRECISION_BITS = 22  # of Pillow's fixed-point weights
 
 
@@ -137,6 +138,6 @@ def augment(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> 
     augmented = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator
         for number, image in enumerate(images, first):
-            seed_torch(seed, epoch, number)
+            seed_torch(AUGMENTATION, seed, epoch, number)
             augmented.append(transform(name, *images.shape[2:])(image))
     return torch.stack(augmented)

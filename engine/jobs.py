@@ -1,31 +1,62 @@
-"""Several models at the same time, each in a process with its share of the CPU's threads."""
+"""Several models at the same time, each in a process with its share of the CPU's threads.
+
+With the start method "fork" a process goes on with the code that its parent has imported, with "spawn" it imports the
+files as they are by then. A parent may fork as long as PyTorch has used neither threads nor a GPU in it.
+"""
 
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 import torch
 
 from engine.console import log
 
+T = TypeVar("T")
 Model = tuple[str, int]  # name and seed
 
 
-def run_in_processes(work: Callable[[Model, int], None], models: dict[Model, Model | None], jobs: int) -> None:
+def call_in_process(function: Callable[[], T], method: str) -> T:
+    """The result of `function`, called in a process of its own. Raises SystemExit with its status if it fails."""
+    context, result = multiprocessing.get_context(method), None
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_result, args=(function, sender))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:  # it has ended without a result
+        process.join()
+    except BaseException:
+        stop([process])
+        raise
+    process.join()
+    check_exit(process, "the preparation")
+    return result
+
+
+def send_result(function: Callable[[], Any], sender: Connection) -> None:
+    sender.send(function())
+
+
+def run_in_processes(
+    work: Callable[[Model, int], None], models: dict[Model, Model | None], jobs: int, method: str = "spawn"
+) -> None:
     """Call work(model, threads) for each model, each in a process of its own, at most `jobs` at a time.
 
     `models` maps each to its teacher, which must finish first if it is among them. If a process fails, or a
     signal arrives, the others are asked to stop, which saves their state. Raises SystemExit with the status of the
     first process that failed.
     """
-    spawn, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
+    context, threads = multiprocessing.get_context(method), max(1, torch.get_num_threads() // jobs)
     waiting, running = dict(models), {}
 
     def start(model: Model) -> BaseProcess:
-        process = spawn.Process(target=work, args=(model, threads))
+        process = context.Process(target=work, args=(model, threads))
         process.start()
         return process
 
@@ -38,15 +69,26 @@ def run_in_processes(work: Callable[[Model, int], None], models: dict[Model, Mod
                 del waiting[model]
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
-                (name, seed), code = running.pop(process), process.exitcode
-                if code < 0:
-                    memory = ", as when memory runs out: try fewer --jobs" * (code == -signal.SIGKILL)
-                    log.info(f"{name} seed {seed}  was killed by signal {-code}{memory}; the same command resumes it")
-                if code:
-                    raise SystemExit(code if code > 0 else 128 - code)
+                name, seed = running.pop(process)
+                check_exit(process, f"{name} seed {seed}")
     finally:
-        for process in running:
-            with contextlib.suppress(OSError):
-                process.terminate()
-        for process in running:
-            process.join()
+        stop(running)
+
+
+def check_exit(process: BaseProcess, what: str) -> None:
+    """Raise SystemExit with the status of a process that has failed. One that was killed is named in the log."""
+    code = process.exitcode
+    if code < 0:
+        memory = ", as when memory runs out: try fewer --jobs" if code == -signal.SIGKILL else ""
+        log.info(f"{what}  was killed by signal {-code}{memory}; the same command resumes it")
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def stop(processes: Iterable[BaseProcess]) -> None:
+    """Ask processes to stop, and wait until they have."""
+    for process in processes:
+        with contextlib.suppress(OSError):
+            process.terminate()
+    for process in processes:
+        process.join()

@@ -1,5 +1,6 @@
 """Models by name, torchvision's and timm's, with a new last layer; and the weights that they start from."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from engine.checkpoints import is_checkpoint, load_checkpoint
 from engine.device import memory_format
-from engine.errors import UserError, first_line, suggest
+from engine.errors import UserError, at_most_ten, first_line, suggest
+from engine.images import NORMALISATION
 from engine.recipes import Recipe
 
 
@@ -109,26 +111,24 @@ def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
         ) from None
 
 
-def initial_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def initial_model(recipe: Recipe, classes: Sequence[str], note: Callable[[str], None] = lambda text: None) -> nn.Module:
     """The model that a recipe starts from, on the CPU; random weights are drawn from torch's generator.
 
-    Raises UserError if its weights cannot be read or do not fit.
+    `note` receives a sentence if a file of weights brings no last layer for these classes. Raises UserError if the
+    weights cannot be read or do not fit.
     """
-    model = build_model(recipe.arch, num_classes, recipe.imagenet_weights, recipe.stem)
+    model = build_model(recipe.arch, len(classes), recipe.imagenet_weights, recipe.stem)
     if recipe.weights_file:
-        load_weights(model, read_weights(recipe.weights_file), recipe, num_classes)
+        load_weights(model, recipe, classes, note)
     return model
 
 
-def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """The state dict in a file: plain, or under "state_dict" or "model", with or without DataParallel's prefix.
-
-    No code in the file is executed. Raises UserError if it cannot be read or holds no state dict.
-    """
+def read_file(path: str) -> Any:
+    """What a file of weights holds; no code in it is executed. Raises UserError if it cannot be read."""
     if not Path(path).is_file():
         raise UserError(f"weights = {path!r}: no such file")
     try:
-        found = load_checkpoint(path) if is_checkpoint(path) else torch.load(path, "cpu", weights_only=True)
+        return load_checkpoint(path) if is_checkpoint(path) else torch.load(path, "cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # of many types, for a foreign file
@@ -136,6 +136,13 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
             f"{path}: cannot be read as weights ({first_line(error)}). It must be a file that torch.save wrote from a "
             "state dict, or from a dict that holds one as 'state_dict' or 'model'"
         ) from None
+
+
+def state_dict_of(found: Any, path: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file's content: plain, or as "state_dict" or "model", with or without DataParallel's prefix.
+
+    Raises UserError if there is none.
+    """
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -144,22 +151,60 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], recipe: Recipe, num_classes: int) -> None:
-    """Load the weights of `recipe.weights_file` into its model; a recipe that trains may have a new last layer.
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file of weights. Raises UserError if it cannot be read or holds none."""
+    return state_dict_of(read_file(path), path)
 
-    Raises UserError if they belong to another architecture, or to another number of classes and are not trained.
+
+def load_weights(model: nn.Module, recipe: Recipe, classes: Sequence[str], note: Callable[[str], None]) -> None:
+    """Load `recipe.weights_file` into a model. A recipe that trains gets a new last layer if the classes differ.
+
+    A checkpoint of this program knows its classes; of any other file, only their number is known. Raises UserError if
+    the weights belong to another architecture, to other classes and are not trained, or to a checkpoint that is not
+    finished or was trained with another normalisation.
     """
     path, (last, _) = recipe.weights_file, last_layer(model)
-    classes = len(weights.get(f"{last}.weight", range(num_classes)))  # if it is missing, load_state_dict says so
-    if classes != num_classes:
-        if recipe.epochs == 0:
-            raise UserError(f"{path}: classifies into {classes} classes, and the data set has {num_classes}")
+    found = read_file(path)
+    weights = state_dict_of(found, path)
+    number = len(weights.get(f"{last}.weight", classes))  # if it is missing, load_state_dict says so
+    differing = None
+    if is_checkpoint(path):
+        check_origin(path, found)
+        if found.get("classes") != list(classes):
+            differing = (
+                f"its classes are {shorten(found.get('classes', []))}, and those of the data set {shorten(classes)}"
+            )
+    elif number != len(classes):
+        differing = f"classifies into {number} classes, and the data set has {len(classes)}"
+    if differing and recipe.epochs == 0:
+        raise UserError(f"{path}: {differing}")
+    if differing:
+        note(f"{path}: {differing}; the last layer starts from random weights")
         of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
         weights = {**weights, **of_last}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit a {recipe.arch} ({' '.join(str(error).split())[:300]})") from None
+
+
+def check_origin(path: str, state: dict[str, Any]) -> None:
+    """Raise UserError unless a checkpoint is that of a finished model with the normalisation of this program."""
+    problems = []
+    if not state.get("finished"):
+        epochs = len(state.get("history", ()))
+        problems.append(f"{path}: its training is not finished ({epochs} epochs are done); resume it first")
+    if state.get("normalisation") != NORMALISATION:
+        problems.append(
+            f"{path}: was trained on images normalised with {state.get('normalisation')}, and here they are normalised "
+            f"with {NORMALISATION}"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def shorten(classes: Sequence[str]) -> str:
+    return ", ".join(at_most_ten(list(classes)))
 
 
 def load_model(state: dict[str, Any], device: str) -> nn.Module:

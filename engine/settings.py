@@ -71,7 +71,11 @@ class Config:
     overwrite: bool = setting(
         False, FLAG, "retrain, in place, models that were trained with other settings and only those"
     )
-    jobs: int = setting(1, integer(1, 64), "models to train at the same time, each with its share of the CPU's threads")
+    jobs: int = setting(
+        1,
+        integer(1, 64),
+        "models to train at the same time, each with its share of the CPU's threads, whose number changes a model",
+    )
     checkpoint_minutes: float = setting(
         10, POSITIVE, "save the training state this often, and after an epoch if the last save was over 5 s ago"
     )
@@ -91,7 +95,9 @@ class Config:
         "torch.compile the model; auto: on CUDA, if the training is long enough to repay the minute it takes",
     )
     deterministic: bool = setting(
-        False, FLAG, "bit-reproducible but slower on CUDA, without compile = auto (a CPU is always reproducible)"
+        False,
+        FLAG,
+        "bit-reproducible but slower on CUDA, without compile = auto (a CPU always is, given the number of threads)",
     )
     sync_batchnorm: bool = setting(
         False, FLAG, "with several processes, BatchNorm over the whole batch instead of each process's part; CUDA only"
@@ -184,11 +190,14 @@ class Config:
     def seeds_of(self, name: str) -> list[int]:
         """The seeds that a recipe is trained with: all of them.
 
-        A recipe that is only a teacher has the `teacher_seed`s of its students instead, if each of them sets one.
+        A recipe that is only a teacher is trained with those that its students use: the `teacher_seed` of a student, or
+        the student's own seeds.
         """
-        chosen = [recipe.teacher_seed for recipe in self.recipes.values() if recipe.teacher == name]
-        only_a_teacher = chosen and name not in [baseline_of(other, self.recipes) for other in self.recipes]
-        return sorted(set(chosen)) if only_a_teacher and None not in chosen else list(self.seeds)
+        students = [other for other, recipe in self.recipes.items() if recipe.teacher == name]
+        if not students or name in [baseline_of(other, self.recipes) for other in self.recipes]:
+            return list(self.seeds)
+        used = [self.teacher_of(student, seed)[1] for student in students for seed in self.seeds_of(student)]
+        return list(dict.fromkeys(used))
 
     def models(self) -> list[tuple[str, int]]:
         """Name and seed of every selected model, seed by seed, each teacher before its students."""

@@ -129,6 +129,11 @@ class Training:
             getattr(self, name).load_state_dict(state[name])
         for group in self.optimizer.param_groups:
             group["fused"] = fused  # as this device has it, not the one that the state was saved on
+        for parameter, moments in self.optimizer.state.items():
+            for key, moment in moments.items():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    # In the parameter's memory format: the fused optimizers pair elements by their place in memory.
+                    moments[key] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
         self.history, self.step = state["history"], state["step"]
         self.meter = Meter(self.config.device, state["totals"] * (rank() == 0))
         self.started -= state["seconds"]

@@ -149,9 +149,21 @@ def render(results: dict[str, Any]) -> ModuleType:
             "worse_when_scaled": worse_when_scaled,
             "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
             "other_code": ["all models"] if len(other_code) == len(trained) > 0 else [*itertools.chain(*other_code)],
+            "different_environments": different_environments(results),
             "ln": math.log,
         }
     )
+
+
+def different_environments(results: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """What changes a trained model and is not the same for all: value -> models, for each of these keys."""
+    found: dict[str, dict[str, list[str]]] = {key: {} for key in ("device", "processes", "threads", "precision")}
+    for name, model in results["models"].items():
+        if results["settings"]["recipes"][name]["epochs"]:  # otherwise its weights are used as they are
+            for seed, environment in model["environments"].items():
+                for key in found.keys() & environment.keys():
+                    found[key].setdefault(environment[key], []).append(f"{name} seed {seed}")
+    return {key: models for key, models in found.items() if len(models) > 1}
 
 
 def results_markdown(results: dict[str, Any]) -> str:

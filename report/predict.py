@@ -33,7 +33,7 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
             log.info(f"not trained yet, skipped: {path}")
             continue
         check_teacher(path, state, config)
-        model, size = load_model(state, config.device), state["settings"]["image_size"]
+        model, size = load_model(state, config.device), state["config"]["image_size"]
         if size not in resized:
             arrays = [to_array(open_image(file), size) for file in files]
             resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)

@@ -31,7 +31,7 @@ torch.backends.cudnn.allow_tf32 = False  # so that a GPU's float32 agrees with a
 
 ROOT = Path(__file__).parent.parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "train_size": 100}
+SMALL = {"arch": "resnet18", "epochs": 2, "lr": 0.01, "pretrained": False, "train_size": 100, "schedule": "constant"}
 SMALL_FLAGS = [
     *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32", "--seeds", "0"),
     *("--validation_size", "0", "--student_kd.teacher_seed", "none", "--student_kd.temperature", "5"),

@@ -35,7 +35,7 @@ from engine.errors import UserError
 pytestmark = pytest.mark.chaos
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 MODELS = ("teacher", "student", "student_kd")
-LONGER = [f"--{name}.epochs=12" for name in MODELS]
+LONGER = [f"--{name}.{setting}" for name in MODELS for setting in ("epochs=12", "schedule=onecycle")]
 
 
 def run(main: Callable[[list[str]], None], *words) -> tuple[int, str]:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine import checkpoints, fingerprints
+from engine import checkpoints, fingerprints, splits
+from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.recipes import Recipe
 from engine.settings import Config
+from engine.soft_losses import SOFT_LOSSES, parameters
 
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
 
@@ -75,12 +77,16 @@ def test_pickled_code_is_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["name", "settings", "environment", "model", "history", "classes", "arch", "finished", "config", "stem"]
+    "wrong",
+    [
+        *("name", "settings", "environment", "model", "history", "classes", "arch", "finished", "config", "stem"),
+        "normalisation",
+    ],
 )
 def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wrong):
     path = tmp_path / "model.pt"
     about = {"name": "student", "settings": {}, "environment": {}, "history": [], "classes": [], "finished": True}
-    about |= {"model": {}, "arch": "resnet18", "stem": "imagenet", "config": {}}
+    about |= {"model": {}, "arch": "resnet18", "stem": "imagenet", "config": {}, "normalisation": {}}
     checkpoints.save_checkpoint(path, about)
     assert checkpoints.load_finished(path)
     checkpoints.save_checkpoint(path, {**about, wrong: 7})
@@ -90,10 +96,10 @@ def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wro
 
 def test_an_unknown_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    monkeypatch.setattr(checkpoints, "FORMAT", 3)
+    monkeypatch.setattr(checkpoints, "FORMAT", 4)
     checkpoints.save_checkpoint(path, STATE)
     monkeypatch.undo()
-    assert "has format 3, and this program reads format 2" in refused(path, path.read_bytes())
+    assert "has format 4, and this program reads format 3" in refused(path, path.read_bytes())
 
 
 def test_differing_settings_are_refused_by_name(config, digits, monkeypatch):
@@ -115,26 +121,127 @@ def test_differing_settings_are_refused_by_name(config, digits, monkeypatch):
         fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
 
 
-def test_a_checkpoint_older_than_a_setting_counts_as_its_default(config, digits):
-    settings = fingerprints.training_settings("student", 0, config, digits)
-    older = {field: value for field, value in settings.items() if field != "sync_batchnorm"}
-    fingerprints.check_settings(Path("model.pt"), {"name": "student", "settings": older}, settings)
-    with pytest.raises(UserError, match="sync_batchnorm was False, is now True"):
-        fingerprints.check_settings(
-            Path("model.pt"), {"name": "student", "settings": older}, {**settings, "sync_batchnorm": True}
-        )
+def test_a_parameter_of_a_soft_loss_may_have_the_name_of_a_setting(config, digits, monkeypatch):
+    """The names of the config's fields, "seed", and the names that a fingerprint itself uses."""
+    refused, names = [], ("batch_size", "seed", "precision", "distilled", "weights of the teacher")
+    for name in names:
+        fingerprints_by_value = []
+        for value in (1, 7):
+            monkeypatch.setattr(Recipe, "loss_parameters", lambda self, value=value, name=name: {name: value})
+            fingerprints_by_value.append(fingerprints.training_settings("student_kd", 0, config, digits))
+        before, now = fingerprints_by_value
+        assert before["config"]["batch_size"] == 25
+        with pytest.raises(UserError, match=rf"student_kd\.{name} was 1, is now 7") as error:
+            fingerprints.check_settings(Path("model.pt"), {"name": "student_kd", "settings": before}, now)
+        refused.append(str(error.value).count(" was "))
+    assert refused == [2] * len(names)  # "was trained with", and one difference
+
+
+def test_the_parameters_of_other_losses_are_not_in_the_fingerprint(config, digits):
+    """So that a new soft loss with parameters of its own changes no other model."""
+    recipe = fingerprints.training_settings("student_kd", 0, config, digits)["recipe"]
+    assert recipe["parameters of the soft loss"] == {}
+    recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], soft_loss="dkd")}
+    recipe = fingerprints.training_settings("student_kd", 0, replace(config, recipes=recipes), digits)["recipe"]
+    assert recipe["parameters of the soft loss"] == {"target_weight": 1.0, "nontarget_weight": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("student_kd", {"soft_weight": 0.75}),  # what none means with alpha = 0.25
+        ("student_kd", {"train_size": None}),  # all 1,297 digits
+        ("student_kd", {"teacher": "renamed"}),
+        ("student", {"weights": "random"}),
+        ("student", {"weights": "random", "pretrained": True}),  # which `weights` overrides
+    ],
+    ids=str,
+)
+def test_settings_that_mean_the_same_have_one_fingerprint(config, digits, monkeypatch, name, changes):
+    monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "digest")
+    rows = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], train_size=1297)}
+    rows["renamed"] = rows["teacher"]
+    found = [
+        fingerprints.training_settings(name, 0, replace(config, recipes=recipes), digits)
+        for recipes in (rows, {**rows, name: replace(rows[name], **changes)})
+    ]
+    assert found[0] == found[1]
+
+
+def test_scale_soft_loss_means_nothing_at_temperature_1(config, digits):
+    def settings(temperature, scale):
+        row = replace(config.recipes["student_kd"], temperature=temperature, scale_soft_loss=scale)
+        recipes = {**config.recipes, "student_kd": row}
+        return fingerprints.training_settings("student_kd", 0, replace(config, recipes=recipes), digits)
+
+    assert settings(1.0, True) == settings(1.0, False)
+    assert settings(2.0, True) != settings(2.0, False)
+
+
+def test_weights_that_are_used_as_they_are_depend_on_no_setting_of_training(config, digits):
+    def settings(config, **changes):
+        recipes = {"teacher": Recipe(weights="random", epochs=0, **changes)}
+        return fingerprints.training_settings("teacher", 0, replace(config, recipes=recipes), digits)
+
+    found = settings(config)
+    assert settings(config, lr=0.5, train_size=50) == found
+    assert settings(replace(config, augment="crop", batch_size=20)) == found
+    assert settings(config, arch="resnet34") != found
 
 
 def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, digits, monkeypatch):
-    """All fields are, except those listed here."""
+    """Changing any field changes the fingerprint, except those listed here."""
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "digest")
-    known = fingerprints.training_settings("student_kd", 0, config, digits)
-    assert {field.name for field in fields(Recipe)} - {"baseline", "teacher_seed"} < set(known)
+    row = config.recipes["student_kd"]
+    changes = {"arch": "resnet34", "stem": "cifar", "epochs": 3, "optimizer": "adamw", "lr": 0.02, "momentum": 0.8}
+    changes |= {"weight_decay": 0.1, "nesterov": True, "schedule": "cosine", "label_smoothing": 0.1}
+    changes |= {"pretrained": True, "alpha": 0.5, "soft_weight": 2.0, "soft_loss": "dist", "temperature": 2.0}
+    changes |= {"scale_soft_loss": False, "shuffle_teacher": True, "train_size": 50}
+    other_losses = {name: loss for loss in SOFT_LOSSES for name in parameters(loss)}
+    elsewhere = {"weights", "teacher", "teacher_seed", "baseline"}  # digests of weights; and the last has no effect
+    assert {field.name for field in fields(Recipe)} == {*changes, *other_losses} | elsewhere
+
+    def settings(row):
+        recipes = {**config.recipes, "student_kd": row}
+        return fingerprints.training_settings("student_kd", 0, replace(config, recipes=recipes), digits)
+
+    for field, value in changes.items():
+        assert settings(replace(row, **{field: value})) != settings(row), field
+    for field, loss in other_losses.items():
+        of_loss = replace(row, soft_loss=loss)
+        assert settings(replace(of_loss, **{field: 3.5})) != settings(of_loss), field
+
     harmless = {"recipes", "run", "only", "overwrite", "checkpoint_minutes", "device", "compile", "deterministic"}
     harmless |= {"sweep", "jobs", "data_path", "checkpoints_path", "imgs_path"}
-    elsewhere = {"dataset": "images of the data set", "seeds": "seed"}
-    for field in {field.name for field in fields(Config)} - harmless:
-        assert elsewhere.get(field, field) in known
+    others = {field.name for field in fields(Config)} - harmless - {"dataset", "seeds"}  # a digest, and "seed"
+    assert set(settings(row)["config"]) == others
+
+
+def test_the_fingerprint_covers_the_seed_and_the_images(config, digits):
+    found = fingerprints.training_settings("student", 0, config, digits)
+    assert fingerprints.training_settings("student", 1, config, digits) != found
+    assert fingerprints.training_settings("student", 0, config, digits._replace(digest="0" * 64)) != found
+
+
+def test_the_fingerprint_says_which_images_were_drawn(config, digits, monkeypatch):
+    """Another version of scikit-learn may draw others: the subset to train on, and the images held out."""
+    held_out = replace(config, validation_size=100)
+    everything = {"student": replace(config.recipes["student"], train_size=None)}
+    configs = (config, replace(held_out, recipes=everything))
+
+    def found():
+        return [fingerprints.training_settings("student", 0, c, load_dataset(c)) for c in configs]
+
+    before = found()
+    logits = fingerprints.logits_fingerprint("digest", held_out, load_dataset(held_out))
+    assert before == found()
+    draw = splits.train_test_split
+    monkeypatch.setattr(splits, "train_test_split", lambda *a, **words: draw(*a, **{**words, "random_state": 1}))
+    drawn_differently = found()
+    for settings, now in zip(before, drawn_differently, strict=True):
+        with pytest.raises(UserError, match=r"images .*was .*, is now"):
+            fingerprints.check_settings(Path("model.pt"), {"name": "student", "settings": settings}, now)
+    assert fingerprints.logits_fingerprint("digest", held_out, load_dataset(held_out)) != logits
 
 
 def test_the_recorded_precision_is_that_of_the_first_readable_checkpoint(trained, tmp_path, config):
@@ -144,7 +251,7 @@ def test_the_recorded_precision_is_that_of_the_first_readable_checkpoint(trained
     (folder / "a.pt").write_bytes(b"damaged")
     assert checkpoints.recorded_precision(config) is None
     state = checkpoints.load_checkpoint(trained / "checkpoints/demo/seed0/student.pt")
-    checkpoints.save_checkpoint(folder / "b.pt", {**state, "settings": {}})  # weights used as they are
+    checkpoints.save_checkpoint(folder / "b.pt", {**state, "settings": {"config": {}}})  # weights used as they are
     assert checkpoints.recorded_precision(config) is None
-    checkpoints.save_checkpoint(folder / "c.pt", {**state, "settings": {"precision": "bf16"}})
+    checkpoints.save_checkpoint(folder / "c.pt", {**state, "settings": {"config": {"precision": "bf16"}}})
     assert checkpoints.recorded_precision(config) == "bf16"

@@ -61,7 +61,7 @@ def test_a_checkpoint_is_a_plain_torchvision_model(trained):
     images = torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(theirs.eval()(images), predict(load_model(state, "cpu"), images), atol=1e-5, rtol=0)
     assert state["classes"] == list("0123456789")
-    assert state["settings"]["lr"] == 0.01
+    assert state["settings"]["recipe"]["lr"] == 0.01
     assert len(state["history"]) == 2
     assert state["environment"]["torch"] == torch.__version__
     assert "optimizer" not in state
@@ -311,7 +311,7 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
         custom_resnet.main(small)
     assert "is damaged" in capsys.readouterr().err
     custom_resnet.main([*small, "--student.lr", "0.02", "--overwrite"])
-    assert checkpoints.load_checkpoint(path)["settings"]["lr"] == 0.02
+    assert checkpoints.load_checkpoint(path)["settings"]["recipe"]["lr"] == 0.02
 
 
 def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
@@ -420,7 +420,7 @@ def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
     assert "precision = auto" not in capsys.readouterr().err
     for name in ("teacher", "student"):
         state = checkpoints.load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")
-        assert state["settings"]["precision"] == "bf16"
+        assert state["settings"]["config"]["precision"] == "bf16"
 
 
 def test_errors_are_found_before_training_starts(tmp_path, capsys):

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from config import PRESETS
 from engine import datasets
-from engine.device import seed_torch
+from engine.device import AUGMENTATION, seed_torch
 from engine.errors import UserError
 from engine.images import prepare
 from teacher_student_model import stored_logits
@@ -61,6 +61,15 @@ def test_crop_padding_shifts_images_and_changes_nothing_else(config, digits):
     assert different > 0.7  # one in 25 is not shifted, and some have nothing at the edge to lose
 
 
+def test_the_order_of_the_images_is_numpys_for_seed_and_epoch(config, digits):
+    """Pinned: the stream of NumPy's generator for (3, 2), of which ten drawn numbers are 7 4 1 8 6 0 2 9 3 5."""
+    subset = torch.arange(100, 110)
+    shown = torch.cat(
+        [b.index for b in epoch_of(replace(config, batch_size=2), digits, subset=subset, seed=3, epoch=2)]
+    )
+    assert shown.tolist() == [107, 104, 101, 108, 106, 100, 102, 109, 103, 105]
+
+
 AUGMENTATIONS = ["crop", "trivialaugment", "randomerasing"]
 
 
@@ -82,7 +91,7 @@ def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each
     for number, (index, flipped, image) in enumerate(
         zip(plain[1].index, plain[1].flipped, first[1].images, strict=True), 10
     ):
-        seed_torch(1, 2, number)
+        seed_torch(AUGMENTATION, 1, 2, number)
         original = digits.train.images[index]
         expected = theirs(original.flip(2) if flipped else original)
         assert torch.equal(image, prepare(expected[None])[0])
@@ -217,6 +226,37 @@ def test_a_batch_size_above_the_number_of_images_is_refused(miniature_cifar10):
         datasets.load_dataset(config)
     with pytest.raises(UserError, match=r"batch_size = 60.*has 100, of which validation_size = 50"):
         datasets.load_dataset(replace(config, batch_size=60, validation_size=50))
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_onecycle_is_refused_for_so_few_steps_that_it_never_reaches_its_peak(config, steps):
+    """Against PyTorch's own schedule. Its last step is not counted: it ends at lr / 250,000."""
+    row = replace(config.recipes["student"], lr=1.0, schedule="onecycle", epochs=1, train_size=50 * steps)
+    config = replace(config, recipes={"student": row}, batch_size=50)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps), []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < steps:
+            scheduler.step()
+    if steps < 5:
+        assert max(rates) < 0.95 or steps == 3
+        with pytest.raises(UserError, match=rf"student\.schedule = 'onecycle': .* trains for {steps}; "):
+            datasets.load_dataset(config)
+    else:
+        assert max(rates) > 0.95
+        datasets.load_dataset(config)
+
+
+def test_the_steps_of_onecycle_are_those_of_selected_recipes_over_all_epochs(config):
+    row = replace(config.recipes["student"], schedule="onecycle", epochs=1)  # 100 images in batches of 25
+    few = replace(config, recipes={**config.recipes, "student": row})
+    with pytest.raises(UserError, match=r"student\.schedule"):
+        datasets.load_dataset(few)
+    datasets.load_dataset(replace(few, only=("teacher",)))
+    for changes in ({"epochs": 2}, {"train_size": None}, {"schedule": "cosine"}):
+        datasets.load_dataset(replace(config, recipes={**config.recipes, "student": replace(row, **changes)}))
 
 
 def test_impossible_sizes_are_refused_naming_the_recipe(config):

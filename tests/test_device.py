@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,8 +10,12 @@ import torchvision
 from torch import nn
 
 from config import PRESETS
+from custom_resnet import cross_entropy, fit
 from engine import device as devices
 from engine.device import (
+    AUGMENTATION,
+    DROPOUT,
+    SHUFFLED_TEACHER,
     compiled,
     configure_backends,
     describe_precision,
@@ -20,11 +25,14 @@ from engine.device import (
     forward_pass,
     memory_format,
     resolve_device,
+    seed_sequence,
     supports_bf16,
     synchronize,
 )
 from engine.distributed import RankError
 from engine.errors import UserError
+from engine.images import augment
+from engine.recipes import Recipe
 
 DEMO = replace(PRESETS["demo"], device="cpu")
 
@@ -225,6 +233,35 @@ def test_a_torch_compile_failure_is_explained():
         raise RuntimeError("shape")
 
 
+# Random numbers
+
+
+def test_all_streams_of_random_numbers_differ():
+    """Those with a number, those without one, which order the images, and torch's for the initial weights."""
+    positions = list(itertools.product(range(3), repeat=4))
+    shorter = [position[:n] for n in (1, 2, 3) for position in positions if not any(position[n:])]
+    found = [
+        tuple(seed_sequence(stream, *position).generate_state(2, np.uint64))
+        for stream in (DROPOUT, AUGMENTATION, SHUFFLED_TEACHER)
+        for position in positions
+    ]
+    plain = {tuple(np.random.SeedSequence(position).generate_state(2, np.uint64)) for position in positions + shorter}
+    assert len(set(found)) == len(found) == 3 * 81
+    assert not plain & set(found)
+    assert all(first >= 2**32 for first, _ in found)  # no seed of the initial weights is so large
+
+
+def test_dropout_and_augmentation_draw_other_numbers(config, digits, model, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda value: (seeds.append(value), seed(value))[1])
+    augment(digits.train.images[:8].cpu(), "crop", (3, 0, 0))
+    of_augmentation = {*seeds}
+    seeds.clear()
+    fit(model, Recipe(epochs=1, train_size=200), config, 3, digits, cross_entropy, "test")
+    assert len(of_augmentation) == len({*seeds}) == 8
+    assert not of_augmentation & {*seeds}
+
+
 # What is recorded
 
 
@@ -235,6 +272,8 @@ def test_the_environment_names_what_a_result_depends_on(config):
     assert found["device"] == device_name(config)
     assert found["precision"].startswith("fp32")
     assert found["processes"] == "1"
+    on_a_cpu = {"threads": str(torch.get_num_threads())} if config.device == "cpu" else {}
+    assert {key: value for key, value in found.items() if key == "threads"} == on_a_cpu
     assert {type(value) for value in found.values()} == {str}  # plain values, which a checkpoint can hold
 
 

@@ -14,7 +14,7 @@ import custom_resnet
 import utils
 from config import parse
 from engine import estimate
-from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
+from engine.checkpoints import checkpoint_path, load_checkpoint, logits_path, save_checkpoint
 from engine.errors import UserError
 from engine.estimate import Estimate, Job, check_models, check_space, plan, space_needed, time_training
 from engine.fingerprints import training_settings
@@ -59,10 +59,14 @@ def bf16(monkeypatch):
     return lambda supported: monkeypatch.setattr(estimate, "supports_bf16", lambda *_: supported)
 
 
+def trained_images(job: Job, config, dataset) -> float:
+    """Training images over the epochs of a job."""
+    return job.epochs * (config.recipes[job.name].train_size or len(dataset.train.labels))
+
+
 def images_of(job: Job, config, dataset) -> float:
     """Training images, and a third of a step for each test image, over the epochs of a job."""
-    size = config.recipes[job.name].train_size or len(dataset.train.labels)
-    return job.epochs * (size + len(dataset.test.labels) / 3)
+    return trained_images(job, config, dataset) + job.epochs * len(dataset.test.labels) / 3
 
 
 # The time of a run
@@ -72,9 +76,10 @@ def test_the_estimate_follows_from_the_time_of_a_step(config, digits, monkeypatc
     clock = itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a step is 1 s
     _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], config, digits)
-    each = 2 * (100 + 500 / 3) / config.batch_size  # epochs, training images, and a third of a step for each test image
-    assert estimates[("student", 0)] == pytest.approx((each, each))
-    assert estimates[("student", 1)] == pytest.approx((each, 0.0))
+    steps = 2 * 100 / config.batch_size
+    after = 2 * (100 + 500 / 3) / config.batch_size  # and a third of a step for each test image
+    assert estimates[("student", 0)] == pytest.approx((steps, after))
+    assert estimates[("student", 1)] == pytest.approx((steps, 0.0))
 
 
 def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed):
@@ -83,14 +88,40 @@ def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed)
     table = {(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125}
     timed(table)
     jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 4)]
-    each = [images_of(job, config, digits) * table[Architecture.of(config.recipes[job.name]), "fp32"] for job in jobs]
-    trained = each.pop()
-    for augment, views in (("none", 0), ("crop", 4)):  # that the teacher sees, besides those of stored logits
+    of_student = 0.125 * images_of(jobs[2], config, digits)
+    # The teacher classifies: 100 images and their mirror images once, or 100 images in each of 4 epochs.
+    for augment, asked in (("none", 2 * 100), ("crop", 4 * 100)):
         _, estimates = plan(jobs, replace(config, augment=augment), digits)
-        expected = [*each, trained + views * 100 / 3 * 0.5]
+        total = [0.5 * images_of(jobs[0], config, digits), 0.125 * images_of(jobs[1], config, digits)]
+        total.append(of_student + 0.5 * asked / 3)
         assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
-        for number, found in enumerate(estimates.values()):
-            assert found == pytest.approx((expected[number], sum(expected[number + 1 :])))
+        for number, (job, found) in enumerate(zip(jobs, estimates.values(), strict=True)):
+            steps = trained_images(job, config, digits) * (0.5 if job.name == "teacher" else 0.125)
+            assert found == pytest.approx((steps, sum(total[number + 1 :])))
+
+
+def test_a_teacher_that_is_finished_is_timed_as_it_will_run(config, digits, timed):
+    recipes = {**config.recipes, "teacher": Recipe(arch="resnet50")}
+    config = replace(config, recipes={**recipes, "more": replace(recipes["student_kd"], train_size=None)})
+    timed_pairs = timed({(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125})
+    jobs = [Job("student", 0, 1), Job("student_kd", 0, 2), Job("more", 0, 1)]
+
+    def after(config) -> list[float]:
+        return [estimate.later for estimate in plan(jobs, config, digits)[1].values()]
+
+    kd, more = (0.125 * images_of(job, config, digits) for job in jobs[1:])
+    # All 1,297 images are needed: their logits are computed for the first of the two students.
+    assert after(config) == pytest.approx([kd + more + 2 * 1297 * 0.5 / 3, more, 0])
+    assert set(timed_pairs) == {(RESNET50, "fp32"), (RESNET18, "fp32")}
+    assert after(replace(config, horizontal_flip=0.0)) == pytest.approx([kd + more + 1297 * 0.5 / 3, more, 0])
+    online = [2 * 100 * 0.5 / 3, 1297 * 0.5 / 3]
+    assert after(replace(config, augment="crop")) == pytest.approx([kd + more + sum(online), more + online[1], 0])
+    path = logits_path(config, "teacher", 0)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"stored")
+    timed_pairs.clear()
+    assert after(config) == pytest.approx([kd + more, more, 0])
+    assert timed_pairs == [(RESNET18, "fp32")]
 
 
 def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypatch):
@@ -98,14 +129,14 @@ def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypat
     job = Job("student", 0, 2)
     monkeypatch.setattr(estimate, "world_size", lambda: 4)
     _, estimates = plan([job], config, digits)
-    assert estimates[("student", 0)].model == pytest.approx(images_of(job, config, digits) / 4)
+    assert estimates[("student", 0)].model == pytest.approx(trained_images(job, config, digits) / 4)
 
 
 def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
     config = replace(config, validation_size=100)
     timed({(RESNET18, "fp32"): 1.0})
-    _, estimates = plan([Job("student", 0, 1)], config, utils.load_dataset(config))
-    assert estimates[("student", 0)].model == pytest.approx(100 + 100 / 3)
+    _, estimates = plan([Job("student", 0, 1), Job("student", 1, 1)], config, utils.load_dataset(config))
+    assert estimates[("student", 0)] == pytest.approx((100, 100 + 100 / 3))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +174,7 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
     assert set(timed_pairs) == set(table)
     assert resolved == replace(config, precision=faster)
     for job in jobs:
-        expected = images_of(job, config, digits) * table[Architecture.of(config.recipes[job.name]), faster]
+        expected = trained_images(job, config, digits) * table[Architecture.of(config.recipes[job.name]), faster]
         assert estimates[job.name, 0].model == pytest.approx(expected)
     rates = {"fp32": ("10.0", "20.0", "5.0", "25.0", "bf16"), "bf16": ("5.0", "25.0", "10.0", "20.0", "fp32")}
     first, second, other_first, other_second, other = rates[faster]
@@ -392,7 +423,7 @@ def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, tim
     with start_training(partial, STUDENTS) as (config, dataset, estimates):
         assert config == replace(partial, precision="bf16")
         assert timed_pairs == [(RESNET18, "bf16")]
-        assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * (100 + 500 / 3)), 0.0)}
+        assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * 100), 0.0)}
         output = capsys.readouterr().err
         assert "demo: digits, 1,297 training and 500 test images of 10 classes at 32 px" in output
         assert output.endswith(", bf16\n")

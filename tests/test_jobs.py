@@ -1,16 +1,19 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT, flags
-from work_for_jobs import note
+from work_for_jobs import fail, large_result, note
 
 import teacher_student_model
 from engine.checkpoints import load_checkpoint
-from engine.jobs import run_in_processes
+from engine.device import code_digest
+from engine.jobs import call_in_process, run_in_processes
 
 
 def times(folder) -> dict[str, tuple[float, float]]:
@@ -40,17 +43,63 @@ def test_a_killed_process_is_named(tmp_path, capfd):
     assert "was killed by signal 9, as when memory runs out" in output
 
 
-def test_jobs_train_the_whole_experiment(tmp_path, capfd):
+def test_the_result_of_a_process_is_returned_and_its_failure_gives_the_status():
+    assert call_in_process(large_result, "fork") == list(range(100_000))  # more than a pipe holds
+    with pytest.raises(SystemExit) as exit:
+        call_in_process(fail, "fork")
+    assert exit.value.code == 7
+
+
+def check_experiment(folder, output: str) -> None:
     """Two students start at the same time, and the logits of their teacher are computed once."""
-    words = flags(tmp_path, "--jobs=2", "--only", "teacher", "student_kd", "--sweep", "student_kd.temperature=1,4")
-    teacher_student_model.main([*words, "--teacher.epochs=1", "--student_kd.epochs=1"])
     for name in ("teacher", "student_kd-temperature-1", "student_kd-temperature-4"):
-        assert load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")["finished"]
-    output = capfd.readouterr().err
+        assert load_checkpoint(folder / f"checkpoints/demo/seed0/{name}.pt")["finished"]
     assert output.count("epoch  1/1") == 3
     assert sorted(re.findall(r"logits of teacher  (\w+ \w+)", output)) == ["100 computed", "read from"]
     started = [output.index(f"student_kd-temperature-{t} seed 0  resnet18") for t in (1, 4)]
     assert max(started) < output.index("epoch  1/1", min(started))
+
+
+SWEEP = ["--jobs=2", "--only", "teacher", "student_kd", "--sweep", "student_kd.temperature=1,4"]
+SWEEP += ["--teacher.epochs=1", "--student_kd.epochs=1"]
+
+
+@pytest.mark.chaos
+def test_jobs_of_a_process_that_cannot_fork_train_the_whole_experiment(tmp_path, capfd):
+    teacher_student_model.main(flags(tmp_path, *SWEEP))
+    check_experiment(tmp_path, capfd.readouterr().err)
+
+
+def test_a_run_uses_the_code_of_its_start(tmp_path):
+    """The students start after the edits: of a loss, and of config.py, which is half-typed."""
+    for name in ("config.py", "custom_resnet.py", "teacher_student_model.py", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("engine", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "teacher_student_model.py", *flags(tmp_path), *SWEEP]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    output = process.stderr.readline()  # about the data, before any model is trained
+    assert "demo: digits" in output
+    for name in ("config.py", "engine/soft_losses.py", "teacher_student_model.py", "engine/settings.py"):
+        with open(tmp_path / name, "a") as file:
+            file.write("\nhalf typed =\n")
+    output += process.communicate(timeout=120)[1]
+    assert process.returncode == 0, output
+    check_experiment(tmp_path, output)
+    codes = [load_checkpoint(path)["environment"]["code"] for path in tmp_path.rglob("*.pt")]
+    assert codes == [code_digest()] * 3
+
+
+def test_a_process_that_has_imported_other_code_stops(config, capsys):
+    """Where processes are spawned, as on Windows."""
+    for work in (
+        partial(teacher_student_model.train_in_process, config, {}, "another digest", ("student", 0), 1),
+        partial(teacher_student_model.prepare_in_process, config, [("student", 0)], "another digest"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            work()
+        assert exit.value.code == 2
+        assert "the code was edited" in capsys.readouterr().err
 
 
 @pytest.mark.chaos

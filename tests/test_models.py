@@ -10,12 +10,14 @@ from torch import nn
 import evaluate
 import teacher_student_model
 from custom_resnet import build_resnet, train
-from engine.checkpoints import checkpoint_path, load_checkpoint
+from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
 from engine.errors import UserError
+from engine.images import NORMALISATION
 from engine.inference import predict
 from engine.models import build_model, check_image_size, initial_model, load_model
 from engine.recipes import ARCHS, Recipe
 
+DIGITS = tuple("0123456789")
 FAMILIES = [
     *("efficientnet_b0", "googlenet", "maxvit_t", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
     *("resnext50_32x4d", "squeezenet1_1", "swin_t", "vit_b_32"),
@@ -45,7 +47,17 @@ def test_every_family_builds_with_torchvisions_names(arch):
 
 def test_the_stem_of_a_recipe_is_that_of_its_model():
     for stem, size in (("imagenet", (7, 7)), ("cifar", (3, 3))):
-        assert initial_model(Recipe(stem=stem, pretrained=False), 10).conv1.kernel_size == size
+        assert initial_model(Recipe(stem=stem, pretrained=False), DIGITS).conv1.kernel_size == size
+
+
+def test_initial_weights_are_torchvisions_for_the_seed():
+    """Pinned: the stream of torch's generator for the seed."""
+    torch.manual_seed(3)
+    weights = initial_model(Recipe(pretrained=False), DIGITS).conv1.weight
+    torch.manual_seed(3)
+    assert torch.equal(weights, torchvision.models.resnet18().conv1.weight)
+    expected = [0.005683334544301033, 0.01489682774990797, -0.004761551972478628]
+    assert weights.flatten()[:3].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.chaos
@@ -139,7 +151,7 @@ def test_a_file_of_weights_is_used_as_it_is(tmp_path, theirs, wrap):
     torch.save({wrap: state, "epoch": 3} if wrap in ("state_dict", "model") else state, tmp_path / "teacher.pth")
     recipe = Recipe(arch="resnet50", weights=str(tmp_path / "teacher.pth"), epochs=0)
     images = torch.randn(4, 3, 32, 32)
-    assert torch.equal(initial_model(recipe, 10).eval()(images), theirs(images))
+    assert torch.equal(initial_model(recipe, DIGITS).eval()(images), theirs(images))
 
 
 def test_weights_named_as_timm_names_them_are_used(tmp_path):
@@ -149,7 +161,7 @@ def test_weights_named_as_timm_names_them_are_used(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "teacher.pth")
     recipe = Recipe(arch="resnet50", weights=str(tmp_path / "teacher.pth"), epochs=0)
     images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(initial_model(recipe, 10).eval()(images), theirs(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(initial_model(recipe, DIGITS).eval()(images), theirs(images), atol=1e-5, rtol=1e-5)
 
 
 class Payload:
@@ -204,7 +216,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
     words += ["--only", "teacher", "student_kd"]
     teacher_student_model.main(words)
     output = capsys.readouterr().err
-    assert "precision" not in load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")["settings"]
+    assert load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")["settings"]["config"] == {}
     accuracy = (predict(theirs, digits.test.images.cpu(), 16).argmax(1) == digits.test.labels.cpu()).float().mean()
     assert f"accuracy on the test images {accuracy:.2%}" in output
     assert f"warning: teacher seed 0 classifies only {accuracy:.0%} correctly" in output
@@ -234,7 +246,7 @@ def test_weights_with_epochs_are_fine_tuned_with_a_new_last_layer_where_classes_
     torch.manual_seed(3)
     theirs = torchvision.models.resnet18(num_classes=classes)
     torch.save(theirs.state_dict(), tmp_path / "start.pth")
-    model = initial_model(Recipe(weights=str(tmp_path / "start.pth"), epochs=2), 10)
+    model = initial_model(Recipe(weights=str(tmp_path / "start.pth"), epochs=2), DIGITS)
     assert torch.equal(model.conv1.weight, theirs.conv1.weight)
     assert model.fc.out_features == 10
     assert (classes == 10) == (model.fc.weight.shape == theirs.fc.weight.shape)
@@ -248,6 +260,68 @@ def test_a_finished_model_of_ours_can_be_trained_longer(tmp_path, trained, capsy
     before, after = (load_checkpoint(p)["model"] for p in (path, tmp_path / "checkpoints/demo/seed0/student.pt"))
     moved = (after["conv1.weight"] - before["conv1.weight"]).norm() / before["conv1.weight"].norm()
     assert 0 < moved < 0.5
+
+
+def own_checkpoint(path, **changes) -> nn.Module:
+    """A checkpoint of this program, of a ResNet18 for the digits; returns the model."""
+    torch.manual_seed(3)
+    model = torchvision.models.resnet18(num_classes=10)
+    state = {"name": "teacher", "classes": list(DIGITS), "finished": True, "normalisation": NORMALISATION}
+    save_checkpoint(path, {**state, "model": model.state_dict(), "history": [{}] * 6, **changes})
+    return model
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_finished_checkpoint_of_ours_with_the_same_classes_is_used(tmp_path, epochs):
+    theirs, notes = own_checkpoint(tmp_path / "teacher.pt"), []
+    model = initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=epochs), DIGITS, notes.append)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    assert notes == []
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finished": False}, r"training is not finished \(6 epochs"),
+        ({"normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}}, r"'mean': \[0\.5, 0\.5, 0\.5\].*0\.485"),
+    ],
+    ids=["unfinished", "normalisation"],
+)
+def test_a_checkpoint_of_ours_that_is_not_what_it_should_be_is_refused(tmp_path, changes, message, epochs):
+    own_checkpoint(tmp_path / "teacher.pt", **changes)
+    with pytest.raises(UserError, match=message):
+        initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=epochs), DIGITS)
+
+
+@pytest.mark.parametrize("classes", [("1", "0", *DIGITS[2:]), (*DIGITS[:9], "ten")], ids=["order", "name"])
+def test_a_checkpoint_of_ours_with_other_classes_is_refused_or_gets_a_new_last_layer(tmp_path, classes):
+    theirs, notes = own_checkpoint(tmp_path / "teacher.pt"), []
+    with pytest.raises(UserError, match=r"its classes are 0, 1, .*, and those of the data set"):
+        initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=0), classes)
+    model = initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=2), classes, notes.append)
+    assert torch.equal(model.conv1.weight, theirs.conv1.weight)
+    assert not torch.equal(model.fc.weight, theirs.fc.weight)
+    assert len(notes) == 1
+
+
+def test_class_folders_that_change_places_are_noticed(tmp_path, image_folder, capsys):
+    counts = {f"{split}/{name}": 30 for split in ("train", "test") for name in "ab"}
+    words = flags(tmp_path, "--only=teacher", "--teacher.epochs=1")
+    words += [f"--{name}.train_size=none" for name in ("teacher", "student", "student_kd")]
+    teacher_student_model.main([*words, f"--dataset={image_folder(counts)}"])
+    path = tmp_path / "checkpoints/demo/seed0/teacher.pt"
+    assert load_checkpoint(path)["normalisation"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    for split in ("train", "test"):
+        (tmp_path / f"images/{split}/a").rename(tmp_path / f"images/{split}/z")
+    words += [f"--dataset={tmp_path / 'images'}", "--run=other", f"--teacher.weights={path}"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        teacher_student_model.main([*words, "--teacher.epochs=0"])
+    assert exit.value.code == 2
+    assert "its classes are a, b, and those of the data set b, z" in capsys.readouterr().err
+    teacher_student_model.main(words)
+    assert "the last layer starts from random weights" in capsys.readouterr().err
 
 
 def test_an_untrained_teacher_needs_no_file(config, digits):

@@ -68,6 +68,26 @@ def test_one_teacher_seed_for_all_students_trains_one_teacher():
     assert own.teacher_of("student", 1) is None
 
 
+def test_a_chain_of_teachers_is_trained_with_the_seeds_that_are_used():
+    def models(**recipes):
+        return Config({name: Recipe(**row) for name, row in recipes.items()}, seeds=(3, 1, 2)).models()
+
+    shared = {"teacher": "assistant", "teacher_seed": 0}
+    chain = {"teacher": {"arch": "resnet50"}, "assistant": {"arch": "resnet34", "teacher": "teacher"}}
+    students = [("student", seed) for seed in (3, 1, 2)]
+    assert models(**chain, student=shared) == [("teacher", 0), ("assistant", 0), *students]
+    own = {**chain, "other": {"arch": "resnet152", "teacher": "teacher", "teacher_seed": 7}}
+    assert sorted(m for m in models(**own, student=shared) if m[0] == "teacher") == [("teacher", 0), ("teacher", 7)]
+    every_seed = models(**chain, student={"teacher": "assistant"})
+    assert [seed for name, seed in every_seed if name == "teacher"] == [3, 1, 2]
+    longer = {**chain, "junior": {"arch": "resnet101", "teacher": "assistant"}}
+    assert models(**longer, student={"teacher": "junior", "teacher_seed": 5})[:3] == [
+        ("teacher", 5),
+        ("assistant", 5),
+        ("junior", 5),
+    ]
+
+
 # The command line
 
 

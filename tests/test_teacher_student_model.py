@@ -272,6 +272,15 @@ def test_shuffled_logits_stay_within_the_class_and_change_their_image(config, di
     assert not torch.equal(shuffled[:, subset], shuffle_within_classes(logits, digits, subset, seed=1)[:, subset])
 
 
+def test_a_teacher_is_not_shuffled_as_the_first_epoch_is(digits):
+    """With a single class, both permute all images."""
+    one_class = digits._replace(train=digits.train._replace(labels=torch.zeros_like(digits.train.labels)))
+    logits = torch.arange(1297.0, device=digits.train.labels.device).view(1, -1, 1).expand(2, -1, 1)
+    moved = shuffle_within_classes(logits, one_class, torch.arange(1297), seed=3)[0, :, 0].long().tolist()
+    assert sorted(moved) == list(range(1297))
+    assert moved != np.random.default_rng((3, 0)).permutation(1297).tolist()
+
+
 @pytest.mark.parametrize("changes", [{}, {"shuffle_teacher": True}, {"label_smoothing": 0.1}], ids=str)
 def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, changes):
     recipe = replace(config.recipes["student_kd"], epochs=1, **changes)

@@ -201,6 +201,19 @@ def test_the_terminal_warns_of_models_that_predict_one_class_or_have_no_baseline
     ]
 
 
+def test_models_trained_with_different_numbers_of_threads_are_named():
+    results = recorded("docs/data/demo.json")
+    for name in ("teacher", "student", "student_kd"):
+        for seed, environment in results["models"][name]["environments"].items():
+            environment["threads"] = "1" if (name, seed) == ("student", "3") else "2"
+    (line,) = [line for line in results_markdown(results).splitlines() if "not all models" in line.lower()]
+    assert re.findall(r"[;:] (\d) \(([^)]*)", line)[-1] == ("1", "student seed 3")
+    assert re.search(r" 2 \([^)]*student seed 2[^)]*\)", line)
+    for environment in results["models"]["student"]["environments"].values():
+        environment["threads"] = "2"
+    assert "not all models" not in results_markdown(results).lower()
+
+
 def test_students_of_one_teacher_are_said_to_share_it():
     sentence = "but not for that of a teacher that all seeds share."
     assert sentence in results_markdown(recorded("docs/data/demo.json"))

@@ -20,3 +20,11 @@ def note(model, threads):
         time.sleep(0.01)
     with open(os.path.join(folder, name), "w") as file:
         file.write(f"{began} {time.time()} {threads}")
+
+
+def large_result():
+    return list(range(100_000))
+
+
+def fail():
+    raise SystemExit(7)
