@@ -141,6 +141,15 @@ def recorded_config(folder: Path) -> Config:
     return Config(**{**last, **here, "only": (), "overwrite": False})
 
 
+def nonfinite_tensors(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinite value."""
+    floating = {name: tensor for name, tensor in tensors.items() if torch.is_floating_point(tensor)}
+    if not floating:
+        return []
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in floating.values()]).tolist()
+    return [name for name, all_finite in zip(floating, finite, strict=True) if not all_finite]
+
+
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     """sha256 of names, shapes, types and bits."""
     digest = hashlib.sha256()

@@ -154,6 +154,6 @@ def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Pat
 
 
 def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Every input that a teacher's stored logits depend on."""
-    settings = {field: getattr(config, field) for field in ("validation_size", "image_size", "precision")}
-    return {"teacher": teacher_digest, "images": dataset.digest, **settings}
+    """Every input that a teacher's stored logits depend on. They are computed in float32, whatever training uses."""
+    settings = {field: getattr(config, field) for field in ("validation_size", "image_size")}
+    return {"teacher": teacher_digest, "images": dataset.digest, **settings, "precision": "fp32"}

@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from engine.checkpoints import is_checkpoint, load_checkpoint
+from engine.checkpoints import RETRAIN, is_checkpoint, load_checkpoint, nonfinite_tensors
 from engine.device import memory_format
-from engine.errors import UserError, first_line, suggest
+from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.recipes import Recipe
 
 
@@ -123,7 +123,8 @@ def initial_model(recipe: Recipe, num_classes: int) -> nn.Module:
 def read_weights(path: str) -> dict[str, torch.Tensor]:
     """The state dict in a file: plain, or under "state_dict" or "model", with or without DataParallel's prefix.
 
-    No code in the file is executed. Raises UserError if it cannot be read or holds no state dict.
+    No code in the file is executed. Raises UserError if it cannot be read, holds no state dict, or has values that are
+    NaN or infinite.
     """
     if not Path(path).is_file():
         raise UserError(f"weights = {path!r}: no such file")
@@ -141,6 +142,10 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(t, torch.Tensor) for t in found.values()):
         raise UserError(f"{path}: holds no state dict, neither by itself nor as 'state_dict' or 'model'")
+    if wrong := nonfinite_tensors(found):
+        raise UserError(
+            f"{path}: has values that are NaN or infinite, in {', '.join(at_most_ten(wrong))}; use another file"
+        )
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -163,7 +168,12 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], recipe: Rec
 
 
 def load_model(state: dict[str, Any], device: str) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode."""
+    """The model of a checkpoint, in evaluation mode. Raises UserError if its weights do not fit or are not finite."""
+    if wrong := nonfinite_tensors(state["model"]):
+        raise UserError(
+            f"{state['name']} seed {state['seed']}: its checkpoint has values that are NaN or infinite, in "
+            f"{', '.join(at_most_ten(wrong))}; {RETRAIN}, with a lower lr"
+        )
     model = build_model(state["arch"], len(state["classes"]), stem=state["stem"])
     try:
         model.load_state_dict(state["model"])
