@@ -43,7 +43,7 @@ from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
 from engine.images import NORMALISATION
-from engine.inference import Stopped, predict
+from engine.inference import NotFinite, Stopped, predict
 from engine.models import build_model, initial_model
 from engine.recipes import Recipe
 from engine.settings import Config
@@ -136,6 +136,8 @@ def finish_epoch(training: Training, dataset: Dataset, stop: Callable[[], int]) 
         held_out, held_out_accuracy = evaluate_held_out(training.model, config, dataset, title, stop)
     except Stopped:
         return False
+    except NotFinite:
+        diverged(f"logits of the {dataset.held_out[0]} images", title)
     record = {"epoch": len(training.history) + 1, "loss": loss, "train_accuracy": accuracy}
     record |= {f"{held_out}_accuracy": held_out_accuracy, "seconds": seconds}
     if (share := training.soft_share) is not None:
@@ -157,12 +159,10 @@ def evaluate_held_out(
 ) -> tuple[str, float]:
     """Which images are held out, "validation" or "test", and the accuracy on them.
 
-    Raises Diverged if the logits are not finite, and Stopped if `stop` returns a signal.
+    Raises NotFinite if logits are NaN or infinite, and Stopped if `stop` returns a signal.
     """
     held_out, split = dataset.held_out
     logits = predict(model, split.images, config.image_size, config.precision, title=f"{title} {held_out}", stop=stop)
-    if not logits.isfinite().all():
-        diverged(f"logits of the {held_out} images", title)
     return held_out, (logits.argmax(1) == split.labels).float().mean().item()
 
 

@@ -24,7 +24,6 @@ from engine.checkpoints import (
     load_finished,
     load_logits,
     logits_path,
-    recorded_precision,
     tensors_digest,
 )
 from engine.console import log, print_result
@@ -79,14 +78,15 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
     for name, seed, state, digest in finished_checkpoints(config, dataset, missing):
         model = load_model(state, config.device)
 
-        def logits(images: torch.Tensor, model=model, title=f"{name} seed {seed}") -> np.ndarray:
+        def logits(split: str, images: torch.Tensor, model=model, title=f"{name} seed {seed}") -> np.ndarray:
+            title = f"{title} {split} images"
             return predict(model, images, config.image_size, config.precision, title=title).cpu().numpy()
 
         found = models.setdefault(name, Evaluated(config.recipes[name], {}, {}, {}, {}, {}))
-        found.logits[seed], found.history[seed] = logits(dataset.test.images), state["history"]
+        found.logits[seed], found.history[seed] = logits("test", dataset.test.images), state["history"]
         found.digests[seed], found.environments[seed] = digest, state["environment"]
         if dataset.validation:
-            found.validation_logits[seed] = logits(dataset.validation.images)
+            found.validation_logits[seed] = logits("validation", dataset.validation.images)
     return {name: models[name] for name in config.recipes if name in models}, missing
 
 
@@ -100,16 +100,15 @@ def logits_for_student(
     subset, labels = dataset.subset(config.recipes[name].train_size), dataset.train.labels.cpu()
     teacher = config.teacher_of(name, seed)
     fingerprint = logits_fingerprint(digest, config, dataset)
-    del fingerprint["precision"]  # the evaluation may use a different one
     shape = (2, len(labels), len(dataset.classes))
     stored = broadcast_from_rank0(lambda: load_logits(logits_path(config, *teacher), fingerprint, shape))
-    if not stored[0, subset].isnan().any():
+    if stored[0, subset].isfinite().all():
         return stored[0, subset].numpy(), labels[subset].numpy()
     by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
     state = broadcast_from_rank0(lambda: load_checkpoint(checkpoint_path(config, *teacher)))
-    model, title = load_model(state, config.device), f"{teacher[0]} on training images"
+    model, title = load_model(state, config.device), f"{teacher[0]} seed {teacher[1]} training images"
     logits = predict(model, images, config.image_size, config.precision, title=title)
     return logits.cpu().numpy(), labels[chosen].numpy()
 
@@ -144,7 +143,7 @@ def export(config: Config, dataset: Dataset) -> None:
     with lock(Path(config.checkpoints_path, config.run)):
         for name, seed, state, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
             model, path = load_model(state, "cpu"), checkpoint_path(config, name, seed).with_suffix(".pt2")
-            logits = predict(model, images, config.image_size, "fp32", title=f"{name} seed {seed}")
+            logits = predict(model, images, config.image_size, "fp32", title=f"{name} seed {seed} test images")
             about = {"name": name, "seed": seed, "classes": state["classes"], "image_size": config.image_size}
             about["weights"] = digest
             content = export_program(model, config.image_size, about)
@@ -168,15 +167,22 @@ def script_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     return parser.parse_known_args(argv)
 
 
+def chosen_precision(argv: list[str]) -> str:
+    """fp32, unless this command line says bf16: logits in bfloat16 have ties, so training's precision is not used."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--precision")
+    return "bf16" if parser.parse_known_args(argv)[0].precision == "bf16" else "fp32"
+
+
 def main(argv: list[str] | None = None) -> None:
     with run_script():
         own, rest = broadcast_from_rank0(lambda: script_flags(argv))
         config = load_config(rest, FLAGS)
         if world_size() > 1 and (own.predict or own.export):
             raise UserError("--predict and --export run in a single process: python evaluate.py, without torchrun")
-        if config.precision == "auto":
-            precision = broadcast_from_rank0(lambda: recorded_precision(config) or "fp32")
-            config = replace(config, precision=precision)
+        config = replace(config, precision=broadcast_from_rank0(lambda: chosen_precision(rest)))
+        if own.export and config.precision == "bf16":
+            log.info("--precision bf16 has no effect: exports are float32 programs")
         if own.predict:
             tables = predict_files(own.predict, config)
             if not tables:

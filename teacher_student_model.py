@@ -25,14 +25,14 @@ from engine.checkpoints import load_logits, logits_path, save_checkpoint, tensor
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import SHUFFLED_TEACHER, code_digest, configure_backends, forward_pass, seed_sequence
-from engine.distributed import broadcast_from_rank0, world_size
-from engine.errors import UserError
+from engine.distributed import all_reduce_max, broadcast_from_rank0, world_size
+from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
 from engine.fingerprints import load_teacher_state, logits_fingerprint
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import call_in_process, run_in_processes
-from engine.models import load_model
+from engine.models import last_layer, load_model
 from engine.recipes import Recipe
 from engine.settings import Config
 from engine.soft_losses import SOFT_LOSSES, SoftLoss, kd
@@ -95,21 +95,24 @@ class Teacher(NamedTuple):
     name: str
     model: nn.Module  # frozen, in evaluation mode
     digest: str  # of its weights
+    seed: int = 0
 
 
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
     """The finished teacher of this seed. Raises UserError if it is not trained yet, or with different settings."""
     state = broadcast_from_rank0(lambda: load_teacher_state(name, seed, config, dataset))
-    return Teacher(name, load_model(state, config.device).requires_grad_(False), tensors_digest(state["model"]))
+    model = load_model(state, config.device).requires_grad_(False)
+    return Teacher(name, model, tensors_digest(state["model"]), seed)
 
 
 def teacher_logits(
     teacher: Teacher, config: Config, dataset: Dataset, subset: torch.Tensor, path: Path | None = None
 ) -> torch.Tensor:
-    """A frozen teacher's logits never change, so they are computed once for all epochs: (2, N, C) float32.
+    """A frozen teacher's logits never change, so they are computed once for all epochs, in float32: (2, N, C).
 
     [0, i] are the logits of training image i, [1, i] those of its mirror image; those that no batch of `subset` needs
-    are NaN. They are stored in the file `path`, and read from it if the fingerprint of their inputs matches.
+    are NaN. They are stored in the file `path`, and read from it if the fingerprint of their inputs matches. Raises
+    UserError if one of them is NaN or infinite.
     """
     fingerprint = logits_fingerprint(teacher.digest, config, dataset)
     shape = (2, len(dataset.train.labels), len(dataset.classes))
@@ -123,13 +126,12 @@ def teacher_logits(
 
     computed, saved = 0, time.monotonic()
     for view, needed in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
-        missing = subset[logits[view, subset].isnan().any(1)]
+        missing = subset[~logits[view, subset].isfinite().all(1)]
         for index in missing.split(10_000) if needed else ():
             images = dataset.train.images[index.to(dataset.train.images.device)]
             images = images.flip(3) if view else images
-            title = f"logits of {teacher.name}"
-            predicted = predict(teacher.model, images, config.image_size, config.precision, title=title)
-            logits[view, index] = predicted.cpu()
+            title = f"teacher {teacher.name} seed {teacher.seed} training images"
+            logits[view, index] = predict(teacher.model, images, config.image_size, title=title).cpu()
             computed += len(index)
             if broadcast_from_rank0(lambda saved=saved: time.monotonic() - saved > 60 * config.checkpoint_minutes):
                 save()
@@ -172,15 +174,37 @@ def shuffle_within_classes(logits: torch.Tensor, dataset: Dataset, subset: torch
     return logits[:, index.to(logits.device)]
 
 
-def online_logits(teacher: nn.Module, config: Config) -> Lookup:
+def in_float32(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """forward(x) in float32, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x.float())
+
+
+class OnlineTeacher:
+    """Runs the teacher on each batch: logits (B, C) float32, in the training's precision except for the last layer.
+
+    The last layer is computed in float32, because bfloat16 logits have ties.
+    """
+
+    def __init__(self, teacher: nn.Module, config: Config):
+        self.teacher, self.config = teacher, config
+        self.folded: nn.Module | None = None
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=config.device)  # batches; reading it synchronises
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        if self.folded is None:
+            self.folded = fold_batchnorm(self.teacher, batch.images[:4], self.config.precision)
+            _, last = last_layer(self.folded)
+            last.forward = partial(in_float32, last.forward)
+        with torch.no_grad(), forward_pass(self.config.device, self.config.precision):
+            logits = self.folded(batch.images).float()
+        self.nonfinite += ~logits.isfinite().all()
+        return logits
+
+
+def online_logits(teacher: nn.Module, config: Config) -> OnlineTeacher:
     """Run the teacher on each batch, for augmentations with too many views to store the logits of."""
-    folded = fold_batchnorm(teacher)
-
-    def run(batch: Batch) -> torch.Tensor:
-        with torch.no_grad(), forward_pass(config.device, config.precision):
-            return folded(batch.images).float()
-
-    return run
+    return OnlineTeacher(teacher, config)
 
 
 def make_distillation_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
@@ -206,11 +230,14 @@ def make_distillation_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
 def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
     """Train any recipe, as `train` does; its teacher, if any, is loaded only if there is something to train."""
     recipe, of_teacher = config.recipes[name], config.teacher_of(name, seed)
+    online: OnlineTeacher | None = None
 
     def make_loss() -> LossFunction:
+        nonlocal online
         teacher = load_teacher(*of_teacher, config, dataset)
         if config.unlimited_views:
-            return make_distillation_loss(online_logits(teacher.model, config), recipe)
+            online = online_logits(teacher.model, config)
+            return make_distillation_loss(online, recipe)
         subset = dataset.subset(recipe.train_size)
         path = logits_path(config, *of_teacher)
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
@@ -219,7 +246,16 @@ def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate
             logits = shuffle_within_classes(logits, dataset, subset, seed)
         return make_distillation_loss(stored_logits(logits), recipe)
 
-    train(name, seed, config, dataset, make_loss if recipe.teacher else None, estimate)
+    try:
+        train(name, seed, config, dataset, make_loss if recipe.teacher else None, estimate)
+    except Diverged:
+        if online and all_reduce_max(int(online.nonfinite))[0]:
+            teacher, of_seed = of_teacher
+            raise UserError(
+                f"{name} seed {seed}: cannot learn from its teacher, {teacher} seed {of_seed}, whose logits are NaN or "
+                "infinite; move the teacher's checkpoint away and train it again, with a lower lr"
+            ) from None
+        raise
 
 
 # A script that has only been imported can be forked: all models are then trained by the code of its start. A process in

@@ -83,7 +83,7 @@ def load_training(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state = load_checkpoint(path)
-    types = {"name": str, "arch": str, "stem": str, "classes": list, "config": dict, "settings": dict}
+    types = {"name": str, "seed": int, "arch": str, "stem": str, "classes": list, "config": dict, "settings": dict}
     types |= {"normalisation": dict, "environment": dict, "finished": bool, "model": dict, "history": list}
     wrong = [key for key, type_ in types.items() if not isinstance(state.get(key), type_)]
     if wrong:
@@ -94,7 +94,7 @@ def load_training(path: Path) -> dict[str, Any] | None:
 
 def check_place(path: Path, state: dict[str, Any]) -> None:
     """Raise UserError if a checkpoint does not lie where its name and its seed belong."""
-    place = f"seed{state['settings']['seed']}/{state['name']}.pt"
+    place = f"seed{state['seed']}/{state['name']}.pt"
     if path.parts[-2:] != tuple(place.split("/")):
         raise UserError(
             f"{path}: holds the model of {place}; it was copied or renamed. Move it away, or back to its place"
@@ -130,6 +130,15 @@ def recorded_precision(config: Config) -> str | None:
     paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
     settings = (state["settings"]["config"] for path in paths if (state := read_metadata(path)))
     return next((found["precision"] for found in settings if "precision" in found), None)
+
+
+def nonfinite_tensors(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinite value."""
+    floating = {name: tensor for name, tensor in tensors.items() if torch.is_floating_point(tensor)}
+    if not floating:
+        return []
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in floating.values()]).tolist()
+    return [name for name, all_finite in zip(floating, finite, strict=True) if not all_finite]
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -14,6 +14,7 @@ from engine.errors import UserError, suggest
 from engine.folder import read_folder
 from engine.images import augment, flip, prepare, shift
 from engine.settings import Config
+from engine.soft_losses import problems_of_two_classes
 from engine.sources import NAMES, TORCHVISION, read_digits, read_torchvision
 from engine.splits import stratified
 
@@ -111,6 +112,7 @@ def read_dataset(config: Config) -> Dataset:
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy())
     check_sizes(config, train)
+    check_soft_losses(config, len(classes))
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
         digest.update(held_out.numpy())
@@ -173,6 +175,19 @@ def check_schedules(config: Config, images: int) -> None:
             )
     if problems:
         raise UserError(*problems)
+
+
+def check_soft_losses(config: Config, classes: int) -> None:
+    """Raise UserError for soft losses of the selected recipes that do not work with two classes."""
+    recipes = {name: config.recipes[name] for name in config.selected() if config.recipes[name].teacher}
+    if classes == 2:
+        problems = [
+            f"{name}.{problem}"
+            for name, recipe in recipes.items()
+            for problem in problems_of_two_classes(recipe.soft_loss, recipe.loss_parameters())
+        ]
+        if problems:
+            raise UserError(*problems)
 
 
 def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:

@@ -184,18 +184,14 @@ def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Pat
 
 
 def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Every input that a teacher's stored logits depend on."""
-    return {
-        "teacher": teacher_digest,
-        "images": dataset.digest,
-        "image_size": config.image_size,
-        "precision": config.precision,
-    }
+    """Every input that a teacher's stored logits depend on. They are computed in float32, whatever training uses."""
+    settings = {field: getattr(config, field) for field in ("image_size",)}
+    return {"teacher": teacher_digest, "images": dataset.digest, **settings, "precision": "fp32"}
 
 
 def check_teacher(path: Path, state: dict[str, Any], config: Config) -> None:
     """Raise UserError if a student was distilled from other weights than the checkpoint of its teacher holds now."""
-    teacher = config.teacher_of(state["name"], state["settings"]["seed"])
+    teacher = config.teacher_of(state["name"], state["seed"])
     recorded = state["settings"].get("weights of the teacher")
     if teacher and recorded:
         of_teacher = checkpoint_path(config, *teacher)
@@ -228,7 +224,7 @@ def recorded_config(folder: Path) -> Config:
                 recipes[name] = Recipe(**known(Recipe, values))
         described_by.setdefault(state["name"], path)
     trained = {"recipes": recipes, "sweep": (), "swept": all_swept(states.values())}
-    trained["seeds"] = tuple(sorted({state["settings"]["seed"] for state in states.values()}))
+    trained["seeds"] = tuple(sorted({state["seed"] for state in states.values()}))
     here = {"run": folder.name, "checkpoints_path": str(folder.parent), "imgs_path": "imgs"}
     here |= {"only": (), "overwrite": False, "device": "auto", "jobs": 1}
     return Config(**{**shared, **trained, **here})

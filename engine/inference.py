@@ -10,6 +10,7 @@ from torch.fx.experimental.optimization import fuse
 from engine.console import Progress
 from engine.device import forward_pass
 from engine.distributed import all_reduce_max, all_reduce_sum, shard
+from engine.errors import UserError
 from engine.images import prepare
 
 
@@ -17,13 +18,36 @@ class Stopped(Exception):
     """Interrupted by a signal; the whole prediction has to be repeated."""
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, each BatchNorm folded into the convolution before it, if torch.fx can trace it."""
+class NotFinite(UserError):
+    """A model's logits are NaN or infinite."""
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module, images: torch.Tensor, precision: str = "fp32") -> nn.Module:
+    """A copy in evaluation mode, each BatchNorm folded into the convolution before it where that changes nothing.
+
+    The copy is not folded if torch.fx cannot trace the model, or if folding changes the logits of `images`
+    (n, 3, S, S), normalised and on the model's device, by more than rounding. Rounding is measured in bf16, as the
+    distance of the unfolded model's logits from those in fp32. It is not folded either if the type of its logits
+    changes: tracing drops a model's own autocast.
+    """
     model = copy.deepcopy(model).eval()
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return model
     try:
-        return fuse(model, inplace=True)
+        folded = fuse(model, inplace=True)
     except Exception:  # torch.fx raises exceptions of many types for code that it cannot trace
         return model
+
+    def run(module: nn.Module, precision: str) -> torch.Tensor:
+        with forward_pass(images.device, precision):
+            return module(images)
+
+    exact, found = run(model, "fp32"), run(folded, precision)
+    own = exact if precision == "fp32" else run(model, precision)
+    of_fp32 = 1e-2 if images.is_cuda else 1e-4  # relative; CUDA computes float32 convolutions in TF32
+    rounding = 3 * (own - exact).norm() + of_fp32 * exact.norm()
+    return folded if found.dtype == own.dtype and (found - exact).norm() <= rounding else model
 
 
 def predict(
@@ -40,21 +64,24 @@ def predict(
     uint8 images (N, 3, H, W) are resized to `image_size` (None: not resized) and normalised; float images are passed on
     as they are. Batches that do not fit into the GPU's memory are halved. With several processes, all of which must
     call this, each computes its part and receives all logits. Raises Stopped, in all of them, if `stop` returns a
-    signal in one.
+    signal in one, and NotFinite, which begins with `title`, if logits are NaN or infinite.
     """
     device = next(model.parameters()).device
-    folded = fold_batchnorm(model)
+
+    def prepared(chunk: torch.Tensor) -> torch.Tensor:
+        chunk = chunk.to(device, non_blocking=True)
+        return prepare(chunk, image_size) if chunk.dtype == torch.uint8 else chunk
+
+    folded = fold_batchnorm(model, prepared(images[:4]), precision)
     own, parts = shard(len(images)), []
     waiting = list(images[own].split(batch_size))
     with torch.inference_mode(), Progress(title, own.stop - own.start) as progress:
         while waiting:
             chunk = waiting.pop(0)
             try:
-                prepared = chunk.to(device, non_blocking=True)
-                if chunk.dtype == torch.uint8:
-                    prepared = prepare(prepared, image_size)
+                batch = prepared(chunk)
                 with forward_pass(device, precision):
-                    parts.append(folded(prepared).float())
+                    parts.append(folded(batch).float())
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
@@ -69,4 +96,12 @@ def predict(
     predicted = torch.cat(parts)
     logits = predicted.new_zeros(len(images), predicted.shape[1])
     logits[own] = predicted
-    return all_reduce_sum(logits)  # each row is zero on all ranks but one
+    logits = all_reduce_sum(logits)  # each row is zero on all ranks but one
+    wrong = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise NotFinite(
+            f"{title}: the logits of {len(wrong):,} of {len(images):,} images are NaN or infinite, first those of "
+            f"image {wrong[0]} (counted from 0). This model cannot be used: use other weights, or move its checkpoint "
+            "away and train it again, with a lower lr"
+        )
+    return logits

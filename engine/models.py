@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from engine.checkpoints import is_checkpoint, load_checkpoint
+from engine.checkpoints import RETRAIN, is_checkpoint, load_checkpoint, nonfinite_tensors
 from engine.device import memory_format
 from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.images import NORMALISATION
@@ -148,6 +148,10 @@ def state_dict_of(found: Any, path: str) -> dict[str, torch.Tensor]:
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(t, torch.Tensor) for t in found.values()):
         raise UserError(f"{path}: holds no state dict, neither by itself nor as 'state_dict' or 'model'")
+    if wrong := nonfinite_tensors(found):
+        raise UserError(
+            f"{path}: has values that are NaN or infinite, in {', '.join(at_most_ten(wrong))}; use another file"
+        )
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
@@ -208,7 +212,12 @@ def shorten(classes: Sequence[str]) -> str:
 
 
 def load_model(state: dict[str, Any], device: str) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode."""
+    """The model of a checkpoint, in evaluation mode. Raises UserError if its weights do not fit or are not finite."""
+    if wrong := nonfinite_tensors(state["model"]):
+        raise UserError(
+            f"{state['name']} seed {state['seed']}: its checkpoint has values that are NaN or infinite, in "
+            f"{', '.join(at_most_ten(wrong))}; {RETRAIN}, with a lower lr"
+        )
     model = build_model(state["arch"], len(state["classes"]), stem=state["stem"])
     try:
         model.load_state_dict(state["model"])

@@ -65,7 +65,7 @@ class RecipeFields:
     alpha: float = setting(0.25, FRACTION, "weight of the hard loss")
     soft_weight: float | None = setting(None, optional(NONNEGATIVE), "weight of the soft loss; none: 1 - alpha")
     soft_loss: str = setting("kd", choice(*SOFT_LOSSES), "measure of the distance from the teacher's logits")
-    temperature: float = setting(5.0, POSITIVE, "T of the soft loss, softens the probabilities of both models")
+    temperature: float = setting(5.0, POSITIVE, "T of the soft loss; ttm softens the teacher alone")
     scale_soft_loss: bool = setting(True, FLAG, "multiply the soft loss by T^2; otherwise its gradients scale as 1/T^2")
     teacher_seed: int | None = setting(
         None, optional(SEED), "seed of the teacher, to share one teacher among all seeds; none: the student's seed"

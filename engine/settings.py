@@ -40,12 +40,16 @@ class Config:
     image_size: int = setting(224, integer(8), "images are resized to this many pixels a side")
     horizontal_flip: float = setting(0.5, FRACTION, "probability that a training image is mirrored")
     crop_padding: int = setting(
-        0, integer(0, 1000), "training images are shifted at random by up to this many of their own pixels each way"
+        0,
+        integer(0, 1000),
+        "training images are shifted at random by up to this many pixels each way, before they are resized to "
+        "image_size; the images of a folder that are larger are reduced to it first, as they are read",
     )
     augment: str = setting(
         "none",
         choice("none", "crop", "trivialaugment", "randomerasing"),
-        "torchvision's RandomResizedCrop, TrivialAugmentWide or RandomErasing of the training images",
+        "torchvision's RandomResizedCrop, TrivialAugmentWide or RandomErasing of the training images, at the size at "
+        "which they are shifted, see crop_padding",
     )
     validation_size: int = setting(
         0,
@@ -87,7 +91,8 @@ class Config:
     precision: str = setting(
         "auto",
         choice("auto", "bf16", "fp32"),
-        "bf16: autocast over float32 weights; auto: the faster one, timed when a run starts",
+        "of training; bf16: autocast over float32 weights; auto: the faster one, timed when a run starts. evaluate.py "
+        "computes in fp32 unless its command line says bf16",
     )
     compile: str = setting(
         "auto",

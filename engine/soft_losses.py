@@ -86,6 +86,9 @@ def standardised_kd(z: Tensor, v: Tensor, labels: Tensor, temperature: float) ->
     return kd(standardise(z), standardise(v), labels, temperature)
 
 
+SOFTEN_THE_TEACHER = ("kd", "dkd", "dist", "ttm")  # learn from softmax(v / T)
+SOFTEN_BOTH = ("kd", "dkd", "dist")  # and compare it with softmax(z / T)
+
 SoftLoss = Callable[..., Tensor]
 SOFT_LOSSES: dict[str, SoftLoss] = {
     "kd": kd,
@@ -99,3 +102,26 @@ SOFT_LOSSES: dict[str, SoftLoss] = {
 def parameters(soft_loss: str) -> dict[str, float]:
     """The parameters of a soft loss, besides the four that all have, with their defaults."""
     return {p.name: p.default for p in list(inspect.signature(SOFT_LOSSES[soft_loss]).parameters.values())[4:]}
+
+
+# With two classes the first parameter has no effect, only the second one has: dkd has one class besides the label, and
+# in dist the correlation of two rows of two probabilities is always +-1.
+ON_TWO_CLASSES = {"dkd": ("nontarget_weight", "target_weight"), "dist": ("inter_weight", "intra_weight")}
+
+
+def problems_of_two_classes(soft_loss: str, chosen: dict[str, float]) -> list[str]:
+    """Why a soft loss with these parameters does not work on a data set of two classes."""
+    if soft_loss == "standardised_kd":
+        return [
+            "soft_loss = 'standardised_kd': teaches nothing with two classes, whose standardised logits are always "
+            "+-0.707; use kd, or leave this recipe out"
+        ]
+    if soft_loss not in ON_TWO_CLASSES:
+        return []
+    without, effective = ON_TWO_CLASSES[soft_loss]
+    problems = []
+    if chosen[without] != parameters(soft_loss)[without]:
+        problems.append(f"{without} = {chosen[without]:g}: has no effect with two classes; leave it out")
+    if chosen[effective] == 0:
+        problems.append(f"{effective} = 0: with two classes, nothing else of soft_loss = {soft_loss} has an effect")
+    return problems

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
+from engine.checkpoints import nonfinite_tensors
 from engine.console import duration
 from engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 from engine.errors import Diverged
@@ -173,10 +174,15 @@ class Training:
         return f"{self.title}: epoch {len(self.history) + 1}, step {self.step}, lr = {self.recipe.lr:g}"
 
     def save(self, write: Callable[[dict[str, Any]], None]) -> None:
-        """Pass the state to `write`, unless it has diverged; the weights can diverge a step before the logits do."""
+        """Pass the state to `write`, unless it has diverged; the weights can diverge a step before the logits do.
+
+        So can a buffer, such as a running variance, which only evaluation uses.
+        """
         self.check()
-        if not torch.stack([parameter.detach().sum() for parameter in self.model.parameters()]).isfinite().all():
-            diverged("weights", self.position)
+        if wrong := nonfinite_tensors(self.model.state_dict()):
+            parameters = {name for name, _ in self.model.named_parameters()}
+            what = "weights" if parameters.intersection(wrong) else f"buffer {wrong[0]}"
+            diverged(what, self.position)
         write(self.state_dict())
         self.saved = time.perf_counter()
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.recipes import DISTILLATION_FIELDS, Recipe, row_alone
 from engine.recipes import baseline_of as baseline_among
+from engine.soft_losses import SOFTEN_BOTH, SOFTEN_THE_TEACHER
 from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
 from report.statistics import (
     detectable_difference,
@@ -182,12 +183,13 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
     """How closely each distilled model, and its baseline, matches the teacher on the test images: a row each.
 
     After Stanton et al. 2021 (arXiv 2106.05945). Means over the seeds that both have; teacher_wrong, and the agreement
-    there, are pooled over seeds.
+    there, are pooled over seeds. `kl_at_temperature` is None where the soft loss does not compare softmax(v / T) with
+    softmax(z / T).
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for name in distilled(models):
         recipe = models[name].recipe
-        teacher, temperature = recipe.teacher, recipe.temperature
+        teacher, temperature, softened = recipe.teacher, recipe.temperature, recipe.soft_loss in SOFTEN_BOTH
         for student in (name, baseline_of(name, models)):
             if student not in models or student == teacher:
                 continue
@@ -198,7 +200,10 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
             agree = np.stack([v.argmax(1) == z.argmax(1) for v, z in logits])  # (S, n)
             wrong = ~models[teacher].correct(labels, seeds.values())
             kl = {"kl": 1.0, "kl_at_temperature": temperature}
-            rows[student, teacher, recipe.teacher_seed, temperature] = {
+            if not softened:
+                del kl["kl_at_temperature"]
+            rows[student, teacher, recipe.teacher_seed, temperature, softened] = {
+                "kl_at_temperature": None,
                 "model": student,
                 "teacher": teacher,
                 "seeds": list(seeds),
@@ -217,21 +222,22 @@ TrainingLogits = Mapping[
 
 
 def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]:
-    """What each distilled model learns from: its teacher's accuracy, entropy and confidence on the training images."""
+    """What each distilled model learns from: its teacher's accuracy, entropy and confidence on the training images.
+
+    Those at the temperature are None where the soft loss does not learn from softmax(v / T).
+    """
     rows = []
     for name, by_seed in logits.items():
         recipe, entries = models[name].recipe, []
         for z, labels in by_seed.values():
-            softened = soft_target_metrics(z, recipe.temperature)
-            entries.append(
-                {
-                    "accuracy": float((z.argmax(1) == labels).mean()),
-                    **soft_target_metrics(z, 1.0),
-                    **{f"{key}_at_temperature": value for key, value in softened.items()},
-                }
-            )
+            entry = {"accuracy": float((z.argmax(1) == labels).mean()), **soft_target_metrics(z, 1.0)}
+            if recipe.soft_loss in SOFTEN_THE_TEACHER:
+                softened = soft_target_metrics(z, recipe.temperature)
+                entry |= {f"{key}_at_temperature": value for key, value in softened.items()}
+            entries.append(entry)
         about = {"model": name, "teacher": recipe.teacher, "seeds": list(by_seed), "images": len(labels)}
-        rows.append({**about, "temperature": recipe.temperature, **means(entries)})
+        about |= {"temperature": recipe.temperature, "entropy_at_temperature": None, "confidence_at_temperature": None}
+        rows.append({**about, **means(entries)})
     return rows
 
 

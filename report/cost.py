@@ -1,12 +1,15 @@
 """What a model costs to store and to run."""
 
 import itertools
+import re
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.checkpoints import checkpoint_path
@@ -19,13 +22,49 @@ from engine.settings import Config
 from report.comparisons import Models, distilled
 
 
-def count_cost(arch: Architecture, classes: int, image_size: int) -> dict[str, int]:
-    """Parameters, and multiply-accumulates (two FLOPs each) of one image in convolutions and matrix products."""
-    model = arch.build(classes).eval()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 3, image_size, image_size))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "multiply_accumulates": counter.get_total_flops() // 2}
+class Operations(TorchDispatchMode):
+    """Records the operations that are executed in this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[torch._ops.OpOverload] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.seen.add(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def multiplies(operation: torch._ops.OpOverload) -> bool:
+    """Whether an operation may hold products of matrices: by its name, or because it is not one of PyTorch's own."""
+    name = operation.overloadpacket.__name__
+    products = re.search(r"attention|conv|rnn|lstm|gru|_encoder_layer|(mm|mv|dot)$", name)
+    return products is not None or operation.namespace not in ("aten", "prim", "prims")
+
+
+def count_cost(arch: Architecture, classes: int, image_size: int) -> dict[str, Any]:
+    """Parameters, and multiply-accumulates (two FLOPs each) of one image in convolutions and matrix products.
+
+    Attention is computed without fused kernels, which the counter does not know. `not_counted` names the operations
+    that it does not know either and that may hold such products.
+    """
+    model, fused = arch.build(classes).eval(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.inference_mode(),
+            sdpa_kernel(SDPBackend.MATH),
+            Operations() as operations,
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(torch.zeros(1, 3, image_size, image_size))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    unknown = {op for op in operations.seen if op.overloadpacket not in counter.flop_registry and multiplies(op)}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "multiply_accumulates": counter.get_total_flops() // 2,
+        "not_counted": sorted({str(operation.overloadpacket) for operation in unknown}),
+    }
 
 
 def quartiles(values: Sequence[float]) -> dict[str, Any]:
@@ -41,17 +80,17 @@ def time_inference(
     The architectures alternate, so that drift in the machine's speed affects all, for 3 to 20 rounds in about
     `seconds` seconds. The weights do not matter: they are random, with BatchNorm folded.
     """
-    count, device = len(dataset.test.images), config.device
+    count, device, precision = len(dataset.test.images), config.device, config.precision
     images = dataset.test.images[torch.arange(batch_size, device=dataset.test.images.device) % count].to(device)
-    models = {
-        arch: fold_batchnorm(arch.build(len(dataset.classes)).to(device, memory_format=memory_format(device)))
-        for arch in archs
-    }
+    models = {}
+    for arch in archs:
+        model = arch.build(len(dataset.classes)).to(device, memory_format=memory_format(device))
+        models[arch] = fold_batchnorm(model, prepare(images[:4], config.image_size), precision)
 
     def timed(arch: Architecture, batch: torch.Tensor) -> float:
         synchronize(device)
         started = time.perf_counter()
-        with torch.inference_mode(), forward_pass(device, config.precision):
+        with torch.inference_mode(), forward_pass(device, precision):
             models[arch](prepare(batch, config.image_size)).float()
         synchronize(device)
         return time.perf_counter() - started

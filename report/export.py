@@ -31,7 +31,8 @@ class Exportable(nn.Module):
 
     def __init__(self, model: nn.Module, image_size: int):
         super().__init__()
-        self.model = fold_batchnorm(model).requires_grad_(False).to(memory_format=torch.contiguous_format)
+        images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        self.model = fold_batchnorm(model, images).requires_grad_(False).to(memory_format=torch.contiguous_format)
         self.image_size = image_size
         mean, std = imagenet_statistics(torch.device("cpu"))
         self.register_buffer("mean", mean.clone())

@@ -39,6 +39,10 @@ def spread(entry: dict[str, Any], spec: str) -> str:
     return f"{entry['median']:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
+def at_temperature(nats: float | None, temperature: float) -> str:
+    return "" if nats is None else f"{nats:.3f} (T = {temperature:g})"
+
+
 def value(of_setting: Any) -> str:
     if isinstance(of_setting, float):
         of_setting = float(f"{of_setting:.12g}")  # 0.18 for 0.18000000000000002
@@ -111,6 +115,7 @@ def render(results: dict[str, Any]) -> ModuleType:
         "percent": percent,
         "interval": interval,
         "spread": spread,
+        "at_temperature": at_temperature,
         "setting": setting,
         "value": value,
         "significant_classes": significant_classes,

@@ -75,8 +75,12 @@ def confidences(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def equal_mass_bins(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
-    """Indices of the images, by increasing confidence, in bins whose sizes differ by at most one."""
-    return np.array_split(np.argsort(confidence, kind="stable"), bins)
+    """Indices of the images, by increasing confidence, in bins whose sizes differ by at most one.
+
+    Images of equal confidence are in random order, always the same: their own order may be that of the classes.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(confidence))
+    return np.array_split(shuffled[np.argsort(confidence[shuffled], kind="stable")], bins)
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -193,6 +197,11 @@ def soft_share(model: Evaluated) -> dict[str, float] | None:
     return {"first": first, "last": last, "suggested": model.recipe.suggested_soft_share}
 
 
+def count_ties(model: Evaluated) -> int:
+    """The images, summed over seeds, whose highest logit is shared by several classes: `argmax` takes the first."""
+    return sum(int(((z == z.max(1, keepdims=True)).sum(1) > 1).sum()) for z in model.logits.values())
+
+
 def only_class(model: Evaluated, classes: Sequence[str]) -> str | None:
     """The class that the model of some seed predicts for every image; None if there is no such seed."""
     predicted = [np.unique(labels) for labels in model.predictions.values()]
@@ -221,6 +230,7 @@ def model_metrics(
         },
         "balanced_accuracy": float(np.mean([of_class.mean() for of_class in by_class.values()])),
         "only_class": only_class(model, classes),
+        "ties": count_ties(model),
         "per_class": {name: float(of_class.mean()) for name, of_class in by_class.items()},
         "per_class_ci95": {name: accuracy_interval(of_class) for name, of_class in by_class.items()},
         "confusion_matrix": counts.tolist(),

@@ -37,7 +37,8 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
         if size not in resized:
             arrays = [to_array(open_image(file), size) for file in files]
             resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        logits = predict(model, resized[size], size, config.precision)
+        title = f"{name} seed {seed} image files"
+        logits = predict(model, resized[size], size, config.precision, title=title)
         columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         return []

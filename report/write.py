@@ -106,6 +106,7 @@ def collect(
         "dataset": config.dataset,
         "classes": list(classes),
         "n_test": len(labels),
+        "stored_size": list(dataset.train.images.shape[2:]),  # in which images are shifted and augmented, then resized
         "models": {
             name: {
                 **model_metrics(model, labels, classes, temperatures[name]),

@@ -2,14 +2,17 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from synthetic import probabilities_of, simulated, simulated_seeds, three_models
 
 from config import PRESETS
 from engine.recipes import Recipe
+from engine.soft_losses import SOFT_LOSSES
 from report.comparisons import (
     baseline_of,
     compare,
@@ -19,6 +22,7 @@ from report.comparisons import (
     distilled,
     fidelity,
     not_compared,
+    soft_targets,
 )
 from report.metrics import Evaluated
 from report.statistics import detectable_over_seeds, image_variance, paired_interval
@@ -109,6 +113,37 @@ def test_fidelity_is_that_of_a_plain_loop_over_the_common_seeds():
         assert row["kl_at_temperature"] == pytest.approx(np.mean(divergences))
     del models["teacher"]
     assert fidelity(models, labels) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "of_teacher", "of_both"),
+    [
+        ("kd", True, True),
+        ("dkd", True, True),
+        ("dist", True, True),
+        ("ttm", True, False),
+        ("standardised_kd", False, False),
+    ],
+)
+def test_what_is_given_at_the_temperature_is_what_the_soft_loss_uses(loss, of_teacher, of_both):
+    models, labels = three_models()
+    recipe = replace(models["student_kd"].recipe, soft_loss=loss)
+    models["student_kd"] = models["student_kd"]._replace(recipe=recipe)
+    for row in fidelity(models, labels):
+        assert (row["kl_at_temperature"] is not None) == of_both
+        assert row["kl"] > 0
+    (row,) = soft_targets(models, {"student_kd": {0: (models["teacher"].logits[0], labels)}})
+    assert (row["entropy_at_temperature"] is not None) == of_teacher
+    assert (row["confidence_at_temperature"] is not None) == of_teacher
+    assert row["entropy"] > 0
+    # A loss that uses the logits only as v / T and z / T is the same for v / T and z / T at T = 1.
+    random = torch.Generator().manual_seed(0)
+    z, v = torch.randn(2, 6, 5, dtype=torch.float64, generator=random)
+    y, t = torch.arange(6) % 5, 3.0
+    softened_both = SOFT_LOSSES[loss](z, v, y, t) / t**2 - SOFT_LOSSES[loss](z / t, v / t, y, 1.0)
+    softened_teacher = SOFT_LOSSES[loss](z, v, y, t) - SOFT_LOSSES[loss](z, v / t, y, 1.0)
+    assert (softened_both.abs() < 1e-12) == of_both
+    assert (softened_teacher.abs() < 1e-12) == (of_teacher and not of_both)
 
 
 def test_fidelity_to_a_teacher_without_errors():

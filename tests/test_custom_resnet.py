@@ -22,11 +22,11 @@ import custom_resnet
 import teacher_student_model
 from custom_resnet import build_resnet, fit, train
 from engine import checkpoints, console, datasets, estimate
-from engine.errors import UserError
+from engine.errors import Diverged, UserError
 from engine.inference import predict
 from engine.models import load_model
 from engine.recipes import Recipe
-from engine.training import make_optimizer, make_scheduler
+from engine.training import Training, make_optimizer, make_scheduler
 
 # The model
 
@@ -389,6 +389,16 @@ def test_diverged_weights_are_never_saved(config, digits, model):
     with pytest.raises(UserError, match=r"test: epoch 1, step 3, lr = 0.01: the weights became NaN or infinite"):
         fit(model, recipe, often, 0, digits, loss_fn, "test", None, saved.append)
     assert [state["step"] for state in saved] == [1, 2]
+
+
+def test_a_diverged_buffer_is_never_saved(config, model):
+    """A running variance, which only evaluation uses."""
+    training, saved = Training(model, Recipe(epochs=1, train_size=100), config, 100, "test", None), []
+    training.save(saved.append)
+    model.layer2[0].bn1.running_var[5] = math.inf
+    with pytest.raises(Diverged, match=r"layer2\.0\.bn1\.running_var became NaN or infinite"):
+        training.save(saved.append)
+    assert len(saved) == 1
 
 
 def test_a_log_line_each_minute_shows_loss_and_time_left(config, digits, model, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from synthetic import probabilities_of
 
 import evaluate
 import teacher_student_model
-from engine.checkpoints import save_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.models import build_model
 
 
@@ -206,6 +206,69 @@ def test_a_student_of_a_retrained_teacher_is_refused_even_with_only(trained, tmp
         evaluate.main([*other, "--only", "student", "student_kd"])
     assert exit.value.code == 2
     assert "weights of the teacher was" in capsys.readouterr().err
+
+
+def spoil(path, how: str) -> str:
+    """Make the logits of a checkpoint infinite or NaN; returns what an error should name."""
+    state = load_checkpoint(path)
+    if how == "running variance":
+        state["model"]["layer1.0.bn1.running_var"][3] = torch.nan
+        named = "layer1.0.bn1.running_var"
+    else:
+        state["model"]["fc.weight"].fill_(3e38)
+        named = "images are NaN or infinite"
+    save_checkpoint(path, state)
+    return named
+
+
+@pytest.mark.parametrize("how", ["running variance", "too large weights"])
+def test_a_model_without_finite_logits_is_refused_by_name(trained, digit_files, tmp_path, how, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    named = spoil(tmp_path / "checkpoints/demo/seed0/student.pt", how)
+    for more in ([], ["--predict", digit_files[0]], ["--export"]):
+        with pytest.raises(SystemExit) as exit:
+            evaluate.main(flags(tmp_path, "--only", "student", *more))
+        assert exit.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "student seed 0" in message
+        assert named in message
+    assert not (tmp_path / "imgs/demo/results.json").exists()
+
+
+@pytest.mark.parametrize("views", ["stored", "online"])
+@pytest.mark.parametrize("how", ["running variance", "too large weights"])
+def test_a_student_is_told_that_its_teacher_is_at_fault(tmp_path, views, how, capsys):
+    words = flags(tmp_path, *(["--crop_padding=2"] if views == "online" else []))
+    teacher_student_model.main([*words, "--only", "teacher"])
+    spoil(tmp_path / "checkpoints/demo/seed0/teacher.pt", how)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        teacher_student_model.main([*words, "--only", "student_kd"])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "teacher seed 0" in message
+    assert not list(tmp_path.rglob("student_kd.pt"))
+
+
+def test_only_the_command_line_of_evaluate_chooses_bfloat16(tmp_path, capsys):
+    """A run in bfloat16 is evaluated in float32, in which no two classes have the same logit."""
+    words = ["bf16" if word == "fp32" else word for word in flags(tmp_path)]
+    teacher_student_model.main([*words, "--only", "student", "--student.weights=random", "--student.epochs=0"])
+    paths = [word for word in words if word.startswith(("--checkpoints_path", "--imgs_path"))]
+    for more, precision in ([], "fp32"), (["--precision", "bf16"], "bf16"):
+        evaluate.main(["--run", "demo", "--device", "cpu", *paths, *more])
+        results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+        logits = torch.from_numpy(np.load(tmp_path / "imgs/demo/predictions.npz")["student/seed0"])
+        highest = logits.sort(1).values[:, -2:]
+        ties = int((highest[:, 0] == highest[:, 1]).sum())
+        assert results["models"]["student"]["ties"] == ties
+        assert (ties > 0) == (precision == "bf16")
+        assert bool((logits == logits.bfloat16()).all()) == (precision == "bf16")
+        assert results["environment"]["precision"].split()[0] == precision
+        assert results["settings"]["precision"] == precision
+        text = (tmp_path / "imgs/demo/results.md").read_text()
+        assert ("the same highest logit" in text) == (ties > 0)
+        capsys.readouterr()
 
 
 def test_evaluate_prints_to_an_ascii_stdout(trained, image_folder, tmp_path, script):

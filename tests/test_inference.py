@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import random_images
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from custom_resnet import build_resnet
 from engine import inference
 from engine.images import prepare
-from engine.inference import fold_batchnorm, predict
+from engine.inference import NotFinite, fold_batchnorm, predict
 
 
 def test_predict_uses_evaluation_mode_and_leaves_the_model_unchanged(model, device):
@@ -43,7 +44,7 @@ class Limited(nn.Module):
 
 
 def test_predict_halves_batches_that_are_too_large(monkeypatch):
-    monkeypatch.setattr(inference, "fold_batchnorm", lambda model: model)
+    monkeypatch.setattr(inference, "fold_batchnorm", lambda model, *_: model)
     model, images = Limited(limit=8), torch.randn(30, 3, 4, 4)
     torch.testing.assert_close(predict(model, images, batch_size=25), model.layer(images.mean((2, 3))))
     assert model.seen == [25, 13, 7, 6, 6, 6, 2, 1, 1, 1]  # the two that fail halve all that is left
@@ -58,7 +59,8 @@ def test_folding_batchnorm_returns_an_equivalent_copy_without_it(arch):
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, 3, 64, 64))
-    folded, images = fold_batchnorm(model.eval()), torch.randn(4, 3, 64, 64)
+    images = torch.randn(4, 3, 64, 64)
+    folded = fold_batchnorm(model.eval(), images)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
@@ -73,14 +75,16 @@ def test_predict_passes_float_images_on_unchanged(model):
 def test_batchnorm_is_folded_in_other_convolutional_models(arch):
     torch.manual_seed(0)
     model = torchvision.models.get_model(arch).eval()
-    folded, images = fold_batchnorm(model), torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
+    folded = fold_batchnorm(model, images)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
 
 
 def test_folded_weights_equal_pytorchs_fuse_conv_bn_eval(model):
     conv = torch.nn.utils.fusion.fuse_conv_bn_eval(copy.deepcopy(model.conv1).eval(), copy.deepcopy(model.bn1).eval())
-    assert torch.equal(fold_batchnorm(model).conv1.weight, conv.weight)
+    images = torch.randn(2, 3, 16, 16, device=conv.weight.device)
+    assert torch.equal(fold_batchnorm(model, images).conv1.weight, conv.weight)
 
 
 def test_an_untraceable_model_is_not_folded():
@@ -93,6 +97,97 @@ def test_an_untraceable_model_is_not_folded():
             return self.norm(x).mean((2, 3)) if x.sum() > -1e9 else x
 
     model, images = Untraceable(), torch.randn(2, 3, 4, 4)
-    assert not fold_batchnorm(model).training
+    assert not fold_batchnorm(model, images).training
     assert model.training
     torch.testing.assert_close(predict(model, images), copy.deepcopy(model).eval()(images))
+
+
+class SharedConvolution(nn.Module):
+    """Uses one convolution before and after a BatchNorm, which must not be folded into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.last = nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(self.conv(x).relu())).mean((2, 3)))
+
+
+class OwnPrecision(nn.Module):
+    """Computes its last layer in float32 under autocast, too, which tracing does not record."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).mean((2, 3))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.last(x.float())
+
+
+class OwnPrecisionInside(OwnPrecision):
+    """Computes a small difference of large numbers in float32 under autocast, too."""
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).mean((2, 3))
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            large = F.linear(x, 100 + torch.eye(8, device=x.device))  # 100 times the sum, plus x
+        return self.last(large - 100 * x.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("make", [SharedConvolution, OwnPrecision, OwnPrecisionInside])
+def test_a_model_that_folding_would_change_is_predicted_unfolded(make, precision, device):
+    torch.manual_seed(0)
+    model, images = make(), torch.randn(6, 3, 8, 8)
+    for _ in range(3):  # statistics, scale and shift as after some training
+        model(images)
+    nn.init.uniform_(model.norm.weight, 0.5, 2)
+    nn.init.uniform_(model.norm.bias, -1, 1)
+    model, images = model.to(device).eval(), images.to(device)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        expected = model(images).float()
+    if precision == "bf16" or make is SharedConvolution:
+        assert torch.equal(predict(model, images, precision=precision), expected)
+    else:
+        torch.testing.assert_close(predict(model, images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenet_v3_small"])
+def test_common_models_stay_folded_in_either_precision(arch, precision, device):
+    torch.manual_seed(0)
+    model = build_resnet(arch, 10, pretrained=False).to(device)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 32, 32, device=device))
+    folded = fold_batchnorm(model, torch.randn(4, 3, 32, 32, device=device), precision)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+def test_logits_that_are_not_finite_are_refused(model, device):
+    images = random_images(5, 8, 8).to(device)
+    images[3] = 0
+    with torch.no_grad():
+        model.fc.bias[7] = torch.inf
+    with pytest.raises(NotFinite, match=r"student seed 3: the logits of 5 of 5 images are NaN or infinite"):
+        predict(model, images, title="student seed 3")
+
+    class OnBlack(nn.Module):
+        """Divides by the brightness."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(10))
+
+        def forward(self, x):
+            return self.scale / x.flatten(1).abs().sum(1, keepdim=True)
+
+    floats = torch.ones(5, 3, 2, 2)
+    floats[3] = 0
+    with pytest.raises(NotFinite, match=r"of 1 of 5 images.*first those of image 3 "):
+        predict(OnBlack(), floats, batch_size=2)

@@ -59,6 +59,28 @@ def test_the_calibration_error_by_chance_is_that_of_calibrated_models():
     assert calibration_error_by_chance(50 * logits) < 0.01  # certain predictions leave little to chance
 
 
+def test_the_order_of_equally_confident_images_does_not_matter():
+    """A constant model that is calibrated, on labels that are sorted as those of a folder are."""
+    labels, random = np.repeat(np.arange(4), 125), np.random.default_rng(0)
+    logits = np.tile(np.log([0.25, 0.25, 0.25, 0.25]), (500, 1))
+    by_chance = []
+    for _ in range(200):  # orders
+        right = random.permutation(labels == 0)
+        by_chance.append(np.mean([abs(0.25 - b.mean()) * len(b) * 15 / 500 for b in np.array_split(right, 15)]))
+    assert np.mean(by_chance) == pytest.approx(0.06, abs=0.01)
+    assert min(by_chance) <= expected_calibration_error(logits, labels) <= max(by_chance)
+    shuffled = random.permutation(labels)
+    assert min(by_chance) <= expected_calibration_error(logits, shuffled) <= max(by_chance)
+    assert reliability([logits], labels)[:, 1].max() < 0.6  # in the order of the labels, 1.0
+
+
+def test_ties_are_the_images_whose_highest_logit_several_classes_share():
+    first = np.array([[2.0, 2.0, 1.0], [1.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+    second = np.array([[2.0, 1.0, 1.0], [1.0, 3.0, 3.0], [0.0, 0.1, 0.2]])
+    model = Evaluated(PRESETS["demo"].recipes["student"], {0: first, 1: second}, {})
+    assert model_metrics(model, np.array([0, 1, 2]), tuple("abc"))["ties"] == 2 + 1
+
+
 def test_likelihood_and_brier_score():
     logits, labels = some_logits()
     probabilities = probabilities_of(logits)

@@ -178,6 +178,7 @@ class Payload:
         ({}, "holds no state dict"),
         ([1, 2], "holds no state dict"),
         ({"fc.weight": torch.zeros(10, 3)}, "does not fit a resnet18"),
+        ({"bn1.running_var": torch.tensor([1.0, torch.nan])}, "NaN or infinite, in bn1.running_var"),
         ({"fc.weight": torch.zeros(1000, 512)}, "classifies into 1000 classes, and the data set has 10"),
         (None, "no such file"),
     ],

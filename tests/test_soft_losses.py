@@ -10,9 +10,10 @@ from scipy import stats
 from scipy.special import log_softmax, softmax
 
 import custom_resnet
+from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.recipes import Recipe, loss_defaults
-from engine.soft_losses import SOFT_LOSSES, dist, dkd, kd, parameters, standardised_kd, ttm
+from engine.soft_losses import SOFT_LOSSES, dist, dkd, kd, parameters, problems_of_two_classes, standardised_kd, ttm
 from engine.training import explain_share
 from teacher_student_model import make_distillation_loss, stored_logits
 
@@ -181,6 +182,48 @@ def test_every_parameter_is_a_field_of_the_recipe_and_refused_elsewhere():
         Recipe(soft_loss="dkd")
     with pytest.raises(UserError, match="scale_soft_loss = False: has no effect with soft_loss = ttm"):
         Recipe(teacher="t", soft_loss="ttm", scale_soft_loss=False)
+
+
+# Two classes
+
+
+def test_with_two_classes_what_has_no_gradient_is_refused():
+    torch.manual_seed(0)
+    v, labels = 3 * torch.randn(20, 2, dtype=torch.float64), torch.randint(2, (20,))
+    z = 3 * torch.randn(20, 2, dtype=torch.float64, requires_grad=True)
+
+    def gradient(name: str, **changed: float) -> torch.Tensor:
+        return torch.autograd.grad(SOFT_LOSSES[name](z, v, labels, T, **changed), z)[0]
+
+    for name in SOFT_LOSSES:
+        usual, defaults = gradient(name), parameters(name)
+        teaches = usual.norm() > 1e-3
+        assert bool(problems_of_two_classes(name, defaults)) == (not teaches)
+        for parameter, default in defaults.items():
+            changed = gradient(name, **{parameter: default + 1})
+            has_effect = (changed - usual).norm() > 1e-6
+            problems = problems_of_two_classes(name, {**defaults, parameter: default + 1})
+            assert any(parameter in problem for problem in problems) == (not has_effect)
+            teaches = gradient(name, **{parameter: 0.0}).norm() > 1e-6
+            problems = problems_of_two_classes(name, {**defaults, parameter: 0.0})
+            assert any("nothing else" in problem for problem in problems) == (not teaches)
+    assert gradient("standardised_kd").norm() < 1e-5
+    assert problems_of_two_classes("standardised_kd", {})
+
+
+@pytest.mark.parametrize("classes", ["ab", "abc"])
+def test_a_row_that_cannot_learn_from_two_classes_is_refused_before_training(config, image_folder, classes):
+    root = image_folder({f"{split}/{name}": 20 for split in ("train", "test") for name in classes})
+    student = replace(config.recipes["student_kd"], train_size=None, soft_loss="standardised_kd")
+    weighted = replace(student, soft_loss="dist", inter_weight=3.0)
+    rows = {"teacher": replace(config.recipes["teacher"], train_size=None), "sta": student, "wei": weighted}
+    config = replace(config, recipes=rows, dataset=str(root))
+    if len(classes) == 2:
+        with pytest.raises(UserError, match=r"(?s)sta\.soft_loss = 'standardised_kd'.*wei\.inter_weight = 3: has no"):
+            load_dataset(config)
+        load_dataset(replace(config, only=("teacher",)))
+    else:
+        load_dataset(config)
 
 
 # The scale of the two losses

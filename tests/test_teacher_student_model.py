@@ -166,7 +166,6 @@ def test_logits_of_other_inputs_are_recomputed(config, digits, teacher, tmp_path
     for other_teacher, other_config, other_digits, reason in (
         (teacher._replace(digest="f" * 64), config, digits, "teacher"),
         (teacher, replace(config, image_size=24), digits, "image_size"),
-        (teacher, replace(config, precision="bf16"), digits, "precision"),
         (teacher, config, digits._replace(digest="0" * 64), "images"),
     ):
         capsys.readouterr()
@@ -175,6 +174,29 @@ def test_logits_of_other_inputs_are_recomputed(config, digits, teacher, tmp_path
         assert f"different {reason}); computing them again" in output
         assert "100 computed" in output
         teacher_logits(teacher, config, digits, subset, path)
+
+
+def test_logits_are_in_float32_whatever_the_precision_of_training(config, digits, teacher, tmp_path, capsys):
+    path, subset, bf16 = tmp_path / "teacher.logits", digits.subset(50), replace(config, precision="bf16")
+    right = teacher_logits(teacher, config, digits, subset)[:, subset]
+    assert torch.equal(teacher_logits(teacher, bf16, digits, subset, path)[:, subset], right)
+    state = checkpoints.load_checkpoint(path)  # of a version that stored them in the precision of training
+    state["fingerprint"]["precision"] = "bf16"
+    checkpoints.save_checkpoint(path, {**state, "logits": state["logits"].bfloat16().float()})
+    assert torch.equal(teacher_logits(teacher, config, digits, subset, path)[:, subset], right)
+    assert "different precision" in capsys.readouterr().err
+
+
+def test_the_online_teachers_last_layer_is_in_float32(config, digits, teacher):
+    config = replace(config, precision="bf16", crop_padding=2)
+    (batch, *_) = datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0)
+    logits, exact = online_logits(teacher.model, config)(batch), teacher.model(batch.images)
+    with torch.autocast(config.device, dtype=torch.bfloat16):
+        rounded = teacher.model(batch.images).float()
+    assert (rounded == rounded.bfloat16()).all()
+    assert (logits == logits.bfloat16()).float().mean() < 0.1
+    assert (logits - exact).norm() < 2 * (rounded - exact).norm()
+    assert not torch.equal(logits, exact)  # the other layers are in bfloat16
 
 
 def test_damaged_logits_are_recomputed(config, digits, teacher, tmp_path, capsys):

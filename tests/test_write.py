@@ -214,6 +214,13 @@ def test_models_trained_with_different_numbers_of_threads_are_named():
     assert "not all models" not in results_markdown(results).lower()
 
 
+def test_a_shift_is_in_pixels_of_the_stored_images():
+    results = recorded("docs/data/demo.json")
+    results["settings"] |= {"crop_padding": 4, "image_size": 224, "augment": "crop"}
+    text = results_markdown({**results, "stored_size": [32, 24]})
+    assert re.search("4 pixels at 32 x 24 px, .*crop at 32 x 24 px", text)
+
+
 def test_students_of_one_teacher_are_said_to_share_it():
     sentence = "but not for that of a teacher that all seeds share."
     assert sentence in results_markdown(recorded("docs/data/demo.json"))
