@@ -17,9 +17,8 @@ from report.statistics import (
     image_variance,
     mcnemar_p,
     paired_interval,
+    paired_p,
     paired_t_p,
-    seeds_needed,
-    seeds_needed_after_one,
 )
 
 Models = Mapping[str, Evaluated]
@@ -56,47 +55,66 @@ def differing_settings(recipe: Recipe, baseline: Recipe) -> dict[str, list[Any]]
     return {key: [first[key], second[key]] for key in first if key not in ignored and first[key] != second[key]}
 
 
+def shares_teacher(name: str, recipes: Mapping[str, Recipe]) -> bool:
+    """Whether one teacher stands behind all seeds of a recipe: one seed of its row, or a file used as it is.
+
+    It may also be the teacher of the teacher.
+    """
+    recipe = recipes.get(name)
+    if recipe is None or recipe.teacher is None:
+        return False
+    teacher = recipes.get(recipe.teacher)
+    given = teacher is not None and teacher.epochs == 0 and teacher.weights_file is not None
+    return given or recipe.teacher_seed is not None or shares_teacher(recipe.teacher, recipes)
+
+
 def compare(
-    name: str, baseline: str, models: Models, labels: np.ndarray, classes: Sequence[str] = (), level: float = 0.05
+    name: str,
+    baseline: str,
+    models: Models,
+    labels: np.ndarray,
+    classes: Sequence[str] = (),
+    level: float = 0.05,
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> dict[str, Any]:
     """The entry of one comparison in results.json, over the seeds that both models have.
 
-    `p_value` is that of McNemar's exact test for one seed, and of the paired t-test over seeds for several. The power
-    is that of a test at this level.
+    `p_value` is that of McNemar's exact test for one seed, and of `paired_p` for several. `detectable_difference` is
+    that of a test at this level. `t_test_p` leaves out the sampling of images; it is None for one seed, or if all seeds
+    have the same difference. `recipes` has those of teachers that are not among `models`.
     """
     seeds = common_seeds(models[name], models[baseline])
     first, second = (models[m].correct(labels, seeds) for m in (name, baseline))  # (S, n)
     differences = first.mean(1) - second.mean(1)  # (S,)
-    difference = float(differences.mean())
     mcnemar = {
         str(seed): mcnemar_p(int((a & ~b).sum()), int((b & ~a).sum()))
         for seed, a, b in zip(seeds, first, second, strict=True)
     }
     if len(seeds) > 1:
-        std, variance = float(differences.std(ddof=1)), image_variance(first, second)[1]
-        p_value, test = paired_t_p(differences), "paired t-test over seeds"
-        detectable = detectable_over_seeds(std, variance, len(seeds), level)
-        needed = seeds_needed(difference, std, variance, level)
+        std, t_test_p = float(differences.std(ddof=1)), paired_t_p(differences)
+        p_value, test = paired_p(first, second), "paired over seeds and images"
+        detectable = detectable_over_seeds(std, image_variance(first, second)[1], len(seeds), level)
     else:
-        std, discordant = None, float((first != second).mean())
+        std, t_test_p = None, None
         p_value, test = mcnemar[str(seeds[0])], "exact McNemar test"
-        detectable = detectable_difference(discordant, len(labels), level)
-        needed = seeds_needed_after_one(difference, discordant, len(labels), level)
+        detectable = detectable_difference(float((first != second).mean()), len(labels), level)
+    known = {other: model.recipe for other, model in models.items()} | dict(recipes or {})
     return {
         "model": name,
         "baseline": baseline,
         "differs_in": differing_settings(models[name].recipe, models[baseline].recipe),
         "seeds": seeds,
-        "difference": difference,
+        "shared_teacher": any(shares_teacher(m, known) for m in (name, baseline)),
+        "difference": float(differences.mean()),
         "std": std,
         "ci95": paired_interval(first, second),
         "p_value": p_value,
         "test": test,
+        "t_test_p": t_test_p,
         "mcnemar_p": mcnemar,
         "only_model_right": int((first & ~second).sum()),
         "only_baseline_right": int((second & ~first).sum()),
         "detectable_difference": detectable,
-        "seeds_needed": needed,
         "per_class": {
             c: {
                 "difference": float(first[:, labels == label].mean() - second[:, labels == label].mean()),
@@ -108,15 +126,18 @@ def compare(
 
 
 def compare_all(
-    models: Models, labels: np.ndarray, classes: Sequence[str] = (), pairs: Iterable[tuple[str, str]] | None = None
+    models: Models,
+    labels: np.ndarray,
+    classes: Sequence[str] = (),
+    pairs: Iterable[tuple[str, str]] | None = None,
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> list[dict[str, Any]]:
     """Each model against its baseline, or the `pairs`, with p-values adjusted for the number of comparisons.
 
     Of `pairs`, those whose models are missing count towards that number, with p = 1.
 
-    The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05 and ci95 excludes 0, otherwise
-    "indistinguishable". A test that is undefined (p_value None) counts as p = 1. With one seed the verdict is on two
-    trained models, not on two recipes, and other seeds may differ.
+    The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05, otherwise "indistinguishable".
+    With one seed it is "different" instead, as the test is of two trained models, not of two recipes.
     """
 
     def evaluated(pair: tuple[str, str | None]) -> bool:
@@ -126,13 +147,14 @@ def compare_all(
         pairs = filter(evaluated, ((name, baseline_of(name, models)) for name in models))
     planned = list(pairs)
     level = 0.05 / max(1, len(planned))  # Holm's threshold for the smallest p-value
-    comparisons = [compare(*pair, models, labels, classes, level) for pair in planned if evaluated(pair)]
-    p_values = [1.0 if c["p_value"] is None else c["p_value"] for c in comparisons]
-    adjusted = holm(p_values + [1.0] * (len(planned) - len(comparisons)))
+    comparisons = [compare(*pair, models, labels, classes, level, recipes) for pair in planned if evaluated(pair)]
+    adjusted = holm([c["p_value"] for c in comparisons] + [1.0] * (len(planned) - len(comparisons)))
     for comparison, p_holm in zip(comparisons, adjusted, strict=False):
-        low, high = comparison["ci95"]
-        significant = p_holm < 0.05 and not low <= 0 <= high
-        verdict = ("better" if comparison["difference"] > 0 else "worse") if significant else "indistinguishable"
+        verdict = "indistinguishable"
+        if p_holm < 0.05 and len(comparison["seeds"]) == 1:
+            verdict = "different"
+        elif p_holm < 0.05:
+            verdict = "better" if comparison["difference"] > 0 else "worse"
         comparison.update(p_holm=p_holm, verdict=verdict)
     return comparisons
 

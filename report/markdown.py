@@ -57,6 +57,12 @@ def setting(recipe: dict[str, Any], field: str) -> str:
     return "all" if field == "train_size" and recipe[field] is None else value(recipe[field])
 
 
+def verdict(comparison: dict[str, Any]) -> str:
+    """The verdict, with its restriction if all seeds share a teacher."""
+    several = len(comparison["seeds"]) > 1
+    return comparison["verdict"] + (", for this teacher" if comparison["shared_teacher"] and several else "")
+
+
 def significant_classes(per_class: dict[str, dict[str, Any]]) -> str:
     """The classes, ten at most, whose interval excludes 0, each with its difference in points."""
     clear = [
@@ -118,6 +124,7 @@ def render(results: dict[str, Any]) -> ModuleType:
         "at_temperature": at_temperature,
         "setting": setting,
         "value": value,
+        "verdict": verdict,
         "significant_classes": significant_classes,
         "one_line": lambda text: " ".join(text.split()),
         "pairs": lambda entries: ", ".join(f"{key} {value}" for key, value in entries.items()),

@@ -1,11 +1,11 @@
 """Confidence intervals, tests, correction for multiple tests, and power. Functions of numbers and arrays."""
 
-import bisect
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 Z = float(stats.norm.ppf(0.975))
 
@@ -64,8 +64,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     `only_first` images are classified correctly by the first model only, and vice versa. If both are equally good, each
     discordant image is a fair coin flip (McNemar 1947, Psychometrika 12, 153-157, in its exact binomial form).
     """
-    discordant = only_first + only_second
-    return float(stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    return min(1.0, 2 * float(special.bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
 def paired_t_p(differences: np.ndarray) -> float | None:
@@ -98,80 +97,114 @@ def image_variance(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[f
     return float(mean), float(mean_square - mean**2) / (n + 2)
 
 
+def paired_errors(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[float, float, float]:
+    """Mean paired difference in accuracy, its standard error over test images, and over seeds (0 for one seed).
+
+    From `correct` and `correct_baseline`, both (S, n) bool. The standard deviation over seeds is at least that of
+    rounding to whole images: few seeds often differ by the same number of images by chance.
+    """
+    mean, variance = image_variance(correct, correct_baseline)
+    differences, (seeds, n) = correct.mean(1) - correct_baseline.mean(1), correct.shape  # (S,)
+    std = max(float(differences.std(ddof=1)), 1 / (n * math.sqrt(12))) if seeds > 1 else 0.0
+    return mean, math.sqrt(variance), std / math.sqrt(seeds)
+
+
+def half_width(level: float, images: float, over_seeds: float, seeds: int) -> float:
+    """Half the interval of confidence 1 - `level` for a difference with these two standard errors.
+
+    The normal quantile for the sampling of `images` and Student's t for that of `seeds`, combined in quadrature.
+    """
+    normal = -special.ndtri(level / 2) * images
+    return float(math.hypot(normal, -special.stdtrit(seeds - 1, level / 2) * over_seeds) if seeds > 1 else normal)
+
+
 def paired_interval(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[float, float]:
     """95% interval, within -1..1, for the difference in accuracy of two models on the same images; shapes as above.
 
     It covers the sampling of test images (normal) and, with several seeds, that of seeds (Student's t).
     """
-    mean, variance = image_variance(correct, correct_baseline)
-    differences = correct.mean(1) - correct_baseline.mean(1)  # (S,)
-    half = math.hypot(Z * math.sqrt(variance), seeds_half_width(differences))
+    mean, *errors = paired_errors(correct, correct_baseline)
+    half = half_width(0.05, *errors, len(correct))
     return max(-1.0, mean - half), min(1.0, mean + half)
 
 
+def paired_p(correct: np.ndarray, correct_baseline: np.ndarray) -> float:
+    """Two-sided p-value of the difference over seeds and images: the level whose interval just touches 0.
+
+    At the level 0.05 the interval is `paired_interval`, so that p < 0.05 exactly if that excludes 0. At least 1e-300.
+    """
+    mean, *errors = paired_errors(correct, correct_baseline)
+
+    def excess(log_level: float) -> float:
+        return half_width(math.exp(log_level), *errors, len(correct)) - abs(mean)
+
+    smallest = math.log(1e-300)
+    if mean == 0:
+        return 1.0
+    return math.exp(optimize.brentq(excess, smallest, 0.0)) if excess(smallest) > 0 else 1e-300
+
+
+@cache
+def mcnemar_rejections(discordant: float, n: int, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of discordant images, how probable each is, and the largest minority for which McNemar's p < `level`.
+
+    Where no minority is small enough, the number is left out.
+    """
+    few, most = stats.binom.ppf((1e-9, 1 - 1e-9), n, discordant)
+    counts = np.arange(int(few), int(most) + 1)
+    largest = stats.binom.ppf(level / 2, counts, 0.5) - 1
+    decide = largest >= 0
+    return counts[decide], stats.binom.pmf(counts[decide], n, discordant), largest[decide]
+
+
+def mcnemar_power(difference: float, discordant: float, n: int, level: float = 0.05) -> float:
+    """Power of McNemar's exact test at `level` for a true difference in accuracy between two trained models.
+
+    `discordant` is the share of the n test images that only one of the two classifies correctly. The number of such
+    images is binomial, and so is, among them, the number that the better model classifies correctly.
+    """
+    counts, probabilities, largest = mcnemar_rejections(discordant, n, level)
+    share = (discordant + difference) / (2 * discordant)
+    found = special.bdtr(largest, counts, share) + special.bdtr(largest, counts, 1 - share)
+    return float((probabilities * found).sum())
+
+
 def detectable_difference(discordant: float, n: int, level: float = 0.05) -> float | None:
-    """The smallest true difference in accuracy that one seed detects with 80% power; None if there is none.
-
-    `discordant` is the share of the n test images that only one of the two models classifies correctly. By the normal
-    approximation to McNemar's test (simplified from Connor 1987, Biometrics 43, 207-211), in which the variance of the
-    difference d is (discordant - d^2) / n.
-    """
-    k = stats.norm.ppf(1 - level / 2) + stats.norm.ppf(0.8)
-    difference = float(k * math.sqrt(discordant / (n + k**2)))
-    return difference if 0 < difference <= discordant else None
-
-
-def seeds_needed_after_one(difference: float, discordant: float, n: int, level: float = 0.05) -> int | None:
-    """Lower bound on the seeds that detect a true difference of this size with 80% power, judging from one.
-
-    It assumes the best case, in which each further seed disagrees on other images. None if there is no difference, or
-    if more than 100,000 seeds would be needed.
-    """
-    detectable = detectable_difference(discordant, n, level)
-    if difference == 0 or detectable is None:
+    """The smallest true difference that `mcnemar_power` finds with 80% power, for one seed; None if there is none."""
+    if not discordant or mcnemar_power(discordant, discordant, n, level) < 0.8:
         return None
-    seeds = max(1, math.ceil((detectable / difference) ** 2))
-    return seeds if seeds <= 100_000 else None
+    return float(optimize.brentq(lambda d: mcnemar_power(d, discordant, n, level) - 0.8, 0.0, discordant, xtol=1e-6))
 
 
-def t_power(effect: float, seeds: int, level: float = 0.05) -> float:
-    """Power of a two-sided t-test over seeds for a true mean of `effect` standard deviations (noncentral t)."""
-    df, shift = seeds - 1, effect * math.sqrt(seeds)
-    critical = stats.t.ppf(1 - level / 2, df)
-    return float(stats.nct.sf(critical, df, shift) + np.nan_to_num(stats.nct.cdf(-critical, df, shift)))
+@cache
+def estimates_of_one(seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations estimated from so many seeds where the true one is 1, and their weights, which sum to 1.
 
-
-def detects(difference: float, std: float, variance: float, seeds: int, level: float = 0.05) -> bool:
-    """Whether two or more seeds detect a true difference of this size with 80% power.
-
-    `std` is the standard deviation of the difference over the seeds; `variance` is that of the sampling of test images,
-    which no number of seeds makes smaller. To be detected, a difference needs a significant t-test over seeds and an
-    interval that excludes 0.
+    The square is distributed as chi-squared / (seeds - 1). Its quantiles are those of a Gauss-Legendre quadrature.
     """
-    images, error = math.sqrt(variance), std / math.sqrt(seeds)
-    half = math.hypot(Z * images, stats.t.ppf(0.975, seeds - 1) * error)
-    interval_excludes_0 = abs(difference) >= half + stats.norm.ppf(0.8) * math.hypot(images, error)
-    return bool(interval_excludes_0) and t_power(abs(difference) / std, seeds, level) > 0.8 - 1e-9
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    return np.sqrt(stats.chi2.ppf((nodes + 1) / 2, seeds - 1) / (seeds - 1)), weights / 2
+
+
+def power_over_seeds(difference: float, std: float, variance: float, seeds: int, level: float = 0.05) -> float:
+    """Power of the test of `paired_p` at `level` for a true difference, with two or more seeds.
+
+    `std` is the standard deviation of the difference over the seeds, which each experiment estimates anew; `variance`
+    is that of the sampling of test images, which no number of seeds makes smaller.
+    """
+    images, over_seeds = math.sqrt(variance), std / math.sqrt(seeds)
+    estimates, weights = estimates_of_one(seeds)
+    normal, t = half_width(level, images, 0.0, seeds), half_width(level, 0.0, over_seeds, seeds)
+    half, error = np.hypot(normal, t * estimates), math.hypot(images, over_seeds)
+    found = special.ndtr((difference - half) / error) + special.ndtr((-difference - half) / error)
+    return float((weights * found).sum())
 
 
 def detectable_over_seeds(std: float, variance: float, seeds: int, level: float = 0.05) -> float | None:
-    """The smallest true difference that `detects` accepts; None if there is none, or if `std` is 0."""
-    if not std or not detects(1.0, std, variance, seeds, level):
-        return None
+    """The smallest true difference that `power_over_seeds` finds with 80% power.
 
-    def undetected(difference: float) -> float:
-        return 0.5 - detects(difference, std, variance, seeds, level)
-
-    return float(optimize.bisect(undetected, 0.0, 1.0, xtol=1e-7))
-
-
-def seeds_needed(difference: float, std: float, variance: float, level: float = 0.05) -> int | None:
-    """About how many seeds detect a true difference of this size with 80% power; None if 100 are not enough.
-
-    Beyond, the estimate of `variance` is too rough to say whether any number would be.
+    None if there is none, or if `std` is 0, which says nothing about other seeds.
     """
-    if not std:
+    if not std or power_over_seeds(1.0, std, variance, seeds, level) < 0.8:
         return None
-    few_enough = range(2, 101)
-    place = bisect.bisect_left(few_enough, True, key=lambda seeds: detects(difference, std, variance, seeds, level))
-    return few_enough[place] if place < len(few_enough) else None
+    return float(optimize.brentq(lambda d: power_over_seeds(d, std, variance, seeds, level) - 0.8, 0.0, 1.0, xtol=1e-6))

@@ -117,7 +117,7 @@ def collect(
         },
         "comparisons": [
             {**comparison, "disagreements": disagreements(comparison["model"], models)}
-            for comparison in compare_all(models, labels, classes)
+            for comparison in compare_all(models, labels, classes, recipes=config.recipes)
         ],
         "not_compared": not_compared(models),
         "versus_teacher": versus_teacher(models, cost, labels),

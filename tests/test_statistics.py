@@ -12,11 +12,11 @@ from report.statistics import (
     holm,
     image_variance,
     mcnemar_p,
+    mcnemar_power,
     paired_interval,
+    paired_p,
     paired_t_p,
-    seeds_needed,
-    seeds_needed_after_one,
-    t_power,
+    power_over_seeds,
     variance_over_images,
     wilson_interval,
 )
@@ -153,49 +153,97 @@ def test_holm_agrees_with_the_step_down_procedure():
     assert holm([]) == []
 
 
-def test_the_detectable_difference_has_80_percent_power():
-    n, discordant = 10_000, 0.04
-    difference = detectable_difference(discordant, n)
+@pytest.mark.parametrize(("discordant", "n", "level"), [(0.04, 10_000, 0.05), (0.1, 200, 0.05), (0.2, 500, 0.05 / 18)])
+def test_the_difference_that_one_seed_detects_has_80_percent_power(discordant, n, level):
+    difference = detectable_difference(discordant, n, level)
     random = np.random.default_rng(0)
-    draws = random.multinomial(n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant], 2000)
-    found = np.mean([mcnemar_p(int(b), int(c)) < 0.05 for b, c, _ in draws])
-    assert found == pytest.approx(0.8, abs=0.03)
-    assert seeds_needed_after_one(difference, discordant, n) == 1
-    assert seeds_needed_after_one(difference / 2, discordant, n) == 4
+    shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
+    drawn = random.multinomial(n, shares, 20_000)[:, :2]
+    p = np.minimum(1, 2 * scipy.stats.binom.cdf(drawn.min(1), drawn.sum(1), 0.5))
+    assert p[:5] == pytest.approx([mcnemar_p(int(b), int(c)) for b, c in drawn[:5]])
+    assert (p < level).mean() == pytest.approx(0.8, abs=0.01)  # 3.5 standard deviations
+    assert mcnemar_power(0.0, discordant, n, level) <= level
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 9, 20])
-def test_t_power_agrees_with_simulation(seeds):
-    random = np.random.default_rng(0)
-    for effect in (0.0, 0.3, 1.0, 3.0, 9.0):
-        drawn = random.normal(effect, 1, (20_000, seeds))
-        found = (scipy.stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean()
-        assert t_power(effect, seeds) == pytest.approx(found, abs=0.012)  # 3.4 standard deviations at most
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("level", [0.05, 0.05 / 18])
+def test_power_over_seeds_is_the_t_tests_without_images_and_the_normal_tests_without_seeds(seeds, level):
+    critical, normal = scipy.stats.t.ppf(1 - level / 2, seeds - 1), scipy.stats.norm.ppf(1 - level / 2)
+    for effect in (0.0, 0.5, 1.0, 3.0):
+        shift = effect * math.sqrt(seeds)
+        upper, lower = scipy.stats.nct.cdf([critical, -critical], seeds - 1, shift)
+        t_test = 1 - upper + np.nan_to_num(lower)  # SciPy has no value for some tails of less than 1e-16
+        assert power_over_seeds(0.01 * effect, 0.01, 0.0, seeds, level) == pytest.approx(t_test, abs=1e-4)
+        z_test = scipy.stats.norm.sf(normal - effect) + scipy.stats.norm.cdf(-normal - effect)
+        assert power_over_seeds(0.01 * effect, 0.0, 0.01**2, seeds, level) == pytest.approx(z_test, abs=1e-9)
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
-def test_the_detectable_difference_over_seeds_has_80_percent_power(seeds):
-    difference = detectable_over_seeds(0.0015, 0.0, seeds)
-    random = np.random.default_rng(0)
-    found = np.mean([paired_t_p(random.normal(difference, 0.0015, seeds)) < 0.05 for _ in range(3000)])
-    assert found == pytest.approx(0.8, abs=0.025)
-    assert seeds_needed(difference, 0.0015, 0.0) == seeds
-
-
-def test_seeds_needed_is_none_when_out_of_reach():
-    assert seeds_needed_after_one(0.0, 0.04, 10_000) is None
-    assert seeds_needed_after_one(1e-9, 0.04, 10_000) is None
-    assert seeds_needed(1e-9, 0.0015, 0.0) is None
-    assert seeds_needed(0.0005, 0.0015, 0.0) == pytest.approx((2.8016 * 3) ** 2, rel=0.07)
-    assert seeds_needed(0.0004, 0.0015, 0.0) is None  # 110
-    assert seeds_needed(0.002, 0.0015, 0.001**2) is None  # no number of seeds makes the test images more
-    assert seeds_needed(0.003, 0.0015, 0.001**2) > seeds_needed(0.003, 0.0015, 0.0)
+@pytest.mark.parametrize("images", [0.0, 0.3, 3.0])  # standard error over images, where that over seeds is 1
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_the_difference_that_several_seeds_detect_has_80_percent_power(seeds, images):
+    """By simulation, with the rule written in another way: an interval over both at Holm's strictest level."""
+    random, level, n = np.random.default_rng(0), 0.05 / 18, 40_000
+    difference = detectable_over_seeds(0.001 * math.sqrt(seeds), (0.001 * images) ** 2, seeds, level)
+    drawn = random.normal(difference, 0.001 * math.sqrt(seeds), (n, seeds)) + random.normal(0, 0.001 * images, (n, 1))
+    t, z = scipy.stats.t.ppf(1 - level / 2, seeds - 1), scipy.stats.norm.ppf(1 - level / 2)
+    error = drawn.std(1, ddof=1) / math.sqrt(seeds)
+    assert (abs(drawn.mean(1)) > np.hypot(t * error, z * 0.001 * images)).mean() == pytest.approx(0.8, abs=0.01)
 
 
 def test_undetectable_differences_are_none():
     assert detectable_difference(0.0, 500) is None
     assert detectable_difference(4 / 500, 500) is None  # four images: no p below 0.05 can come of them
     assert detectable_over_seeds(0.0, 0.001, 3) is None
+    assert detectable_over_seeds(0.5, 0.0, 2, 0.001) is None
+
+
+def random_pairs(count: int):
+    """Pairs of models (S, n), with few and many seeds and images, some of them equal in every seed."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        seeds, n = random.integers(1, 7), random.integers(1, 400)
+        p, shift = random.random(), random.choice([0.0, 0.05, 0.3])
+        baseline = random.random((seeds, n)) < np.where(random.random(n) < 0.5, p, random.random(n))
+        correct = np.where(random.random((seeds, n)) < random.random(), baseline, random.random((seeds, n)) < p + shift)
+        if shift == 0.05:
+            correct, baseline = np.tile(correct[:1], (seeds, 1)), np.tile(baseline[:1], (seeds, 1))
+        yield correct, baseline
+
+
+def test_p_is_below_5_percent_exactly_if_the_interval_excludes_0():
+    decided = []
+    for correct, baseline in random_pairs(1000):
+        low, high = paired_interval(correct, baseline)
+        decided.append(paired_p(correct, baseline) < 0.05)
+        assert decided[-1] == (not low <= 0 <= high)
+        assert 0 < paired_p(correct, baseline) <= 1
+    assert 100 < sum(decided) < 900
+
+
+def test_p_over_seeds_and_images_is_the_level_whose_interval_touches_0():
+    for correct, baseline in random_pairs(100):
+        seeds, n = correct.shape
+        p, (mean, variance) = paired_p(correct, baseline), image_variance(correct, baseline)
+        if p == 1:
+            assert mean == 0
+            continue
+        std = max((correct.mean(1) - baseline.mean(1)).std(ddof=1), 1 / n / math.sqrt(12)) if seeds > 1 else 0.0
+        normal = scipy.stats.norm.isf(p / 2) * math.sqrt(variance)
+        over_seeds = scipy.stats.t.isf(p / 2, seeds - 1) * std / math.sqrt(seeds) if seeds > 1 else 0.0
+        assert abs(mean) == pytest.approx(math.hypot(normal, over_seeds), rel=1e-6)
+    right = np.ones((2, 50), dtype=bool)
+    assert paired_p(right, right) == 1
+    assert paired_p(np.tile(right, 1000), np.tile(~right, 1000)) < 1e-4
+
+
+def test_mcnemars_test_finds_no_difference_whose_interval_includes_0():
+    """For one seed, and every number of discordant images that can decide, in ever so many test images."""
+    discordant = np.arange(6, 5000)
+    minority = scipy.stats.binom.ppf(0.025, discordant, 0.5) - 1  # the largest with p < 0.05
+    assert (2 * scipy.stats.binom.cdf(minority, discordant, 0.5) < 0.05).all()
+    assert (2 * scipy.stats.binom.cdf(minority + 1, discordant, 0.5) >= 0.05).all()
+    # The mean, and its standard error of Agresti and Min, times the number of images, which is infinite.
+    assert (discordant - 2 * minority > 1.959964 * np.sqrt(discordant + 1)).all()
 
 
 def test_the_originals_gain_is_significant_only_with_few_discordant_images():

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -74,7 +75,13 @@ def test_every_number_can_be_recomputed_from_the_predictions(report):
     right = {model: np.array([p == labels for p in predictions[model]]) for model in models}
     difference = right["student_kd"].mean(1) - right["student"].mean(1)
     assert comparison["difference"] == pytest.approx(difference.mean())
-    assert comparison["p_value"] == pytest.approx(scipy.stats.ttest_1samp(difference, 0).pvalue)
+    assert comparison["t_test_p"] == pytest.approx(scipy.stats.ttest_1samp(difference, 0).pvalue)
+    t, low, high = scipy.stats.t(1), *comparison["ci95"]
+    over_seeds, half = scipy.stats.sem(difference), (high - low) / 2
+    images = math.sqrt(half**2 - (t.isf(0.025) * over_seeds) ** 2) / scipy.stats.norm.isf(0.025)
+    tail = comparison["p_value"] / 2  # the interval of this confidence touches 0
+    touching = math.hypot(t.isf(tail) * over_seeds, scipy.stats.norm.isf(tail) * images)
+    assert touching == pytest.approx(abs(low + high) / 2)
     first = Counter(zip(right["student_kd"][0].tolist(), right["student"][0].tolist(), strict=True))
     b, c = first[True, False], first[False, True]
     assert comparison["mcnemar_p"]["0"] == pytest.approx(scipy.stats.binomtest(b, b + c).pvalue)
@@ -159,8 +166,8 @@ def recorded(path: str) -> dict:
 
 
 def test_the_example_report_is_what_this_version_writes():
-    written = (ROOT / "imgs/methods/results.md").read_text(encoding="utf-8")
-    assert results_markdown(recorded("imgs/methods/results.json")) == written
+    written = (ROOT / "docs/example/results.md").read_text(encoding="utf-8")
+    assert results_markdown(recorded("docs/example/results.json")) == written
 
 
 SEEDS = [0, 1, 2]
@@ -171,28 +178,48 @@ UNDECIDED = {"verdict": "indistinguishable", "detectable_difference": 0.01}
     ("changes", "said"),
     [
         ({"difference": -0.02, "verdict": "worse"}, "is 2.00 percentage points below"),
-        ({"p_value": None, "difference": 0.02}, "no t-test, as the difference is the same for all 3 seeds; 3 seeds)"),
-        ({"p_value": 0.01, "p_holm": 0.01}, "p = 0.01; 3 seeds)"),
-        ({"p_value": 0.01, "p_holm": 0.04}, "p = 0.01, 0.04 after Holm's correction; 3 seeds)"),
+        ({"p_value": 0.01, "p_holm": 0.01}, "p = 0.01; 3 seeds): better."),
+        ({"p_value": 0.01, "p_holm": 0.04}, "p = 0.01, 0.04 after Holm's correction; 3 seeds): better."),
+        ({"shared_teacher": True}, "3 seeds): better, for this teacher."),
+        ({**UNDECIDED, "shared_teacher": True}, "3 seeds): indistinguishable, for this teacher."),
         ({"differs_in": {"alpha": [0.5, 0.25], "nesterov": [True, False]}},
          "Settings that differ: alpha is 0.5, not 0.25, nesterov is true, not false."),
-        ({"seeds": [0], "verdict": "better"}, "1 seed): better. This concerns only these two trained models"),
-        ({**UNDECIDED, "difference": 0.005, "seeds_needed": 12},
-         "these 3 seeds can detect a difference of 1.00 points; detecting 0.50 would take about 12 seeds."),
-        ({**UNDECIDED, "difference": 0.005, "seeds": [0], "seeds_needed": 4},
-         "one seed can detect a difference of 1.00 points; detecting 0.50 would take at least 4 seeds."),
-        ({**UNDECIDED, "difference": 0.005, "seeds_needed": None}, "detecting 0.50 would take more than 100 seeds."),
-        ({**UNDECIDED, "difference": 0.0, "seeds_needed": None}, "can detect a difference of 1.00 points."),
+        ({"seeds": [0], "verdict": "different"}, "1 seed): these two trained models differ."),
+        ({**UNDECIDED, "seeds": [0]}, "1 seed): no difference was detected between these two trained models."),
+        (UNDECIDED, "these 3 seeds can detect a difference of 1.00 points."),
+        ({**UNDECIDED, "seeds": [0]},
+         "500 test images can detect a difference of 1.00 points between two trained models."),
     ],
 )  # fmt: skip
 def test_a_verdict_in_words(changes, said):
-    results = recorded("docs/data/demo.json")
-    results["comparisons"][0].update({"seeds": SEEDS, "differs_in": {}, **changes})
-    assert said in summary(results).splitlines()[-1]
+    results = recorded("docs/example/results.json")
+    results["comparisons"][0].update({"seeds": SEEDS, "differs_in": {}, "shared_teacher": False, **changes})
+    verdict = summary(results).splitlines()[-1]
+    assert said in verdict
+    assert "seeds" not in changes or changes["seeds"] == SEEDS or "better" not in verdict
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The rows of a Markdown table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_tables_say_the_number_of_seeds_of_each_column_and_comparison_where_they_differ():
+    results = recorded("docs/example/results.json")
+    counts = [str(len(model["accuracy"]["seeds"])) for model in results["models"].values()]
+    assert cells(summary(results))["seeds"] == counts == ["1", "5", "5"]
+    del results["models"]["teacher"]
+    assert "seeds" not in cells(summary(results))  # all have five
+    results = recorded("docs/example/results.json")
+    (comparison,) = results["comparisons"]
+    several = [{**comparison, "model": name, "seeds": SEEDS[:n]} for name, n in (("a", 1), ("b", 2), ("c", 3))]
+    text = results_markdown({**results, "comparisons": several}).split("Effects, sorted")[1].split("## Cost")[0]
+    assert {name: cells(text)[name][1] for name in "abc"} == {"a": "1", "b": "2", "c": "3"}
 
 
 def test_the_terminal_warns_of_models_that_predict_one_class_or_have_no_baseline():
-    results = recorded("docs/data/demo.json")
+    results = recorded("docs/example/results.json")
     results["models"]["student"]["only_class"] = "7"
     results["not_compared"] = {"student_kd": "its baseline student has not been evaluated"}
     assert summary(results).splitlines()[-2:] == [
@@ -222,9 +249,12 @@ def test_a_shift_is_in_pixels_of_the_stored_images():
 
 
 def test_students_of_one_teacher_are_said_to_share_it():
-    sentence = "but not for that of a teacher that all seeds share."
-    assert sentence in results_markdown(recorded("docs/data/demo.json"))
-    assert sentence not in results_markdown(recorded("imgs/methods/results.json"))
+    sentence, results = "but not for that of a teacher that all seeds share.", recorded("docs/example/results.json")
+    assert sentence in results_markdown(results)
+    results["settings"]["recipes"]["student_kd"]["teacher_seed"] = None
+    assert sentence in results_markdown(results)  # a file, used as it is
+    results["comparisons"][0]["shared_teacher"] = False
+    assert sentence not in results_markdown(results)
 
 
 def test_the_printed_table_has_a_column_for_each_recipe(trained, tmp_path, capsys):
