@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import train_test_split
 
-from engine import checkpoints, fingerprints, splits
+from engine import checkpoints, datasets, fingerprints
 from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.recipes import Recipe
@@ -232,13 +233,16 @@ def test_the_fingerprint_says_which_images_were_drawn(config, digits, monkeypatc
     def found():
         return [fingerprints.training_settings("student", 0, c, load_dataset(c)) for c in configs]
 
+    def draw(labels, size, setting):
+        indices = np.arange(len(labels))
+        parts = train_test_split(indices, train_size=size, stratify=labels.cpu().numpy(), random_state=1)
+        return tuple(torch.from_numpy(np.sort(part)) for part in parts)
+
     before = found()
     logits = fingerprints.logits_fingerprint("digest", held_out, load_dataset(held_out))
     assert before == found()
-    draw = splits.train_test_split
-    monkeypatch.setattr(splits, "train_test_split", lambda *a, **words: draw(*a, **{**words, "random_state": 1}))
-    drawn_differently = found()
-    for settings, now in zip(before, drawn_differently, strict=True):
+    monkeypatch.setattr(datasets, "stratified", draw)  # of these draws, not of the digits' test images
+    for settings, now in zip(before, found(), strict=True):
         with pytest.raises(UserError, match=r"images .*was .*, is now"):
             fingerprints.check_settings(Path("model.pt"), {"name": "student", "settings": settings}, now)
     assert fingerprints.logits_fingerprint("digest", held_out, load_dataset(held_out)) != logits
