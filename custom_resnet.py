@@ -32,7 +32,6 @@ from engine.device import (
 from engine.distributed import (
     all_reduce_max,
     average_batchnorm_statistics,
-    broadcast_from_rank0,
     data_parallel,
     main_process_first,
     rank,
@@ -181,13 +180,13 @@ def train(
     SystemExit after a signal.
     """
     recipe, path, title = config.recipes[name], checkpoint_path(config, name, seed), f"{name} seed {seed}"
-    state = broadcast_from_rank0(lambda: load_or_copy(name, seed, config, dataset))
+    state = load_or_copy(name, seed, config, dataset)
     if state and state["finished"]:
         same_code = state["environment"].get("code") == code_digest()
         other_code = "" if same_code else "; it was trained with another version of the code"
         log.info(f"{title}  is finished: {path}{other_code}")
         return
-    settings = broadcast_from_rank0(lambda: training_settings(name, seed, config, dataset))
+    settings = training_settings(name, seed, config, dataset)
     model = start_model(recipe, seed, config, dataset, title, state)
 
     def write(state: dict[str, Any]) -> None:
@@ -199,7 +198,7 @@ def train(
         if finished:
             state = {key: state[key] for key in ("model", "history")}
         weights = {key: tensor.cpu().contiguous() for key, tensor in state["model"].items()}
-        broadcast_from_rank0(lambda: save_model(path, {**about, **origin, **state, "model": weights}))
+        save_model(path, {**about, **origin, **state, "model": weights})
 
     with explain_device_errors(config):
         if recipe.epochs == 0:

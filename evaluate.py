@@ -28,7 +28,7 @@ from engine.checkpoints import (
 )
 from engine.console import log, print_result
 from engine.datasets import Dataset, load_dataset
-from engine.distributed import broadcast_from_rank0, rank, world_size
+from engine.distributed import on_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
 from engine.fingerprints import check_settings, logits_fingerprint, training_settings, without_precision
@@ -62,12 +62,12 @@ def finished_checkpoints(
     """
     for name, seed in config.models():
         path = checkpoint_path(config, name, seed)
-        state = broadcast_from_rank0(lambda path=path: load_finished(path))
+        state = load_finished(path)
         if not state:
             log.info(f"not trained yet, skipped: {path}")
             missing.append(path)
             continue
-        settings = broadcast_from_rank0(lambda n=name, s=seed: training_settings(n, s, config, dataset))
+        settings = training_settings(name, seed, config, dataset)
         check_settings(path, state, without_precision(settings))  # the evaluation may use a different one
         yield name, seed, state, tensors_digest(state["model"])
 
@@ -101,13 +101,13 @@ def logits_for_student(
     teacher = config.teacher_of(name, seed)
     fingerprint = logits_fingerprint(digest, config, dataset)
     shape = (2, len(labels), len(dataset.classes))
-    stored = broadcast_from_rank0(lambda: load_logits(logits_path(config, *teacher), fingerprint, shape))
+    stored = load_logits(logits_path(config, *teacher), fingerprint, shape)
     if stored[0, subset].isfinite().all():
         return stored[0, subset].numpy(), labels[subset].numpy()
     by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
-    state = broadcast_from_rank0(lambda: load_checkpoint(checkpoint_path(config, *teacher)))
+    state = load_checkpoint(checkpoint_path(config, *teacher))
     model, title = load_model(state, config.device), f"{teacher[0]} seed {teacher[1]} training images"
     logits = predict(model, images, config.image_size, config.precision, title=title)
     return logits.cpu().numpy(), labels[chosen].numpy()
@@ -158,6 +158,7 @@ def export(config: Config, dataset: Dataset) -> None:
         raise UserError(f"nothing to export; {TRAIN_FIRST}")
 
 
+@on_rank0
 def script_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This script's own flags, and the rest of the command line."""
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -176,11 +177,11 @@ def chosen_precision(argv: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     with run_script():
-        own, rest = broadcast_from_rank0(lambda: script_flags(argv))
+        own, rest = script_flags(argv)
         config = load_config(rest, FLAGS)
         if world_size() > 1 and (own.predict or own.export):
             raise UserError("--predict and --export run in a single process: python evaluate.py, without torchrun")
-        config = replace(config, precision=broadcast_from_rank0(lambda: chosen_precision(rest)))
+        config = replace(config, precision=chosen_precision(rest))
         if own.export and config.precision == "bf16":
             log.info("--precision bf16 has no effect: exports are float32 programs")
         if own.predict:

@@ -25,7 +25,7 @@ from engine.checkpoints import load_logits, logits_path, save_checkpoint, tensor
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import SHUFFLED_TEACHER, code_digest, configure_backends, forward_pass, seed_sequence
-from engine.distributed import all_reduce_max, broadcast_from_rank0, world_size
+from engine.distributed import all_reduce_max, world_size
 from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
@@ -100,7 +100,7 @@ class Teacher(NamedTuple):
 
 def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
     """The finished teacher of this seed. Raises UserError if it is not trained yet, or with different settings."""
-    state = broadcast_from_rank0(lambda: load_teacher_state(name, seed, config, dataset))
+    state = load_teacher_state(name, seed, config, dataset)
     model = load_model(state, config.device).requires_grad_(False)
     return Teacher(name, model, tensors_digest(state["model"]), seed)
 
@@ -116,13 +116,11 @@ def teacher_logits(
     """
     fingerprint = logits_fingerprint(teacher.digest, config, dataset)
     shape = (2, len(dataset.train.labels), len(dataset.classes))
-    logits = broadcast_from_rank0(
-        lambda: load_logits(path, fingerprint, shape) if path else torch.full(shape, torch.nan)
-    )
+    logits = load_logits(path, fingerprint, shape) if path else torch.full(shape, torch.nan)
 
     def save() -> None:
         if path:
-            broadcast_from_rank0(lambda: save_checkpoint(path, {"fingerprint": fingerprint, "logits": logits}))
+            save_checkpoint(path, {"fingerprint": fingerprint, "logits": logits})
 
     computed, saved = 0, time.monotonic()
     for view, needed in enumerate((config.horizontal_flip < 1, config.horizontal_flip > 0)):
@@ -133,7 +131,7 @@ def teacher_logits(
             title = f"teacher {teacher.name} seed {teacher.seed} training images"
             logits[view, index] = predict(teacher.model, images, config.image_size, title=title).cpu()
             computed += len(index)
-            if broadcast_from_rank0(lambda saved=saved: time.monotonic() - saved > 60 * config.checkpoint_minutes):
+            if all_reduce_max(time.monotonic() - saved > 60 * config.checkpoint_minutes)[0]:
                 save()
                 saved = time.monotonic()
     if computed:

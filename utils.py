@@ -20,7 +20,7 @@ from engine.device import (
     device_name,
     resolve_device,
 )
-from engine.distributed import broadcast_from_rank0, main_process_first, process_group, world_size
+from engine.distributed import main_process_first, on_rank0, process_group, world_size
 from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
@@ -92,7 +92,7 @@ def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None =
 def parse_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:
     """As `load_config`, but the device is not touched yet."""
     parse = settings.parse if script_flags is None else partial(parse_recorded, script_flags=script_flags)
-    return broadcast_from_rank0(lambda: parse(argv))
+    return on_rank0(parse)(argv)
 
 
 def set_up_device(config: Config) -> Config:
@@ -126,12 +126,13 @@ def load_training_data(config: Config) -> Dataset:
 def prepare(config: Config, models: list[tuple[str, int]], dataset: Dataset) -> tuple[Config, Estimates]:
     """What `start_training` does while it holds the lock: checks, the precision, the estimates, a line in the log."""
 
+    @on_rank0
     def check_and_plan() -> tuple[Config, Estimates]:
         jobs, precision = unfinished(models, config, dataset)
         check_space(jobs, check_models(jobs, config, dataset), config, dataset)
         return plan(jobs, replace(config, precision=precision), dataset)
 
-    resolved, estimates = broadcast_from_rank0(check_and_plan)
+    resolved, estimates = check_and_plan()
     config = replace(config, precision=resolved.precision)  # each rank keeps its own device
     log_summary(config, dataset)
     return config, estimates

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.console import log
+from engine.distributed import on_rank0
 from engine.errors import UserError, first_line
 from engine.files import write_durably
 from engine.settings import Config
@@ -23,6 +24,7 @@ def checkpoint_path(config: Config, name: str, seed: int) -> Path:
     return Path(config.checkpoints_path, config.run, f"seed{seed}", f"{name}.pt")
 
 
+@on_rank0
 def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) atomically: after a crash `path` holds the old state or the new one.
 
@@ -36,6 +38,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     write_durably(Path(path), body, len(comment).to_bytes(2, "little"), comment)
 
 
+@on_rank0
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote, verified, on the CPU. Raises UserError naming the file."""
     path = Path(path)
@@ -101,6 +104,7 @@ def check_place(path: Path, state: dict[str, Any]) -> None:
         )
 
 
+@on_rank0
 def save_model(path: Path, state: dict[str, Any]) -> None:
     """Save a model's checkpoint, and remove an export of the model that was there before."""
     save_checkpoint(path, state)
@@ -110,6 +114,7 @@ def save_model(path: Path, state: dict[str, Any]) -> None:
         log.info(f"{export}: removed, because the model that it was exported from has been replaced")
 
 
+@on_rank0
 def load_finished(path: Path) -> dict[str, Any] | None:
     """The state of a finished training run; None if there is no file, or if it is still being trained."""
     state = load_training(path)
@@ -125,6 +130,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         return None
 
 
+@on_rank0
 def recorded_precision(config: Config) -> str | None:
     """The precision of the first model that the run has trained; None if there is none, or none that can be read."""
     paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
@@ -164,6 +170,7 @@ def logits_path(config: Config, teacher: str, seed: int) -> Path:
     return checkpoint_path(config, teacher, seed).with_suffix(".logits")
 
 
+@on_rank0
 def load_logits(path: Path, fingerprint: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
     """A teacher's stored logits; NaN if there are none, and, with a message, if they are damaged or of other inputs."""
     missing = torch.full(shape, torch.nan)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.console import log
-from engine.distributed import RankError, broadcast_from_rank0, main_process_first, rank, shard
+from engine.distributed import RankError, main_process_first, on_rank0, rank, shard
 from engine.errors import UserError, suggest
 from engine.folder import read_folder
 from engine.images import augment, flip, prepare, shift
@@ -85,7 +85,7 @@ def load_dataset(config: Config) -> Dataset:
     Raises UserError, with instructions, if they cannot be read, or if machines hold different images.
     """
     dataset = main_process_first(lambda: read_dataset(config))
-    if broadcast_from_rank0(lambda: dataset.digest) != dataset.digest:
+    if on_rank0(lambda: dataset.digest)() != dataset.digest:
         raise RankError(
             f"rank {rank()}: {config.dataset} differs from the copy on rank 0's machine; copy that one here"
         )

@@ -1,6 +1,7 @@
 """One process, or several that torchrun starts. A single process never communicates."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -79,21 +80,33 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: NCCL would wait for the other ranks
 
 
-def broadcast_from_rank0(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and return its result on every rank; an error that it raises is raised on all."""
-    if world_size() == 1:
-        return function()
-    outcome: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = function()
-        except (UserError, SystemExit) as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-    result, error = outcome
-    if error:
-        raise error
-    return result
+on_rank0_now = False  # whether rank 0 is inside a function of `on_rank0`, whose inner ones then just run
+
+
+def on_rank0(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorator: the function runs on rank 0; its result, or the error that it raises, is returned or raised on all."""
+
+    @functools.wraps(function)
+    def everywhere(*args: Any, **kwargs: Any) -> T:
+        global on_rank0_now
+        if world_size() == 1 or on_rank0_now:
+            return function(*args, **kwargs)
+        outcome: list[Any] = [None, None]
+        if rank() == 0:
+            on_rank0_now = True
+            try:
+                outcome[0] = function(*args, **kwargs)
+            except (UserError, SystemExit) as error:
+                outcome[1] = error
+            finally:
+                on_rank0_now = False
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        result, error = outcome
+        if error:
+            raise error
+        return result
+
+    return everywhere
 
 
 def main_process_first(function: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 
 from engine.console import log
-from engine.distributed import broadcast_from_rank0
+from engine.distributed import on_rank0
 from engine.errors import UserError
 
 
@@ -78,6 +78,7 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     held = filelock.FileLock(folder / ".lock")
 
+    @on_rank0
     def acquire() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
             ) from None
 
     try:
-        broadcast_from_rank0(acquire)
+        acquire()
         yield
     finally:
         if held.is_locked:

@@ -19,6 +19,7 @@ from engine.checkpoints import (
 )
 from engine.console import log
 from engine.datasets import Dataset
+from engine.distributed import on_rank0
 from engine.errors import UserError
 from engine.files import write_durably
 from engine.models import read_weights
@@ -33,6 +34,7 @@ IRRELEVANT = {
 }
 
 
+@on_rank0
 def training_settings(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
     """The fingerprint of a model: every setting that its weights depend on, nested, so that no name hides another.
 
@@ -115,6 +117,7 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str, prefix: str 
             yield prefix + field, before.get(field), value
 
 
+@on_rank0
 def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
     """The state of a finished teacher. Raises UserError if it is not trained yet, or with different settings."""
     path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
@@ -146,6 +149,7 @@ def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict
     return state
 
 
+@on_rank0
 def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any] | None:
     """The state of a model, finished or not; that of a finished model with the same settings elsewhere; or None.
 

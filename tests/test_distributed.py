@@ -22,9 +22,9 @@ from engine.distributed import (
     all_reduce_max,
     all_reduce_sum,
     average_batchnorm_statistics,
-    broadcast_from_rank0,
     data_parallel,
     main_process_first,
+    on_rank0,
     process_group,
     shard,
 )
@@ -72,7 +72,7 @@ def test_in_a_single_process_every_function_is_the_identity(device):
     average_batchnorm_statistics(model, 0.5)
     assert model.running_mean.tolist() == [3.0, 3.0]
     assert data_parallel(model, device) is model
-    assert broadcast_from_rank0(lambda: "result") == main_process_first(lambda: "result") == "result"
+    assert on_rank0(lambda: "result")() == main_process_first(lambda: "result") == "result"
     assert all_reduce_max(3, False, -1) == [3, False, -1]
     tensor = torch.ones(2, device=device)
     total = all_reduce_sum(tensor)
@@ -121,10 +121,10 @@ configure_logging()
 torch.set_num_threads(1)
 with exit_on_error(), process_group():
     found["place"] = [rank(), local_rank(), world_size()]
-    found["broadcast"] = broadcast_from_rank0(lambda: (calls.append(1), "of rank", rank())[1:])
+    found["broadcast"] = on_rank0(lambda: (calls.append(1), "of rank", rank())[1:])()
     found["calls"] = len(calls)
-    found["broadcast error"] = raised_by(lambda: broadcast_from_rank0(refuse))
-    found["broadcast exit"] = raised_by(lambda: broadcast_from_rank0(lambda: sys.exit(143)))
+    found["broadcast error"] = raised_by(on_rank0(refuse))
+    found["broadcast exit"] = raised_by(on_rank0(lambda: sys.exit(143)))
     found["downloaded before"] = main_process_first(download)
     found["first one's error"] = raised_by(lambda: main_process_first(refuse if rank() == 0 else int))
     found["second one's error"] = raised_by(lambda: main_process_first(refuse if rank() == 1 else int))
