@@ -19,11 +19,9 @@ import numpy as np
 import torch
 
 from engine.checkpoints import (
-    checkpoint_path,
     load_checkpoint,
     load_finished,
     load_logits,
-    logits_path,
     tensors_digest,
 )
 from engine.console import log, print_result
@@ -35,7 +33,7 @@ from engine.fingerprints import check_settings, logits_fingerprint, training_set
 from engine.flags import Parser
 from engine.inference import predict
 from engine.models import load_model
-from engine.settings import Config
+from engine.settings import Config, Model
 from report.comparisons import Models, TrainingLogits, distilled
 from report.export import check_export, export_program
 from report.markdown import summary
@@ -54,35 +52,34 @@ TRAIN_FIRST = "train first: python teacher_student_model.py, with the same flags
 
 def finished_checkpoints(
     config: Config, dataset: Dataset, missing: list[Path]
-) -> Iterator[tuple[str, int, dict[str, Any], str]]:
-    """Name, seed, state and digest of each trained model, teachers first; the paths of the others go into `missing`.
+) -> Iterator[tuple[Model, dict[str, Any], str]]:
+    """Each trained model with its state and its digest, teachers first; the paths of the others go into `missing`.
 
     Raises UserError if a checkpoint is damaged, was trained with different settings, or was distilled from a teacher
     that has been retrained since.
     """
-    for name, seed in config.models():
-        path = checkpoint_path(config, name, seed)
-        state = load_finished(path)
+    for model in config.models():
+        state = load_finished(model.path)
         if not state:
-            log.info(f"not trained yet, skipped: {path}")
-            missing.append(path)
+            log.info(f"not trained yet, skipped: {model.path}")
+            missing.append(model.path)
             continue
-        settings = training_settings(name, seed, config, dataset)
-        check_settings(path, state, without_precision(settings))  # the evaluation may use a different one
-        yield name, seed, state, tensors_digest(state["model"])
+        settings = training_settings(model, dataset)
+        check_settings(model.path, state, without_precision(settings))  # the evaluation may use a different one
+        yield model, state, tensors_digest(state["model"])
 
 
 def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Evaluated], list[Path]]:
     """Every trained model on the test images, in the order of config.recipes, and the paths of the missing ones."""
     models, missing = {}, []
-    for name, seed, state, digest in finished_checkpoints(config, dataset, missing):
-        model = load_model(state, config.device)
+    for model, state, digest in finished_checkpoints(config, dataset, missing):
+        network, seed = load_model(state, config.device), model.seed
 
-        def logits(split: str, images: torch.Tensor, model=model, title=f"{name} seed {seed}") -> np.ndarray:
-            title = f"{title} {split} images"
-            return predict(model, images, config.image_size, config.precision, title=title).cpu().numpy()
+        def logits(split: str, images: torch.Tensor, network=network, model=model) -> np.ndarray:
+            title = f"{model} {split} images"
+            return predict(network, images, config.image_size, config.precision, title=title).cpu().numpy()
 
-        found = models.setdefault(name, Evaluated(config.recipes[name], {}, {}, {}, {}, {}))
+        found = models.setdefault(model.name, Evaluated(model.recipe, {}, {}, {}, {}, {}))
         found.logits[seed], found.history[seed] = logits("test", dataset.test.images), state["history"]
         found.digests[seed], found.environments[seed] = digest, state["environment"]
         if dataset.validation:
@@ -91,25 +88,24 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
 
 
 def logits_for_student(
-    name: str, seed: int, digest: str, config: Config, dataset: Dataset, most: int = 2_000
+    student: Model, digest: str, dataset: Dataset, most: int = 2_000
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's logits (M, C) on a student's training images, not mirrored, and the labels (M,).
 
     Those of all images if training has stored them for weights with this digest; otherwise at most `most` are computed.
     """
-    subset, labels = dataset.subset(config.recipes[name].train_size), dataset.train.labels.cpu()
-    teacher = config.teacher_of(name, seed)
+    config, teacher = student.config, student.teacher
+    subset, labels = dataset.subset(student.recipe.train_size), dataset.train.labels.cpu()
     fingerprint = logits_fingerprint(digest, config, dataset)
     shape = (2, len(labels), len(dataset.classes))
-    stored = load_logits(logits_path(config, *teacher), fingerprint, shape)
+    stored = load_logits(teacher.logits_path, fingerprint, shape)
     if stored[0, subset].isfinite().all():
         return stored[0, subset].numpy(), labels[subset].numpy()
     by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
-    state = load_checkpoint(checkpoint_path(config, *teacher))
-    model, title = load_model(state, config.device), f"{teacher[0]} seed {teacher[1]} training images"
-    logits = predict(model, images, config.image_size, config.precision, title=title)
+    network = load_model(load_checkpoint(teacher.path), config.device)
+    logits = predict(network, images, config.image_size, config.precision, title=f"{teacher} training images")
     return logits.cpu().numpy(), labels[chosen].numpy()
 
 
@@ -118,7 +114,7 @@ def training_logits(config: Config, dataset: Dataset, models: Models) -> Trainin
     logits = {}
     for name, seeds in distilled(models).items():
         digests = models[models[name].recipe.teacher].digests
-        logits[name] = {s: logits_for_student(name, s, digests[t], config, dataset) for s, t in seeds.items()}
+        logits[name] = {s: logits_for_student(Model(name, s, config), digests[t], dataset) for s, t in seeds.items()}
     return logits
 
 
@@ -141,16 +137,16 @@ def export(config: Config, dataset: Dataset) -> None:
     names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
-        for name, seed, state, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
-            model, path = load_model(state, "cpu"), checkpoint_path(config, name, seed).with_suffix(".pt2")
-            logits = predict(model, images, config.image_size, "fp32", title=f"{name} seed {seed} test images")
-            about = {"name": name, "seed": seed, "classes": state["classes"], "image_size": config.image_size}
-            about["weights"] = digest
-            content = export_program(model, config.image_size, about)
+        for model, state, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
+            network, path = load_model(state, "cpu"), model.path.with_suffix(".pt2")
+            logits = predict(network, images, config.image_size, "fp32", title=f"{model} test images")
+            about = {"name": model.name, "seed": model.seed, "classes": state["classes"]}
+            about |= {"image_size": config.image_size, "weights": digest}
+            content = export_program(network, config.image_size, about)
             largest = check_export(content, path, images, torch.softmax(logits, dim=1))
             write_durably(path, content)
             log.info(
-                f"{name} seed {seed}  exported: {path}, {len(content) / 1e6:.1f} MB. Loaded back, it predicts the "
+                f"{model}  exported: {path}, {len(content) / 1e6:.1f} MB. Loaded back, it predicts the "
                 f"checkpoint's class on all {len(images):,} test images, with probabilities at most {largest:.1g} apart"
             )
             exported += 1

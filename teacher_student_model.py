@@ -11,6 +11,7 @@ Then: python evaluate.py with the same flags.
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from custom_resnet import LossFunction, train
-from engine.checkpoints import load_logits, logits_path, save_checkpoint, tensors_digest
+from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import SHUFFLED_TEACHER, code_digest, configure_backends, forward_pass, seed_sequence
@@ -34,7 +35,7 @@ from engine.inference import fold_batchnorm, predict
 from engine.jobs import call_in_process, run_in_processes
 from engine.models import last_layer, load_model
 from engine.recipes import Recipe
-from engine.settings import Config
+from engine.settings import Config, Model
 from engine.soft_losses import SOFT_LOSSES, SoftLoss, kd
 from utils import (
     Estimates,
@@ -88,7 +89,7 @@ def distillation_terms(
     if not scale_soft_loss:
         soft = soft / temperature**2
     weight = 1 - alpha if soft_weight is None else soft_weight
-    return {"hard loss": alpha * hard, "soft loss": weight * soft}
+    return {"hard": alpha * hard, "soft": weight * soft}
 
 
 class Teacher(NamedTuple):
@@ -98,11 +99,11 @@ class Teacher(NamedTuple):
     seed: int = 0
 
 
-def load_teacher(name: str, seed: int, config: Config, dataset: Dataset) -> Teacher:
-    """The finished teacher of this seed. Raises UserError if it is not trained yet, or with different settings."""
-    state = load_teacher_state(name, seed, config, dataset)
-    model = load_model(state, config.device).requires_grad_(False)
-    return Teacher(name, model, tensors_digest(state["model"]), seed)
+def load_teacher(model: Model, dataset: Dataset) -> Teacher:
+    """A finished teacher. Raises UserError if it is not trained yet, or with different settings."""
+    state = load_teacher_state(model, dataset)
+    network = load_model(state, model.config.device).requires_grad_(False)
+    return Teacher(model.name, network, tensors_digest(state["model"]), model.seed)
 
 
 def teacher_logits(
@@ -205,13 +206,21 @@ def online_logits(teacher: nn.Module, config: Config) -> OnlineTeacher:
     return OnlineTeacher(teacher, config)
 
 
-def make_distillation_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
-    """The distillation loss of a recipe against the teacher's logits that `lookup` returns for a batch."""
+@dataclass(frozen=True)
+class Distillation:
+    """The loss of a distilled recipe: student logits (B, C), batch -> the terms "hard" and "soft".
 
-    def loss_fn(student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+    `teacher` gives the teacher's logits (B, C) for a batch, stored or computed.
+    """
+
+    recipe: Recipe
+    teacher: Lookup
+
+    def __call__(self, student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        recipe = self.recipe
         return distillation_terms(
             student_logits,
-            lookup(batch),
+            self.teacher(batch),
             batch.labels,
             recipe.alpha,
             recipe.temperature,
@@ -222,36 +231,32 @@ def make_distillation_loss(lookup: Lookup, recipe: Recipe) -> LossFunction:
             **recipe.loss_parameters(),
         )
 
-    return loss_fn
 
-
-def train_model(name: str, seed: int, config: Config, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
-    """Train any recipe, as `train` does; its teacher, if any, is loaded only if there is something to train."""
-    recipe, of_teacher = config.recipes[name], config.teacher_of(name, seed)
+def train_model(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
+    """Train any model, as `train` does; its teacher, if any, is loaded only if there is something to train."""
+    recipe, config = model.recipe, model.config
     online: OnlineTeacher | None = None
 
     def make_loss() -> LossFunction:
         nonlocal online
-        teacher = load_teacher(*of_teacher, config, dataset)
+        teacher = load_teacher(model.teacher, dataset)
         if config.unlimited_views:
             online = online_logits(teacher.model, config)
-            return make_distillation_loss(online, recipe)
-        subset = dataset.subset(recipe.train_size)
-        path = logits_path(config, *of_teacher)
+            return Distillation(recipe, online)
+        subset, path = dataset.subset(recipe.train_size), model.teacher.logits_path
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
             logits = teacher_logits(teacher, config, dataset, subset, path)
         if recipe.shuffle_teacher:
-            logits = shuffle_within_classes(logits, dataset, subset, seed)
-        return make_distillation_loss(stored_logits(logits), recipe)
+            logits = shuffle_within_classes(logits, dataset, subset, model.seed)
+        return Distillation(recipe, stored_logits(logits))
 
     try:
-        train(name, seed, config, dataset, make_loss if recipe.teacher else None, estimate)
+        train(model, dataset, make_loss if model.teacher else None, estimate)
     except Diverged:
         if online and all_reduce_max(int(online.nonfinite))[0]:
-            teacher, of_seed = of_teacher
             raise UserError(
-                f"{name} seed {seed}: cannot learn from its teacher, {teacher} seed {of_seed}, whose logits are NaN or "
-                "infinite; move the teacher's checkpoint away and train it again, with a lower lr"
+                f"{model}: cannot learn from its teacher, {model.teacher}, whose logits are NaN or infinite; move the "
+                "teacher's checkpoint away and train it again, with a lower lr"
             ) from None
         raise
 
@@ -270,37 +275,36 @@ def check_code(digest: str) -> None:
         )
 
 
-def prepare_in_process(config: Config, models: list[tuple[str, int]], code: str) -> tuple[Config, Estimates]:
+def prepare_in_process(config: Config, code: str) -> tuple[list[Model], Estimates]:
     """What a process does before others train the models: `code` is the digest of the code that started it."""
     with run_script():
         check_code(code)
         config = set_up_device(config)
-        return prepare(config, models, load_training_data(config))
+        return prepare(config.models(), load_training_data(config))
 
 
-def train_in_process(config: Config, estimates: Estimates, code: str, model: tuple[str, int], threads: int) -> None:
+def train_in_process(estimates: Estimates, code: str, model: Model, threads: int) -> None:
     """Train a model in a process that `run_in_processes` has started."""
     with run_script():
         check_code(code)
         torch.set_num_threads(threads)
-        configure_backends(config)
-        train_model(*model, config, load_dataset(config), estimates[model]._replace(later=0.0))
+        configure_backends(model.config)
+        train_model(model, load_dataset(model.config), estimates[model]._replace(later=0.0))
 
 
 def train_at_the_same_time(config: Config) -> None:
     """Train `jobs` models at a time. All that uses the device happens in other processes, so that this one can fork."""
-    models, code = config.models(), code_digest()
+    code = code_digest()
     with lock(Path(config.checkpoints_path, config.run)):
-        config, estimates = call_in_process(partial(prepare_in_process, config, models, code), START_METHOD)
-        teachers = {model: config.teacher_of(*model) for model in models if model in estimates}
-        run_in_processes(partial(train_in_process, config, estimates, code), teachers, config.jobs, START_METHOD)
+        models, estimates = call_in_process(partial(prepare_in_process, config, code), START_METHOD)
+        teachers = {model: model.teacher for model in models if model in estimates}
+        run_in_processes(partial(train_in_process, estimates, code), teachers, config.jobs, START_METHOD)
 
 
 def train_one_by_one(config: Config) -> None:
-    config, models = set_up_device(config), config.models()
-    with start_training(config, models) as (config, dataset, estimates):
+    with start_training(set_up_device(config).models()) as (models, dataset, estimates):
         for model in models:
-            train_model(*model, config, dataset, estimates.get(model, UNKNOWN))
+            train_model(model, dataset, estimates.get(model, UNKNOWN))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine import flags
-from engine.checkpoints import checkpoint_path, recorded_precision
+from engine.checkpoints import recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
 from engine.device import (
@@ -25,7 +25,7 @@ from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
 from engine.fingerprints import load_or_copy, load_teacher_state, recorded_config
-from engine.settings import Config
+from engine.settings import Config, Model
 from engine.sweeps import row_of_same_values
 
 with exit_on_error():  # a mistake in an edited config.py is one line, not a traceback
@@ -102,19 +102,20 @@ def set_up_device(config: Config) -> Config:
     return config
 
 
-Estimates = dict[tuple[str, int], Estimate]  # (name, seed) -> how long its training will take
+Estimates = dict[Model, Estimate]  # how long the training of each model will take
 
 
 @contextlib.contextmanager
-def start_training(config: Config, models: list[tuple[str, int]]) -> Iterator[tuple[Config, Dataset, Estimates]]:
+def start_training(models: list[Model]) -> Iterator[tuple[list[Model], Dataset, Estimates]]:
     """Load the images, lock the run's folder, check what would otherwise fail hours later, log the data and the device.
 
-    Yields the config with its precision resolved, the data set and the estimates of what is left to train.
+    Yields the models with their precision resolved, the data set and the estimates of what is left to train.
     """
+    config = models[0].config
     dataset = load_training_data(config)
     with lock(Path(config.checkpoints_path, config.run)):
-        config, estimates = prepare(config, models, dataset)
-        yield config, dataset, estimates
+        models, estimates = prepare(models, dataset)
+        yield models, dataset, estimates
 
 
 def load_training_data(config: Config) -> Dataset:
@@ -123,45 +124,53 @@ def load_training_data(config: Config) -> Dataset:
     return load_dataset(config)
 
 
-def prepare(config: Config, models: list[tuple[str, int]], dataset: Dataset) -> tuple[Config, Estimates]:
+def prepare(models: list[Model], dataset: Dataset) -> tuple[list[Model], Estimates]:
     """What `start_training` does while it holds the lock: checks, the precision, the estimates, a line in the log."""
 
     @on_rank0
     def check_and_plan() -> tuple[Config, Estimates]:
-        jobs, precision = unfinished(models, config, dataset)
+        jobs, precision = unfinished(models, dataset)
         check_space(jobs, check_models(jobs, config, dataset), config, dataset)
         return plan(jobs, replace(config, precision=precision), dataset)
 
+    config = models[0].config
     resolved, estimates = check_and_plan()
     config = replace(config, precision=resolved.precision)  # each rank keeps its own device
     log_summary(config, dataset)
-    return config, estimates
+    return with_config(models, config), estimates
 
 
-def unfinished(models: list[tuple[str, int]], config: Config, dataset: Dataset) -> tuple[list[Job], str]:
-    """Which of the models (name, seed) are left to train, and the precision; copies models from other runs.
+def with_config(models: Iterable[Model], config: Config) -> list[Model]:
+    return [replace(model, config=config) for model in models]
+
+
+def unfinished(models: list[Model], dataset: Dataset) -> tuple[list[Job], str]:
+    """Which of the models are left to train, and the precision; copies models from other runs.
 
     precision = auto becomes that of the run's first checkpoint, if there is one. Raises UserError for a folder that
     cannot be written, a checkpoint that is damaged or was trained with different settings, and a teacher that is not
     among the models and not trained yet.
     """
-    jobs: dict[tuple[str, int], Job] = {}
+    jobs: dict[Model, Job] = {}
+    config = models[0].config
     if config.precision == "auto":
         config = replace(config, precision=recorded_precision(config) or "auto")
-    for name, seed in models:
-        probe = checkpoint_path(config, name, seed).with_suffix(".probe")
+    for each in models:
+        model = replace(each, config=config)
+        probe = model.path.with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
-        state = load_or_copy(name, seed, config, dataset)
+        state = load_or_copy(model, dataset)
         if state and config.precision == "auto":
             config = replace(config, precision=state["settings"]["config"].get("precision", "auto"))
-        teacher, epochs = config.teacher_of(name, seed), config.recipes[name].epochs
-        if teacher in jobs:  # which may change its weights
-            jobs[name, seed] = Job(name, seed, epochs)
+            model = replace(each, config=config)
+        epochs = model.recipe.epochs
+        if model.teacher in jobs:  # which may change its weights
+            jobs[model] = Job(model, epochs)
         elif not (state and state["finished"]):
-            if teacher and teacher not in models:
-                load_teacher_state(*teacher, config, dataset)
-            jobs[name, seed] = Job(name, seed, epochs - len(state["history"]) if state else epochs, bool(state))
+            if model.teacher and model.teacher not in models:
+                load_teacher_state(model.teacher, dataset)
+            jobs[model] = Job(model, epochs - len(state["history"]) if state else epochs, bool(state))
     return list(jobs.values()), config.precision
 
 

@@ -20,10 +20,6 @@ COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest
 RETRAIN = "move it away and train again"
 
 
-def checkpoint_path(config: Config, name: str, seed: int) -> Path:
-    return Path(config.checkpoints_path, config.run, f"seed{seed}", f"{name}.pt")
-
-
 @on_rank0
 def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) atomically: after a crash `path` holds the old state or the new one.
@@ -164,10 +160,6 @@ def weights_digest(path: Path) -> str | None:
 @lru_cache
 def digest_of_version(path: Path, modified: int) -> str:
     return tensors_digest(load_training(path)["model"])
-
-
-def logits_path(config: Config, teacher: str, seed: int) -> Path:
-    return checkpoint_path(config, teacher, seed).with_suffix(".logits")
 
 
 @on_rank0

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.checkpoints import checkpoint_path, logits_path
 from engine.console import duration, log
 from engine.datasets import Dataset
 from engine.device import (
@@ -24,14 +23,13 @@ from engine.distributed import world_size
 from engine.errors import UserError
 from engine.images import prepare
 from engine.models import Architecture, check_image_size, initial_model
-from engine.settings import Config
+from engine.settings import Config, Model
 
 
 class Job(NamedTuple):
     """A model that is still to be trained or resumed."""
 
-    name: str
-    seed: int
+    model: Model
     epochs: int  # left
     resumed: bool = False
 
@@ -78,15 +76,15 @@ def time_training(
     return fastest
 
 
-def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dict[tuple[str, int], Estimate]]:
+def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dict[Model, Estimate]]:
     """Resolve precision = auto to the one that trains the jobs faster, and estimate the time of each (name, seed)."""
     precisions = [config.precision]
     if config.precision == "auto":
         precisions = ["fp32", "bf16"] if supports_bf16(config.device) else ["fp32"]
     training = [job for job in jobs if job.epochs]
     asked = teachers_asked(training, config, dataset)
-    archs = [Architecture.of(config.recipes[job.name]) for job in training]
-    archs += [Architecture.of(config.recipes[config.recipes[job.name].teacher]) for job in training if job in asked]
+    archs = [Architecture.of(job.model.recipe) for job in training]
+    archs += [Architecture.of(job.model.teacher.recipe) for job in training if job in asked]
     with explain_device_errors(config):
         per_image = time_training(dict.fromkeys(archs), config, dataset, precisions)
     torch.cuda.empty_cache()  # with --jobs, other processes need the memory
@@ -95,7 +93,7 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
         """Of the training steps, and of all that the job needs. A forward pass costs about a third of a step."""
         if not job.epochs:
             return 0.0, 0.0
-        recipe = config.recipes[job.name]
+        recipe = job.model.recipe
         step = per_image[Architecture.of(recipe), precision]
         steps = job.epochs * len(dataset.subset(recipe.train_size)) * step
         total = steps + job.epochs * len(dataset.held_out[1].labels) * step / 3
@@ -114,9 +112,7 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
         )
         log.info(f"precision = auto: {chosen} is faster for this run; {'; '.join(rates)}")
     each = [seconds(job, chosen)[1] for job in jobs]
-    estimates = {
-        (job.name, job.seed): Estimate(seconds(job, chosen)[0], sum(each[i + 1 :])) for i, job in enumerate(jobs)
-    }
+    estimates = {job.model: Estimate(seconds(job, chosen)[0], sum(each[i + 1 :])) for i, job in enumerate(jobs)}
     if sum(each) > 3600:
         log.info(
             f"This will take about {duration(sum(each))} on this machine. For a quick demo: "
@@ -131,19 +127,19 @@ def teachers_asked(jobs: list[Job], config: Config, dataset: Dataset) -> dict[Jo
     Logits that are stored are computed for the first student of a teacher, on the images that all of them need, unless
     there is a file of them already.
     """
-    distilled = [job for job in jobs if config.recipes[job.name].teacher]
-    subsets = {job: dataset.subset(config.recipes[job.name].train_size) for job in distilled}
+    distilled = [job for job in jobs if job.model.teacher]
+    subsets = {job: dataset.subset(job.model.recipe.train_size) for job in distilled}
     if config.unlimited_views:
         return {job: job.epochs * len(subset) for job, subset in subsets.items()}
     views = (config.horizontal_flip < 1) + (config.horizontal_flip > 0)
-    students: dict[tuple[str, int], list[Job]] = {}
+    students: dict[Model, list[Job]] = {}
     for job in distilled:
-        students.setdefault(config.teacher_of(job.name, job.seed), []).append(job)
-    trained = {(job.name, job.seed) for job in jobs}
+        students.setdefault(job.model.teacher, []).append(job)
+    trained = {job.model for job in jobs}
     return {
         taught[0]: views * len(torch.cat([subsets[job] for job in taught]).unique())
         for teacher, taught in students.items()
-        if teacher in trained or not logits_path(config, *teacher).exists()
+        if teacher in trained or not teacher.logits_path.exists()
     }
 
 
@@ -153,9 +149,9 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
     Raises UserError, before anything is trained, if weights are missing or do not fit, or if the images do not.
     """
     sizes = {}
-    for name in dict.fromkeys(job.name for job in jobs):
+    for name in dict.fromkeys(job.model.name for job in jobs):
         recipe = config.recipes[name]
-        resumed = all(job.resumed for job in jobs if job.name == name)  # and needs no initial weights
+        resumed = all(job.resumed for job in jobs if job.model.name == name)  # and needs no initial weights
         arch = Architecture.of(recipe)
         model = arch.build(len(dataset.classes)) if resumed else initial_model(recipe, dataset.classes)
         check_image_size(model, recipe.arch, config.image_size)
@@ -166,18 +162,18 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
 def space_needed(jobs: list[Job], sizes: dict[str, int], config: Config, dataset: Dataset) -> int:
     """Upper bound on the bytes on disk that the jobs take, including what is there already."""
     logits = 2 * len(dataset.train.labels) * len(dataset.classes) * 4
-    distilled = sum(config.recipes[job.name].teacher is not None for job in jobs)
+    distilled = sum(job.model.teacher is not None for job in jobs)
     # The checkpoint of an unfinished model includes the optimizer's state, and the old and the new file coexist.
     moments = max(2 if config.recipes[name].optimizer == "adamw" else 1 for name in sizes)
     unfinished = min(config.jobs, len(jobs)) * 2 * (1 + moments) * max(sizes.values())
-    return sum(sizes[job.name] for job in jobs) + unfinished + (distilled + (distilled > 0)) * logits
+    return sum(sizes[job.model.name] for job in jobs) + unfinished + (distilled + (distilled > 0)) * logits
 
 
 def check_space(jobs: list[Job], sizes: dict[str, int], config: Config, dataset: Dataset) -> None:
     """Raise UserError, before anything is trained, if the disk is too full for the jobs."""
     if not jobs:
         return
-    there = sum(p.stat().st_size for job in jobs if (p := checkpoint_path(config, job.name, job.seed)).exists())
+    there = sum(job.model.path.stat().st_size for job in jobs if job.model.path.exists())
     free = shutil.disk_usage(Path(config.checkpoints_path, config.run)).free + there
     needed = space_needed(jobs, sizes, config, dataset)
     if free < needed:

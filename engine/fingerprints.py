@@ -9,7 +9,6 @@ from typing import Any
 
 from engine.checkpoints import (
     check_place,
-    checkpoint_path,
     load_finished,
     load_training,
     read_metadata,
@@ -24,7 +23,7 @@ from engine.errors import UserError
 from engine.files import write_durably
 from engine.models import read_weights
 from engine.recipes import Recipe
-from engine.settings import Config
+from engine.settings import Config, Model
 from engine.sweeps import Grid
 
 # The fields of Config that no weights depend on; the images of the data set have a digest of their own.
@@ -35,23 +34,22 @@ IRRELEVANT = {
 
 
 @on_rank0
-def training_settings(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+def training_settings(model: Model, dataset: Dataset) -> dict[str, Any]:
     """The fingerprint of a model: every setting that its weights depend on, nested, so that no name hides another.
 
     Images and weights are represented by their digests. The digest of the weights that it starts from, or of its
     teacher's, is left out if there is no such file.
     """
-    recipe = config.recipes[name]
-    subset = dataset.subset(recipe.train_size)
-    settings = {"seed": seed, "recipe": recipe_settings(recipe, len(subset)), "config": {}}
+    recipe, config, subset = model.recipe, model.config, dataset.subset(model.recipe.train_size)
+    settings = {"seed": model.seed, "recipe": recipe_settings(recipe, len(subset)), "config": {}}
     if recipe.epochs:  # otherwise the weights are used as they are
         relevant = [field.name for field in fields(Config) if field.name not in IRRELEVANT]
         settings["config"] = {field: getattr(config, field) for field in relevant}
         settings["selected training images"] = hashlib.sha256(subset.numpy()).hexdigest()
     settings["images of the data set"] = dataset.digest
-    if teacher := config.teacher_of(name, seed):
+    if model.teacher:
         try:
-            digest = weights_digest(checkpoint_path(config, *teacher))
+            digest = weights_digest(model.teacher.path)
         except UserError:
             if not config.overwrite:  # which trains a damaged teacher again
                 raise
@@ -118,16 +116,15 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str, prefix: str 
 
 
 @on_rank0
-def load_teacher_state(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+def load_teacher_state(teacher: Model, dataset: Dataset) -> dict[str, Any]:
     """The state of a finished teacher. Raises UserError if it is not trained yet, or with different settings."""
-    path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
-    state = load_finished(path)
+    settings, state = training_settings(teacher, dataset), load_finished(teacher.path)
     if not state:
-        raise UserError(f"{path}: the teacher {name!r} is not trained yet; add it to --only")
-    if config.precision == "auto":  # not resolved yet
+        raise UserError(f"{teacher.path}: the teacher {teacher.name!r} is not trained yet; add it to --only")
+    if teacher.config.precision == "auto":  # not resolved yet
         settings = without_precision(settings)
     try:
-        check_settings(path, state, settings)
+        check_settings(teacher.path, state, settings)
     except UserError as error:
         raise UserError(f"{error}. To retrain this teacher, add it to --only") from None
     return state
@@ -150,34 +147,34 @@ def load_matching(path: Path, settings: dict[str, Any], overwrite: bool) -> dict
 
 
 @on_rank0
-def load_or_copy(name: str, seed: int, config: Config, dataset: Dataset) -> dict[str, Any] | None:
+def load_or_copy(model: Model, dataset: Dataset) -> dict[str, Any] | None:
     """The state of a model, finished or not; that of a finished model with the same settings elsewhere; or None.
 
     Raises UserError as `load_matching` does.
     """
-    path, settings = checkpoint_path(config, name, seed), training_settings(name, seed, config, dataset)
-    if config.precision == "auto":  # not resolved yet
+    settings = training_settings(model, dataset)
+    if model.config.precision == "auto":  # not resolved yet
         settings = without_precision(settings)
-    state = load_matching(path, settings, config.overwrite)
-    if state is None and (found := same_model(name, settings, config)):
-        source, state = found[0], {**found[1], "name": name, "config": asdict(config)}
-        save_model(path, state)
+    state = load_matching(model.path, settings, model.config.overwrite)
+    if state is None and (found := find_identical_model(model, settings)):
+        source, state = found[0], {**found[1], "name": model.name, "config": asdict(model.config)}
+        save_model(model.path, state)
         logits = source.with_suffix(".logits")
         if logits.exists():
-            write_durably(path.with_suffix(".logits"), logits.read_bytes())
-        log.info(f"{path}: copied from {source}, which was trained with the same settings")
+            write_durably(model.logits_path, logits.read_bytes())
+        log.info(f"{model.path}: copied from {source}, which was trained with the same settings")
     return state
 
 
-def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Path, dict[str, Any]] | None:
+def find_identical_model(model: Model, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """A finished model with exactly these settings, in any run under `checkpoints_path`: its checkpoint and its state.
 
     One of the same name is preferred; damaged ones are passed over. Without a precision in the settings, a model of
     either one will do.
     """
     any_precision = "precision" not in settings["config"]
-    paths = Path(config.checkpoints_path).glob(f"*/seed{settings['seed']}/*.pt")
-    for path in sorted(paths, key=lambda path: (path.stem != name, path)):
+    paths = Path(model.config.checkpoints_path).glob(f"*/seed{model.seed}/*.pt")
+    for path in sorted(paths, key=lambda path: (path.stem != model.name, path)):
         state = read_metadata(path)
         if state and state["finished"]:
             trained_with = without_precision(state["settings"]) if any_precision else state["settings"]
@@ -189,18 +186,19 @@ def same_model(name: str, settings: dict[str, Any], config: Config) -> tuple[Pat
 
 def logits_fingerprint(teacher_digest: str, config: Config, dataset: Dataset) -> dict[str, Any]:
     """Every input that a teacher's stored logits depend on. They are computed in float32, whatever training uses."""
-    settings = {field: getattr(config, field) for field in ("image_size",)}
-    return {"teacher": teacher_digest, "images": dataset.digest, **settings, "precision": "fp32"}
+    return {
+        "teacher": teacher_digest,
+        "images": dataset.digest,
+        "image_size": config.image_size,
+        "precision": "fp32",
+    }
 
 
-def check_teacher(path: Path, state: dict[str, Any], config: Config) -> None:
+def check_teacher(model: Model, state: dict[str, Any]) -> None:
     """Raise UserError if a student was distilled from other weights than the checkpoint of its teacher holds now."""
-    teacher = config.teacher_of(state["name"], state["seed"])
-    recorded = state["settings"].get("weights of the teacher")
-    if teacher and recorded:
-        of_teacher = checkpoint_path(config, *teacher)
-        if weights_digest(of_teacher) not in (None, recorded):
-            raise UserError(f"{path}: was distilled from a teacher that has been retrained since ({of_teacher})")
+    teacher, recorded = model.teacher, state["settings"].get("weights of the teacher")
+    if teacher and recorded and weights_digest(teacher.path) not in (None, recorded):
+        raise UserError(f"{model.path}: was distilled from a teacher that has been retrained since ({teacher.path})")
 
 
 def recorded_config(folder: Path) -> Config:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from engine.console import log
+from engine.settings import Model
 
 T = TypeVar("T")
-Model = tuple[str, int]  # name and seed
 
 
 def call_in_process(function: Callable[[], T], method: str) -> T:
@@ -69,8 +69,7 @@ def run_in_processes(
                 del waiting[model]
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
-                name, seed = running.pop(process)
-                check_exit(process, f"{name} seed {seed}")
+                check_exit(process, str(running.pop(process)))
     finally:
         stop(running)
 

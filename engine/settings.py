@@ -1,10 +1,11 @@
-"""The fields of Config, a whole experiment, and its validation together with that of its recipes."""
+"""Config, a whole experiment, with its validation; Model, one of its models."""
 
 import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.errors import UserError, suggest
 from engine.fields import (
@@ -24,6 +25,39 @@ from engine.fields import (
 )
 from engine.recipes import SEED, Recipe, baseline_of
 from engine.sweeps import Grid, expand, grid
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of an experiment: the recipe `name`, trained with one seed. Equal are those of equal name and seed."""
+
+    name: str
+    seed: int
+    config: "Config" = dataclasses.field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} seed {self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.config.recipes[self.name]
+
+    @property
+    def path(self) -> Path:
+        """Of its checkpoint."""
+        return Path(self.config.checkpoints_path, self.config.run, f"seed{self.seed}", f"{self.name}.pt")
+
+    @property
+    def logits_path(self) -> Path:
+        """Of its stored logits, if it is a teacher."""
+        return self.path.with_suffix(".logits")
+
+    @property
+    def teacher(self) -> "Model | None":
+        if self.recipe.teacher is None:
+            return None
+        seed = self.seed if self.recipe.teacher_seed is None else self.recipe.teacher_seed
+        return Model(self.recipe.teacher, seed, self.config)
 
 
 @dataclass(frozen=True)
@@ -201,28 +235,20 @@ class Config:
         students = [other for other, recipe in self.recipes.items() if recipe.teacher == name]
         if not students or name in [baseline_of(other, self.recipes) for other in self.recipes]:
             return list(self.seeds)
-        used = [self.teacher_of(student, seed)[1] for student in students for seed in self.seeds_of(student)]
+        used = [Model(student, seed, self).teacher.seed for student in students for seed in self.seeds_of(student)]
         return list(dict.fromkeys(used))
 
-    def models(self) -> list[tuple[str, int]]:
-        """Name and seed of every selected model, seed by seed, each teacher before its students."""
+    def models(self) -> list[Model]:
+        """Every selected model, seed by seed, each teacher before its students."""
         names, ordered = self.selected(), {}
 
-        def add(name: str, seed: int) -> None:
-            teacher = self.teacher_of(name, seed)
-            if teacher and teacher[0] in names:
-                add(*teacher)
-            ordered[name, seed] = None
+        def add(model: Model) -> None:
+            if model.teacher and model.teacher.name in names:
+                add(model.teacher)
+            ordered[model] = None
 
         for seed in dict.fromkeys([*self.seeds, *(seed for name in names for seed in self.seeds_of(name))]):
             for name in names:
                 if seed in self.seeds_of(name):
-                    add(name, seed)
+                    add(Model(name, seed, self))
         return list(ordered)
-
-    def teacher_of(self, name: str, seed: int) -> tuple[str, int] | None:
-        """Name and seed of the teacher of a model, if it has one."""
-        recipe = self.recipes[name]
-        if recipe.teacher is None:
-            return None
-        return recipe.teacher, seed if recipe.teacher_seed is None else recipe.teacher_seed

@@ -1,7 +1,7 @@
-"""The state of a training run: optimizer, schedule, running loss and history, saved and restored exactly."""
+"""A training run: optimizer, schedule, running loss and history, saved and restored exactly."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,11 +9,22 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from engine.checkpoints import nonfinite_tensors
-from engine.console import duration
-from engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
+from engine.console import Progress, duration
+from engine.datasets import Batch, Dataset, batches
+from engine.device import DROPOUT, compiled, seed_torch
+from engine.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    average_batchnorm_statistics,
+    data_parallel,
+    rank,
+    shard,
+    world_size,
+)
 from engine.errors import Diverged
+from engine.estimate import UNKNOWN, Estimate
 from engine.recipes import Recipe
-from engine.settings import Config
+from engine.settings import Model
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
@@ -45,12 +56,12 @@ class Meter:
     def update(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:
         """Add a step: logits (B, C), labels (B,), the terms of their loss, and their share of the whole batch."""
         self.sums[:2] += torch.stack([sum(terms.values()) * share, (logits.argmax(1) == labels).sum()])
-        self.names = ["logits", *terms]
+        self.names = ["logits", *(f"{name} loss" for name in terms)]
         self.nonfinite = self.nonfinite + ~torch.stack([logits.float().sum(), *terms.values()]).isfinite()
 
     def measure_gradients(self, logits: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        """Add the norms of the gradients of a hard and a soft loss at the logits (B, C), before `backward`."""
-        gradients = (torch.autograd.grad(term, logits, retain_graph=True)[0] for term in terms.values())
+        """Add the norms of the gradients of the hard and the soft loss at the logits (B, C), before `backward`."""
+        gradients = (torch.autograd.grad(terms[name], logits, retain_graph=True)[0] for name in ("hard", "soft"))
         self.sums[2:] += torch.stack([gradient.norm() for gradient in gradients])
 
     def check(self, where: str) -> None:
@@ -92,22 +103,33 @@ def diverged(what: str, where: str) -> None:
 
 
 class Training:
-    """The state of a training run: everything needed to resume it exactly, and its progress."""
+    """A model in training: everything needed to resume it exactly, its progress, and when to save or to stop.
+
+    `network` is trained in place on so many `images`, from `state` on if there is one. `write` receives the state from
+    which a later run resumes exactly: after an epoch (see `epoch_save_due`), every few minutes, and when `stop` returns
+    a signal. `forward` is the network as it runs: compiled, on several processes.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        recipe: Recipe,
-        config: Config,
+        network: nn.Module,
+        model: Model,
         images: int,
-        title: str,
-        state: dict[str, Any] | None,
+        state: dict[str, Any] | None = None,
+        write: Callable[[dict[str, Any]], None] = lambda state: None,
+        stop: Callable[[], int] = lambda: 0,
+        estimate: Estimate = UNKNOWN,
     ):
-        self.model, self.recipe, self.config, self.title = model, recipe, config, title
-        self.steps = images // config.batch_size  # per epoch
-        self.optimizer = make_optimizer(model, recipe, config.device)
-        self.scheduler = make_scheduler(self.optimizer, recipe, recipe.epochs * self.steps)
-        self.meter = Meter(config.device)
+        self.network, self.model, self.recipe, self.config = network, model, model.recipe, model.config
+        self.write, self.stop, self.later = write, stop, estimate.later
+        own = shard(self.config.batch_size)
+        self.images_per_step = own.stop - own.start  # on this rank
+        self.share = self.images_per_step / self.config.batch_size
+        self.steps = images // self.config.batch_size  # per epoch
+        self.forward = compiled(data_parallel(network, self.config.device), self.config, estimate.model)
+        self.optimizer = make_optimizer(network, self.recipe, self.config.device)
+        self.scheduler = make_scheduler(self.optimizer, self.recipe, self.recipe.epochs * self.steps)
+        self.meter = Meter(self.config.device)
         self.history: list[dict[str, float]] = []  # a record for each epoch
         self.step = 0  # done of the current epoch
         self.started = self.saved = time.perf_counter()
@@ -115,7 +137,7 @@ class Training:
             self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts = {"model": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return {
             **{name: part.state_dict() for name, part in parts.items()},
             "history": list(self.history),
@@ -126,8 +148,9 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         fused = self.optimizer.param_groups[0]["fused"]
-        for name in ("model", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
         for group in self.optimizer.param_groups:
             group["fused"] = fused  # as this device has it, not the one that the state was saved on
         for parameter, moments in self.optimizer.state.items():
@@ -139,10 +162,48 @@ class Training:
         self.meter = Meter(self.config.device, state["totals"] * (rank() == 0))
         self.started -= state["seconds"]
 
-    def begin_epoch(self) -> None:
+    def batches(self, dataset: Dataset) -> Iterator[Batch]:
+        """The training batches of the current epoch, or what is left of it. Shows its progress."""
         if self.step == 0:
             self.meter, self.started = Meter(self.config.device), time.perf_counter()
-        self.model.train()
+        self.network.train()
+        epoch, seed, subset = len(self.history), self.model.seed, dataset.subset(self.recipe.train_size)
+        title = f"{self.model} epoch {epoch + 1}/{self.recipe.epochs}"
+        total, done = (count * self.images_per_step for count in (self.steps, self.step))
+        with Progress(title, total, done) as self.progress:
+            for batch in batches(dataset.train, subset, self.config, seed, epoch, self.step):
+                seed_torch(DROPOUT, seed, epoch, self.step, rank())  # a resumed run draws the same masks
+                yield batch
+
+    def total_loss(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of the `terms`, for `backward`; they, the logits (B, C) and the labels (B,) are measured.
+
+        DDP averages the gradients over the ranks, whose parts of the batch may differ in size.
+        """
+        if "soft" in terms and self.step % max(1, self.steps // 50) == 0:
+            self.meter.measure_gradients(logits, terms)
+        self.meter.update(logits, labels, terms, self.share)
+        return sum(terms.values()) * (self.share * world_size())
+
+    def step_done(self) -> bool:
+        """Count a step; show the progress and save when that is due. Returns whether to stop, after saving."""
+        average_batchnorm_statistics(self.network, self.share)
+        self.step += 1
+        show, save, stop = all_reduce_max(self.progress.update(self.images_per_step), self.save_due, self.stop())
+        if show or self.step % 50 == 0:
+            self.check()
+        if show:
+            self.progress.describe(self.describe(self.progress.rate))
+        if save or stop:
+            self.save()
+        return bool(stop)
+
+    def epoch_done(self, evaluated: bool) -> bool:
+        """Save when that is due. Returns whether to stop, after saving; so if the evaluation was interrupted."""
+        save, stop = all_reduce_max(self.epoch_save_due, not evaluated or self.stop())
+        if save or stop:
+            self.save()
+        return bool(stop)
 
     @property
     def save_due(self) -> bool:
@@ -171,24 +232,24 @@ class Training:
 
     @property
     def position(self) -> str:
-        return f"{self.title}: epoch {len(self.history) + 1}, step {self.step}, lr = {self.recipe.lr:g}"
+        return f"{self.model}: epoch {len(self.history) + 1}, step {self.step}, lr = {self.recipe.lr:g}"
 
-    def save(self, write: Callable[[dict[str, Any]], None]) -> None:
-        """Pass the state to `write`, unless it has diverged; the weights can diverge a step before the logits do.
+    def save(self) -> None:
+        """Write the state, unless it has diverged; the weights can diverge a step before the logits do.
 
         So can a buffer, such as a running variance, which only evaluation uses.
         """
         self.check()
-        if wrong := nonfinite_tensors(self.model.state_dict()):
-            parameters = {name for name, _ in self.model.named_parameters()}
+        if wrong := nonfinite_tensors(self.network.state_dict()):
+            parameters = {name for name, _ in self.network.named_parameters()}
             what = "weights" if parameters.intersection(wrong) else f"buffer {wrong[0]}"
             diverged(what, self.position)
-        write(self.state_dict())
+        self.write(self.state_dict())
         self.saved = time.perf_counter()
 
-    def describe(self, rate: float, later: float) -> str:
-        """The loss, and the time left at this many images per second, with `later` seconds of other models after it."""
+    def describe(self, rate: float) -> str:
+        """The loss, and the time left at this many images per second, for this model and for those after it."""
         left = (self.recipe.epochs - len(self.history)) * self.steps - self.step
         seconds = left * self.config.batch_size / world_size() / max(rate, 1e-9)
-        run = f" of this model, {duration(seconds + later)} of the run" if later else ""
+        run = f" of this model, {duration(seconds + self.later)} of the run" if self.later else ""
         return "loss {:.4f}, accuracy {:.2%}, ".format(*self.averages) + f"{duration(seconds)} left{run}"

@@ -12,13 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.checkpoints import checkpoint_path
 from engine.datasets import Dataset
 from engine.device import forward_pass, memory_format, synchronize
 from engine.images import prepare
 from engine.inference import fold_batchnorm
 from engine.models import Architecture
-from engine.settings import Config
+from engine.settings import Config, Model
 from report.comparisons import Models, distilled
 
 
@@ -121,7 +120,7 @@ def costs(config: Config, dataset: Dataset, models: Models) -> dict[str, dict[st
     timed = time_inference(archs, config, dataset)
 
     def size(name: str) -> int:
-        return checkpoint_path(config, name, next(iter(models[name].logits))).stat().st_size
+        return Model(name, next(iter(models[name].logits)), config).path.stat().st_size
 
     return {name: {**counted[arch], "bytes_on_disk": size(name), **timed[arch]} for name, arch in arch_of.items()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoints import checkpoint_path, load_finished
+from engine.checkpoints import load_finished
 from engine.console import log
 from engine.fingerprints import check_teacher
 from engine.folder import find_images, open_image, to_array
@@ -26,20 +26,18 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
     files = [file for path in paths for file in find_images(path)]
     resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
     columns = []  # for each model its title, its classes and its probabilities (files, C)
-    for name, seed in [(n, s) for n in config.selected() for s in config.seeds_of(n)]:
-        path = checkpoint_path(config, name, seed)
-        state = load_finished(path)
+    for model in sorted(config.models(), key=lambda model: config.selected().index(model.name)):
+        state = load_finished(model.path)
         if not state:
-            log.info(f"not trained yet, skipped: {path}")
+            log.info(f"not trained yet, skipped: {model.path}")
             continue
-        check_teacher(path, state, config)
-        model, size = load_model(state, config.device), state["config"]["image_size"]
+        check_teacher(model, state)
+        network, size = load_model(state, config.device), state["config"]["image_size"]
         if size not in resized:
             arrays = [to_array(open_image(file), size) for file in files]
             resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        title = f"{name} seed {seed} image files"
-        logits = predict(model, resized[size], size, config.precision, title=title)
-        columns.append((f"{name} seed {seed}", state["classes"], torch.softmax(logits, 1).cpu().numpy()))
+        logits = predict(network, resized[size], size, config.precision, title=f"{model} image files")
+        columns.append((str(model), state["classes"], torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         return []
 

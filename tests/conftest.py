@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
 
+import custom_resnet
 import evaluate
 import teacher_student_model
 from config import PRESETS
@@ -23,7 +24,8 @@ from engine.console import configure_logging
 from engine.datasets import Dataset, load_dataset
 from engine.device import configure_backends
 from engine.recipes import Recipe
-from engine.settings import Config
+from engine.settings import Config, Model
+from engine.training import Training
 from report import cost
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as configure_backends does, before cuBLAS's first call
@@ -67,6 +69,18 @@ def flags(folder: Path, *more: str, device: str = "cpu") -> list[str]:
 def random_images(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def start_training(network: nn.Module, recipe: Recipe, config: Config, seed: int, images: int, **more) -> Training:
+    """The training of a recipe that is not in `config`."""
+    config = replace(config, recipes={**config.recipes, "test": recipe})
+    return Training(network, Model("test", seed, config), images, **more)
+
+
+def fit(network, recipe, config, seed, dataset, loss_fn, **more) -> list[dict[str, float]]:
+    """`custom_resnet.fit` for such a training."""
+    images = len(dataset.subset(recipe.train_size))
+    return custom_resnet.fit(start_training(network, recipe, config, seed, images, **more), dataset, loss_fn)
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -14,7 +14,7 @@ from engine import checkpoints, datasets, fingerprints
 from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.recipes import Recipe
-from engine.settings import Config
+from engine.settings import Config, Model
 from engine.soft_losses import SOFT_LOSSES, parameters
 
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
@@ -106,12 +106,12 @@ def test_an_unknown_format_is_refused(tmp_path, monkeypatch):
 def test_differing_settings_are_refused_by_name(config, digits, monkeypatch):
     path = Path("model.pt")
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "a" * 64)
-    settings = fingerprints.training_settings("student_kd", 0, config, digits)
+    settings = fingerprints.training_settings(Model("student_kd", 0, config), digits)
     fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, settings)
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], temperature=4.0)}
     changed = replace(config, recipes=recipes, batch_size=20)
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "b" * 64)
-    other = fingerprints.training_settings("student_kd", 0, changed, digits)
+    other = fingerprints.training_settings(Model("student_kd", 0, changed), digits)
     with pytest.raises(UserError) as error:
         fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, other)
     output = str(error.value)
@@ -129,7 +129,7 @@ def test_a_parameter_of_a_soft_loss_may_have_the_name_of_a_setting(config, digit
         fingerprints_by_value = []
         for value in (1, 7):
             monkeypatch.setattr(Recipe, "loss_parameters", lambda self, value=value, name=name: {name: value})
-            fingerprints_by_value.append(fingerprints.training_settings("student_kd", 0, config, digits))
+            fingerprints_by_value.append(fingerprints.training_settings(Model("student_kd", 0, config), digits))
         before, now = fingerprints_by_value
         assert before["config"]["batch_size"] == 25
         with pytest.raises(UserError, match=rf"student_kd\.{name} was 1, is now 7") as error:
@@ -140,10 +140,10 @@ def test_a_parameter_of_a_soft_loss_may_have_the_name_of_a_setting(config, digit
 
 def test_the_parameters_of_other_losses_are_not_in_the_fingerprint(config, digits):
     """So that a new soft loss with parameters of its own changes no other model."""
-    recipe = fingerprints.training_settings("student_kd", 0, config, digits)["recipe"]
+    recipe = fingerprints.training_settings(Model("student_kd", 0, config), digits)["recipe"]
     assert recipe["parameters of the soft loss"] == {}
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], soft_loss="dkd")}
-    recipe = fingerprints.training_settings("student_kd", 0, replace(config, recipes=recipes), digits)["recipe"]
+    recipe = fingerprints.training_settings(Model("student_kd", 0, replace(config, recipes=recipes)), digits)["recipe"]
     assert recipe["parameters of the soft loss"] == {"target_weight": 1.0, "nontarget_weight": 8.0}
 
 
@@ -163,7 +163,7 @@ def test_settings_that_mean_the_same_have_one_fingerprint(config, digits, monkey
     rows = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], train_size=1297)}
     rows["renamed"] = rows["teacher"]
     found = [
-        fingerprints.training_settings(name, 0, replace(config, recipes=recipes), digits)
+        fingerprints.training_settings(Model(name, 0, replace(config, recipes=recipes)), digits)
         for recipes in (rows, {**rows, name: replace(rows[name], **changes)})
     ]
     assert found[0] == found[1]
@@ -173,7 +173,7 @@ def test_scale_soft_loss_means_nothing_at_temperature_1(config, digits):
     def settings(temperature, scale):
         row = replace(config.recipes["student_kd"], temperature=temperature, scale_soft_loss=scale)
         recipes = {**config.recipes, "student_kd": row}
-        return fingerprints.training_settings("student_kd", 0, replace(config, recipes=recipes), digits)
+        return fingerprints.training_settings(Model("student_kd", 0, replace(config, recipes=recipes)), digits)
 
     assert settings(1.0, True) == settings(1.0, False)
     assert settings(2.0, True) != settings(2.0, False)
@@ -182,7 +182,7 @@ def test_scale_soft_loss_means_nothing_at_temperature_1(config, digits):
 def test_weights_that_are_used_as_they_are_depend_on_no_setting_of_training(config, digits):
     def settings(config, **changes):
         recipes = {"teacher": Recipe(weights="random", epochs=0, **changes)}
-        return fingerprints.training_settings("teacher", 0, replace(config, recipes=recipes), digits)
+        return fingerprints.training_settings(Model("teacher", 0, replace(config, recipes=recipes)), digits)
 
     found = settings(config)
     assert settings(config, lr=0.5, train_size=50) == found
@@ -204,7 +204,7 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
 
     def settings(row):
         recipes = {**config.recipes, "student_kd": row}
-        return fingerprints.training_settings("student_kd", 0, replace(config, recipes=recipes), digits)
+        return fingerprints.training_settings(Model("student_kd", 0, replace(config, recipes=recipes)), digits)
 
     for field, value in changes.items():
         assert settings(replace(row, **{field: value})) != settings(row), field
@@ -219,9 +219,9 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
 
 
 def test_the_fingerprint_covers_the_seed_and_the_images(config, digits):
-    found = fingerprints.training_settings("student", 0, config, digits)
-    assert fingerprints.training_settings("student", 1, config, digits) != found
-    assert fingerprints.training_settings("student", 0, config, digits._replace(digest="0" * 64)) != found
+    found = fingerprints.training_settings(Model("student", 0, config), digits)
+    assert fingerprints.training_settings(Model("student", 1, config), digits) != found
+    assert fingerprints.training_settings(Model("student", 0, config), digits._replace(digest="0" * 64)) != found
 
 
 def test_the_fingerprint_says_which_images_were_drawn(config, digits, monkeypatch):
@@ -231,7 +231,7 @@ def test_the_fingerprint_says_which_images_were_drawn(config, digits, monkeypatc
     configs = (config, replace(held_out, recipes=everything))
 
     def found():
-        return [fingerprints.training_settings("student", 0, c, load_dataset(c)) for c in configs]
+        return [fingerprints.training_settings(Model("student", 0, c), load_dataset(c)) for c in configs]
 
     def draw(labels, size, setting):
         indices = np.arange(len(labels))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, fit, start_training
 from conftest import flags as small_flags
 from PIL import Image
 from torch import nn
@@ -20,13 +20,14 @@ from torchvision import transforms
 
 import custom_resnet
 import teacher_student_model
-from custom_resnet import build_resnet, fit, train
+from custom_resnet import build_resnet, train
 from engine import checkpoints, console, datasets, estimate
 from engine.errors import Diverged, UserError
 from engine.inference import predict
 from engine.models import load_model
 from engine.recipes import Recipe
-from engine.training import Training, make_optimizer, make_scheduler
+from engine.settings import Model
+from engine.training import make_optimizer, make_scheduler
 
 # The model
 
@@ -146,7 +147,7 @@ def test_fit_agrees_with_a_plain_loop(config, digits, model):
         losses.append(loss.item())
         correct += (logits.argmax(1) == batch.labels).sum().item()
 
-    history = fit(model, recipe, config, 5, digits, custom_resnet.cross_entropy, "test")
+    history = fit(model, recipe, config, 5, digits, custom_resnet.cross_entropy)
     assert len(losses) == 3
     assert history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert history[0]["train_accuracy"] == pytest.approx(correct / 75)
@@ -161,7 +162,7 @@ def test_fit_trains_in_training_mode_and_evaluates_in_evaluation_mode(config, di
         modes.append(model.training)
         return custom_resnet.cross_entropy(logits, batch)
 
-    history = fit(model, Recipe(epochs=2, lr=0.01, train_size=50), config, 0, digits, loss_fn, "test")
+    history = fit(model, Recipe(epochs=2, lr=0.01, train_size=50), config, 0, digits, loss_fn)
     assert modes == [True] * 4
     measured = (predict(model, digits.test.images, 16).argmax(1) == digits.test.labels).float().mean().item()
     assert history[-1]["test_accuracy"] == pytest.approx(measured)
@@ -171,7 +172,7 @@ def test_fit_trains_in_training_mode_and_evaluates_in_evaluation_mode(config, di
 def test_fit_evaluates_on_validation_images_if_there_are_any(config, model):
     config = replace(config, validation_size=100)
     dataset = datasets.load_dataset(config)
-    history = fit(model, Recipe(epochs=1, train_size=50), config, 0, dataset, custom_resnet.cross_entropy, "test")
+    history = fit(model, Recipe(epochs=1, train_size=50), config, 0, dataset, custom_resnet.cross_entropy)
     assert "validation_accuracy" in history[0]
     assert "test_accuracy" not in history[0]
 
@@ -193,9 +194,7 @@ def test_resuming_after_a_stop_at_any_step_is_bit_exact(config, digits, schedule
             assert calls < 100
             model = build_resnet("resnet18", 10, pretrained=False).to(config.device)
             state = copy.deepcopy(saved[-1]) if saved else None
-            history = fit(
-                model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, saved.append, stop
-            )
+            history = fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, state, saved.append, stop)
             saved[-1] = copy.deepcopy(saved[-1])
         return saved[-1]["model"], [{**record, "seconds": 0} for record in history]
 
@@ -233,15 +232,15 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_state(config, digits):
     def loss_fn(logits, batch):
         nonlocal steps
         steps += 1
-        return {"hard loss": F.cross_entropy(logits, batch.labels) * (math.nan if steps > 9 else 1)}
+        return {"hard": F.cross_entropy(logits, batch.labels) * (math.nan if steps > 9 else 1)}
 
     with pytest.raises(
         UserError, match=r"student seed 0: epoch 3, step 4, lr = 0.01: the hard loss became NaN or infinite.*lower lr"
     ) as error:
-        train("student", 0, config, digits, lambda: loss_fn)
+        train(Model("student", 0, config), digits, lambda: loss_fn)
     assert error.value.status == 1
     assert steps < 60
-    state = checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, "student", 0))
+    state = checkpoints.load_checkpoint(Model("student", 0, config).path)
     assert len(state["history"]) in (1, 2)  # short epochs are not all saved
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
@@ -252,7 +251,9 @@ def test_a_signal_during_evaluation_keeps_the_epoch_and_repeats_the_evaluation(c
     def run(state, stop):
         torch.manual_seed(0)
         model = build_resnet("resnet18", 10, pretrained=False).to(config.device)
-        return fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", state, saved.append, stop)
+        return fit(
+            model, recipe, config, 0, digits, custom_resnet.cross_entropy, state=state, write=saved.append, stop=stop
+        )
 
     calls = itertools.count(1)
     assert run(None, lambda: signal.SIGTERM if next(calls) > 2 else 0) == []  # two steps, then it is measured
@@ -265,7 +266,7 @@ def test_a_signal_during_evaluation_keeps_the_epoch_and_repeats_the_evaluation(c
 def test_the_state_is_saved_every_checkpoint_minutes(config, digits, model):
     saved = []
     recipe, often = Recipe(epochs=1, lr=0.01, train_size=75), replace(config, checkpoint_minutes=1e-9)
-    fit(model, recipe, often, 0, digits, custom_resnet.cross_entropy, "test", None, saved.append)
+    fit(model, recipe, often, 0, digits, custom_resnet.cross_entropy, write=saved.append)
     assert [(state["step"], len(state["history"])) for state in saved] == [(1, 0), (2, 0), (3, 0), (0, 1)]
 
 
@@ -278,7 +279,7 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
 
     monkeypatch.setattr(custom_resnet, "fit", look)
     for name, seed in (("student", 0), ("student_kd", 0), ("student", 1)):
-        train(name, seed, config, digits)
+        train(Model(name, seed, config), digits)
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
     assert not torch.equal(first[0]["conv1.weight"], first[2]["conv1.weight"])
 
@@ -363,7 +364,7 @@ def test_divergence_is_reported_with_epoch_and_learning_rate(config, digits, mod
     def loss_fn(logits, batch):
         nonlocal steps
         steps += 1
-        terms = {"hard loss": F.cross_entropy(logits, batch.labels), "soft loss": logits.mean() * 0}
+        terms = {"hard": F.cross_entropy(logits, batch.labels), "soft": logits.mean() * 0}
         if steps == step and culprit in terms:
             terms[culprit] = terms[culprit] * math.inf
         elif culprit == "logits" and steps == step - 1:  # the weights, and with them the logits of the next step
@@ -372,7 +373,7 @@ def test_divergence_is_reported_with_epoch_and_learning_rate(config, digits, mod
 
     recipe = Recipe(epochs=1, lr=0.02, train_size=100)
     with pytest.raises(UserError, match=f"test: epoch 1, step 4, lr = 0.02: the {culprit} became NaN or infinite"):
-        fit(model, recipe, config, 0, digits, loss_fn, "test")
+        fit(model, recipe, config, 0, digits, loss_fn)
     assert steps == 4
 
 
@@ -387,17 +388,18 @@ def test_diverged_weights_are_never_saved(config, digits, model):
 
     recipe, often = Recipe(epochs=1, lr=0.01, train_size=100), replace(config, checkpoint_minutes=1e-9)
     with pytest.raises(UserError, match=r"test: epoch 1, step 3, lr = 0.01: the weights became NaN or infinite"):
-        fit(model, recipe, often, 0, digits, loss_fn, "test", None, saved.append)
+        fit(model, recipe, often, 0, digits, loss_fn, write=saved.append)
     assert [state["step"] for state in saved] == [1, 2]
 
 
 def test_a_diverged_buffer_is_never_saved(config, model):
     """A running variance, which only evaluation uses."""
-    training, saved = Training(model, Recipe(epochs=1, train_size=100), config, 100, "test", None), []
-    training.save(saved.append)
+    saved = []
+    training = start_training(model, Recipe(epochs=1, train_size=100), config, 0, 100, write=saved.append)
+    training.save()
     model.layer2[0].bn1.running_var[5] = math.inf
     with pytest.raises(Diverged, match=r"layer2\.0\.bn1\.running_var became NaN or infinite"):
-        training.save(saved.append)
+        training.save()
     assert len(saved) == 1
 
 
@@ -406,7 +408,7 @@ def test_a_log_line_each_minute_shows_loss_and_time_left(config, digits, model, 
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     recipe = Recipe(epochs=1, lr=0.01, train_size=100)
     later = estimate.Estimate(later=7200)
-    fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test", estimate=later)
+    fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, estimate=later)
     line = next(line for line in capsys.readouterr().err.splitlines() if "left of this model" in line)
     assert re.search(
         r"test epoch 1/1  +\d+%  [\d.]+ images/s  loss \d\.\d+, accuracy [\d.]+%, .* left of this model", line

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch._dynamo
 import torchvision
+from conftest import fit
 from torch import nn
 
 from config import PRESETS
-from custom_resnet import cross_entropy, fit
+from custom_resnet import cross_entropy
 from engine import device as devices
 from engine.device import (
     AUGMENTATION,
@@ -257,7 +258,7 @@ def test_dropout_and_augmentation_draw_other_numbers(config, digits, model, monk
     augment(digits.train.images[:8].cpu(), "crop", (3, 0, 0))
     of_augmentation = {*seeds}
     seeds.clear()
-    fit(model, Recipe(epochs=1, train_size=200), config, 3, digits, cross_entropy, "test")
+    fit(model, Recipe(epochs=1, train_size=200), config, 3, digits, cross_entropy)
     assert len(of_augmentation) == len({*seeds}) == 8
     assert not of_augmentation & {*seeds}
 

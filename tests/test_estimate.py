@@ -14,17 +14,23 @@ import custom_resnet
 import utils
 from config import parse
 from engine import estimate
-from engine.checkpoints import checkpoint_path, load_checkpoint, logits_path, save_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.errors import UserError
 from engine.estimate import Estimate, Job, check_models, check_space, plan, space_needed, time_training
 from engine.fingerprints import training_settings
 from engine.models import Architecture
 from engine.recipes import Recipe
-from utils import start_training, unfinished
+from engine.settings import Config, Model
+from utils import start_training, unfinished, with_config
 
 RESNET18, RESNET50 = (Architecture(arch, "imagenet") for arch in ("resnet18", "resnet50"))
 RESNET18_BYTES = 11_181_642 * 4
-STUDENTS = [("student", 0), ("student", 1)]
+
+
+def students(config: Config) -> list[Model]:
+    return [Model("student", seed, config) for seed in (0, 1)]
+
+
 BUFFERS = 9_600 * 4 + 20 * 8  # BatchNorm's running statistics, and its counters
 SIZES = {"student": RESNET18_BYTES, "student_kd": RESNET18_BYTES}
 
@@ -61,7 +67,7 @@ def bf16(monkeypatch):
 
 def trained_images(job: Job, config, dataset) -> float:
     """Training images over the epochs of a job."""
-    return job.epochs * (config.recipes[job.name].train_size or len(dataset.train.labels))
+    return job.epochs * (job.model.recipe.train_size or len(dataset.train.labels))
 
 
 def images_of(job: Job, config, dataset) -> float:
@@ -75,11 +81,11 @@ def images_of(job: Job, config, dataset) -> float:
 def test_the_estimate_follows_from_the_time_of_a_step(config, digits, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a step is 1 s
-    _, estimates = plan([Job("student", 0, 2), Job("student", 1, 2)], config, digits)
+    _, estimates = plan([Job(Model("student", 0, config), 2), Job(Model("student", 1, config), 2)], config, digits)
     steps = 2 * 100 / config.batch_size
     after = 2 * (100 + 500 / 3) / config.batch_size  # and a third of a step for each test image
-    assert estimates[("student", 0)] == pytest.approx((steps, after))
-    assert estimates[("student", 1)] == pytest.approx((steps, 0.0))
+    assert estimates[Model("student", 0, config)] == pytest.approx((steps, after))
+    assert estimates[Model("student", 1, config)] == pytest.approx((steps, 0.0))
 
 
 def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed):
@@ -87,7 +93,11 @@ def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed)
     config = replace(config, recipes=recipes)
     table = {(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125}
     timed(table)
-    jobs = [Job("teacher", 3, 5), Job("student", 3, 1), Job("student_kd", 3, 4)]
+    jobs = [
+        Job(Model("teacher", 3, config), 5),
+        Job(Model("student", 3, config), 1),
+        Job(Model("student_kd", 3, config), 4),
+    ]
     of_student = 0.125 * images_of(jobs[2], config, digits)
     # The teacher classifies: 100 images and their mirror images once, or 100 images in each of 4 epochs.
     for augment, asked in (("none", 2 * 100), ("crop", 4 * 100)):
@@ -104,7 +114,11 @@ def test_a_teacher_that_is_finished_is_timed_as_it_will_run(config, digits, time
     recipes = {**config.recipes, "teacher": Recipe(arch="resnet50")}
     config = replace(config, recipes={**recipes, "more": replace(recipes["student_kd"], train_size=None)})
     timed_pairs = timed({(RESNET50, "fp32"): 0.5, (RESNET18, "fp32"): 0.125})
-    jobs = [Job("student", 0, 1), Job("student_kd", 0, 2), Job("more", 0, 1)]
+    jobs = [
+        Job(Model("student", 0, config), 1),
+        Job(Model("student_kd", 0, config), 2),
+        Job(Model("more", 0, config), 1),
+    ]
 
     def after(config) -> list[float]:
         return [estimate.later for estimate in plan(jobs, config, digits)[1].values()]
@@ -116,7 +130,7 @@ def test_a_teacher_that_is_finished_is_timed_as_it_will_run(config, digits, time
     assert after(replace(config, horizontal_flip=0.0)) == pytest.approx([kd + more + 1297 * 0.5 / 3, more, 0])
     online = [2 * 100 * 0.5 / 3, 1297 * 0.5 / 3]
     assert after(replace(config, augment="crop")) == pytest.approx([kd + more + sum(online), more + online[1], 0])
-    path = logits_path(config, "teacher", 0)
+    path = Model("teacher", 0, config).logits_path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"stored")
     timed_pairs.clear()
@@ -126,24 +140,26 @@ def test_a_teacher_that_is_finished_is_timed_as_it_will_run(config, digits, time
 
 def test_the_estimate_divides_by_the_world_size(config, digits, timed, monkeypatch):
     timed({(RESNET18, "fp32"): 1.0})
-    job = Job("student", 0, 2)
+    job = Job(Model("student", 0, config), 2)
     monkeypatch.setattr(estimate, "world_size", lambda: 4)
     _, estimates = plan([job], config, digits)
-    assert estimates[("student", 0)].model == pytest.approx(trained_images(job, config, digits) / 4)
+    assert estimates[Model("student", 0, config)].model == pytest.approx(trained_images(job, config, digits) / 4)
 
 
 def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
     config = replace(config, validation_size=100)
     timed({(RESNET18, "fp32"): 1.0})
-    _, estimates = plan([Job("student", 0, 1), Job("student", 1, 1)], config, utils.load_dataset(config))
-    assert estimates[("student", 0)] == pytest.approx((100, 100 + 100 / 3))
+    _, estimates = plan(
+        [Job(Model("student", 0, config), 1), Job(Model("student", 1, config), 1)], config, utils.load_dataset(config)
+    )
+    assert estimates[Model("student", 0, config)] == pytest.approx((100, 100 + 100 / 3))
 
 
 @pytest.mark.parametrize(
     ("hours", "announced"), [(31.4, "about 31 h 24 min on"), (1.99, "about 1 h 59 min on"), (0.99, None)]
 )
 def test_a_run_above_an_hour_is_announced(config, digits, timed, capsys, hours, announced):
-    jobs = [Job("student", 0, 2), Job("student", 1, 2)]
+    jobs = [Job(Model("student", 0, config), 2), Job(Model("student", 1, config), 2)]
     timed({(RESNET18, "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
     plan(jobs, config, digits)
     output = capsys.readouterr().err
@@ -169,7 +185,7 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
         (RESNET18, "bf16"): 0.04,
     }
     timed_pairs = timed(table)
-    jobs = [Job("teacher", 0, 2), Job("student", 0, student_epochs)]
+    jobs = [Job(Model("teacher", 0, config), 2), Job(Model("student", 0, config), student_epochs)]
     resolved, estimates = plan(jobs, config, digits)
     assert set(timed_pairs) == set(table)
     assert resolved == replace(config, precision=faster)
@@ -190,14 +206,14 @@ def test_a_fixed_precision_is_kept(config, digits, timed, bf16, precision):
     bf16(True)
     timed_pairs = timed({(RESNET18, "fp32"): 1.0 + (precision == "fp32"), (RESNET18, "bf16"): 1.5})
     config = replace(config, precision=precision)
-    assert plan([Job("student", 0, 1)], config, digits)[0] == config
+    assert plan([Job(Model("student", 0, config), 1)], config, digits)[0] == config
     assert timed_pairs == [(RESNET18, precision)]
 
 
 def test_without_support_for_bf16_only_fp32_is_timed(config, digits, timed, bf16):
     bf16(False)
     timed_pairs = timed({(RESNET18, "fp32"): 1.0})
-    resolved, _ = plan([Job("student", 0, 1)], replace(config, precision="auto"), digits)
+    resolved, _ = plan([Job(Model("student", 0, config), 1)], replace(config, precision="auto"), digits)
     assert resolved.precision == "fp32"
     assert timed_pairs == [(RESNET18, "fp32")]
 
@@ -286,7 +302,7 @@ def test_a_timed_step_has_as_many_images_as_one_process(config, digits, scripted
 
 
 def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys, monkeypatch):
-    jobs = [Job("student", 0, 2), Job("student_kd", 0, 2)]
+    jobs = [Job(Model("student", 0, config), 2), Job(Model("student_kd", 0, config), 2)]
     assert check_models(jobs, config, digits) == {name: size + BUFFERS for name, size in SIZES.items()}
     needed = space_needed(jobs, SIZES, config, digits)
     # two finished models; one in training and its copy, both with momentum; the logits of a teacher, and their copy
@@ -300,7 +316,7 @@ def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys,
 
 
 def test_models_that_train_at_the_same_time_need_space_at_the_same_time(config, digits):
-    jobs = [Job("student", seed, 2) for seed in range(3)]
+    jobs = [Job(Model("student", seed, config), 2) for seed in range(3)]
     one, two, many = (space_needed(jobs, SIZES, replace(config, jobs=n), digits) for n in (1, 2, 8))
     assert (two - one, many - two) == (4 * RESNET18_BYTES, 4 * RESNET18_BYTES)  # weights and momentum, and their copy
 
@@ -308,23 +324,26 @@ def test_models_that_train_at_the_same_time_need_space_at_the_same_time(config, 
 def test_resuming_needs_no_initial_weights(config, digits, hub):
     recipes = {name: replace(recipe, pretrained=True) for name, recipe in config.recipes.items()}
     config = replace(config, recipes=recipes)
-    assert check_models([Job("student", 0, 1, resumed=True)], config, digits)["student"] > RESNET18_BYTES
+    assert check_models([Job(Model("student", 0, config), 1, resumed=True)], config, digits)["student"] > RESNET18_BYTES
     with pytest.raises(UserError, match="is missing and could not be downloaded"):
-        check_models([Job("student", 0, 1, resumed=True), Job("student", 1, 2)], config, digits)
+        check_models(
+            [Job(Model("student", 0, config), 1, resumed=True), Job(Model("student", 1, config), 2)], config, digits
+        )
 
 
 def test_space_needed_includes_stored_logits_for_distilled_models(config, digits):
     views = 2 * len(digits.train.labels) * 10 * 4
     plain, distilled = (
-        space_needed([Job(name, 0, 1)], {name: SIZES[name]}, config, digits) for name in ("student", "student_kd")
+        space_needed([Job(Model(name, 0, config), 1)], {name: SIZES[name]}, config, digits)
+        for name in ("student", "student_kd")
     )
     assert distilled - plain == 2 * views
 
 
 def test_files_to_be_replaced_count_as_free_space(config, digits, monkeypatch):
-    jobs = [Job("student", 0, 1)]
+    jobs = [Job(Model("student", 0, config), 1)]
     needed = space_needed(jobs, SIZES, config, digits)
-    path = checkpoint_path(config, "student", 0)
+    path = Model("student", 0, config).path
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
         file.truncate(1000)
@@ -346,9 +365,9 @@ def partial(config, trained, digits):
     """A run of two seeds: seed 0's student is finished, seed 1's has an epoch left, both in bf16."""
     config = replace(config, seeds=(0, 1), precision="auto")
     for seed in (0, 1):
-        path = checkpoint_path(config, "student", seed)
+        path = Model("student", seed, config).path
         state = copy.deepcopy(load_checkpoint(trained / "checkpoints" / "demo" / f"seed{seed}" / "student.pt"))
-        state["settings"] = training_settings("student", seed, replace(config, precision="bf16"), digits)
+        state["settings"] = training_settings(Model("student", seed, replace(config, precision="bf16")), digits)
         if seed == 1:
             state["history"], state["finished"] = state["history"][:1], False
         save_checkpoint(path, state)
@@ -356,23 +375,30 @@ def partial(config, trained, digits):
 
 
 def test_only_unfinished_epochs_are_estimated(partial, digits):
-    both = [(name, seed) for seed in (0, 1) for name in ("student", "teacher")]
-    left = [Job("teacher", 0, 2), Job("student", 1, 1, resumed=True), Job("teacher", 1, 2)]
-    assert unfinished(both, partial, digits) == (left, "bf16")
-    assert unfinished(both, replace(partial, overwrite=True), digits) == (left, "bf16")  # what matches is kept
+    both = [Model(name, seed, partial) for seed in (0, 1) for name in ("student", "teacher")]
+    config = partial
+    left = [
+        Job(Model("teacher", 0, config), 2),
+        Job(Model("student", 1, config), 1, resumed=True),
+        Job(Model("teacher", 1, config), 2),
+    ]
+    assert unfinished(both, digits) == (left, "bf16")
+    overwriting = with_config(both, replace(partial, overwrite=True))
+    assert unfinished(overwriting, digits) == (left, "bf16")  # what matches is kept
     smaller = replace(partial, overwrite=True, batch_size=20)
-    assert unfinished(both, smaller, digits)[0] == [Job(*model, 2) for model in both]
+    assert unfinished(with_config(both, smaller), digits)[0] == [Job(model, 2) for model in both]
     with pytest.raises(UserError, match="batch_size was 25, is now 20"):
-        unfinished(both, replace(smaller, overwrite=False), digits)
-    assert not [path for path in os.listdir(checkpoint_path(partial, "student", 0).parent) if "probe" in path]
+        unfinished(with_config(both, replace(smaller, overwrite=False)), digits)
+    assert not [path for path in os.listdir(Model("student", 0, partial).path.parent) if "probe" in path]
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, digits):
-    path = checkpoint_path(partial, "student", 1)
+    path = Model("student", 1, partial).path
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"), start_training(partial, STUDENTS):
+    with pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"), start_training(students(partial)):
         pass
-    assert Job("student", 1, 2) in unfinished(STUDENTS, replace(partial, overwrite=True), digits)[0]
+    again = students(replace(partial, overwrite=True))
+    assert Job(again[1], 2) in unfinished(again, digits)[0]
 
 
 def test_a_student_follows_its_retrained_teacher(tmp_path, trained, digits):
@@ -380,8 +406,8 @@ def test_a_student_follows_its_retrained_teacher(tmp_path, trained, digits):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     words = [*small_flags(tmp_path), "--teacher.epochs=1", "--overwrite"]
     config = parse(words)
-    jobs, _ = unfinished(config.models(), config, digits)
-    assert jobs == [Job("teacher", 0, 1), Job("student_kd", 0, 2)]
+    jobs, _ = unfinished(config.models(), digits)
+    assert jobs == [Job(Model("teacher", 0, config), 1), Job(Model("student_kd", 0, config), 2)]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -395,15 +421,15 @@ def test_a_teacher_that_only_leaves_out_is_checked_beforehand(tmp_path, trained,
     config = parse([*words, "--only", "student", "student_kd"])
     message = r"teacher\.pt: is damaged" if damaged else r"teacher\.pt: .*add it to --only"
     with pytest.raises(UserError, match=message):
-        unfinished(config.models(), config, digits)
+        unfinished(config.models(), digits)
     config = parse(words)  # with the teacher, everything is trained again
-    assert [job.name for job in unfinished(config.models(), config, digits)[0]] == ["teacher", "student", "student_kd"]
+    assert [job.model.name for job in unfinished(config.models(), digits)[0]] == ["teacher", "student", "student_kd"]
 
 
 def test_sync_batchnorm_is_refused_without_cuda(config):
     with (
         pytest.raises(UserError, match=r"sync_batchnorm = True: .* the device is cpu"),
-        start_training(replace(config, sync_batchnorm=True, device="cpu"), STUDENTS),
+        start_training(students(replace(config, sync_batchnorm=True, device="cpu"))),
     ):
         pass
 
@@ -412,7 +438,7 @@ def test_a_run_without_anything_to_train_leaves_the_precision_open(config, bf16,
     """A teacher that is used as it is, alone at first: its students' precision is timed later."""
     bf16(True)
     recipes = {"teacher": replace(config.recipes["teacher"], epochs=0, weights="random")}
-    with start_training(replace(config, recipes=recipes, precision="auto"), [("teacher", 0)]):
+    with start_training(replace(config, recipes=recipes, precision="auto").models()):
         pass
     assert "precision = auto" not in capsys.readouterr().err
 
@@ -420,10 +446,10 @@ def test_a_run_without_anything_to_train_leaves_the_precision_open(config, bf16,
 def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, timed, bf16, capsys):
     bf16(True)
     timed_pairs = timed({(RESNET18, "bf16"): 0.5, (RESNET18, "fp32"): 0.1})
-    with start_training(partial, STUDENTS) as (config, dataset, estimates):
-        assert config == replace(partial, precision="bf16")
+    with start_training(students(partial)) as (models, dataset, estimates):
+        assert [model.config for model in models] == [replace(partial, precision="bf16")] * 2
         assert timed_pairs == [(RESNET18, "bf16")]
-        assert estimates == {("student", 1): Estimate(pytest.approx(0.5 * 100), 0.0)}
+        assert estimates == {models[1]: Estimate(pytest.approx(0.5 * 100), 0.0)}
         output = capsys.readouterr().err
         assert "demo: digits, 1,297 training and 500 test images of 10 classes at 32 px" in output
         assert output.endswith(", bf16\n")
@@ -434,6 +460,6 @@ def test_a_new_run_uses_the_faster_precision(partial, timed, bf16):
     bf16(True)
     timed({(RESNET18, "bf16"): 0.5, (RESNET18, "fp32"): 0.1})
     recipes = {**partial.recipes, "student": replace(partial.recipes["student"], lr=0.05)}  # not that of the other run
-    with start_training(replace(partial, run="new", recipes=recipes), STUDENTS) as (config, _, estimates):
-        assert config.precision == "fp32"
-        assert list(estimates) == [("student", 0), ("student", 1)]
+    with start_training(students(replace(partial, run="new", recipes=recipes))) as (models, _, estimates):
+        assert [model.config.precision for model in models] == ["fp32", "fp32"]
+        assert list(estimates) == models

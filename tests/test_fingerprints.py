@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, flags, override, paths
+from conftest import ROOT, SMALL, fit, flags, override, paths, start_training
 from torch import nn
 
 import config as config_module
@@ -20,7 +20,6 @@ from engine import device as engine_device
 from engine.checkpoints import load_checkpoint
 from engine.models import build_model
 from engine.recipes import Recipe
-from engine.training import Training
 
 
 def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trained, capsys):
@@ -135,7 +134,7 @@ def test_resuming_is_bit_exact_with_every_feature(config, digits, changes):
             model = build_model(recipe.arch, 10, stem=recipe.stem).to(config.device, memory_format=torch.channels_last)
             state = copy.deepcopy(saved[-1]) if saved else None
             loss = custom_resnet.cross_entropy
-            history = custom_resnet.fit(model, recipe, config, 0, digits, loss, "test", state, saved.append, stop)
+            history = fit(model, recipe, config, 0, digits, loss, state=state, write=saved.append, stop=stop)
             saved[-1] = copy.deepcopy(saved[-1])
         return saved[-1]["model"]
 
@@ -146,10 +145,10 @@ def test_resuming_is_bit_exact_with_every_feature(config, digits, changes):
 def test_a_state_of_another_device_keeps_this_devices_optimizer(config, model):
     """An interrupted run may be resumed on a device that has no fused optimizer, or that alone has one."""
     recipe = Recipe(**SMALL)
-    saved = Training(model, recipe, config, 100, "test", None).state_dict()
+    saved = start_training(model, recipe, config, 0, 100).state_dict()
     for group in saved["optimizer"]["param_groups"]:
         group["fused"] = None
-    (group,) = Training(model, recipe, config, 100, "test", saved).optimizer.param_groups
+    (group,) = start_training(model, recipe, config, 0, 100, state=saved).optimizer.param_groups
     assert group["fused"] is True
 
 
@@ -159,7 +158,7 @@ def test_a_run_resumes_in_another_memory_format(config, optimizer):
     recipe, formats = Recipe(optimizer=optimizer, lr=0.1, epochs=1), (torch.contiguous_format, torch.channels_last)
 
     def steps(model, state, numbers):
-        training = Training(model, recipe, config, 100, "test", state)
+        training = start_training(model, recipe, config, 0, 100, state=state)
         for number in numbers:
             generator = torch.Generator().manual_seed(number)
             for parameter in model.parameters():

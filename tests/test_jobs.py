@@ -14,6 +14,7 @@ import teacher_student_model
 from engine.checkpoints import load_checkpoint
 from engine.device import code_digest
 from engine.jobs import call_in_process, run_in_processes
+from engine.settings import Model
 
 
 def times(folder) -> dict[str, tuple[float, float]]:
@@ -39,7 +40,7 @@ def test_a_killed_process_is_named(tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
         run_in_processes(note, {("is killed", tmp_path): None}, jobs=1)
     assert exit.value.code == 128 + signal.SIGKILL
-    assert "is killed seed" in (output := capfd.readouterr().err)
+    assert "is killed" in (output := capfd.readouterr().err)
     assert "was killed by signal 9, as when memory runs out" in output
 
 
@@ -93,8 +94,8 @@ def test_a_run_uses_the_code_of_its_start(tmp_path):
 def test_a_process_that_has_imported_other_code_stops(config, capsys):
     """Where processes are spawned, as on Windows."""
     for work in (
-        partial(teacher_student_model.train_in_process, config, {}, "another digest", ("student", 0), 1),
-        partial(teacher_student_model.prepare_in_process, config, [("student", 0)], "another digest"),
+        partial(teacher_student_model.train_in_process, {}, "another digest", Model("student", 0, config), 1),
+        partial(teacher_student_model.prepare_in_process, config, "another digest"),
     ):
         with pytest.raises(SystemExit) as exit:
             work()

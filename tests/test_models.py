@@ -10,12 +10,13 @@ from torch import nn
 import evaluate
 import teacher_student_model
 from custom_resnet import build_resnet, train
-from engine.checkpoints import checkpoint_path, load_checkpoint, save_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.errors import UserError
 from engine.images import NORMALISATION
 from engine.inference import predict
 from engine.models import build_model, check_image_size, initial_model, load_model
 from engine.recipes import ARCHS, Recipe
+from engine.settings import Model
 
 DIGITS = tuple("0123456789")
 FAMILIES = [
@@ -202,7 +203,7 @@ def test_unusable_weights_are_one_error_and_nothing_is_trained(tmp_path, capsys,
 
 
 def test_the_error_about_a_foreign_checkpoint_says_how_to_use_its_weights(config):
-    path = checkpoint_path(config, "teacher", 0)
+    path = Model("teacher", 0, config).path
     path.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18().state_dict(), path)
     with pytest.raises(UserError, match=r"set RECIPE\.weights to their path"):
@@ -328,8 +329,8 @@ def test_class_folders_that_change_places_are_noticed(tmp_path, image_folder, ca
 def test_an_untrained_teacher_needs_no_file(config, digits):
     untrained = Recipe(arch="resnet18", weights="random", epochs=0)
     config = replace(config, recipes={**config.recipes, "teacher": untrained})
-    train("teacher", 0, config, digits)
-    state = load_checkpoint(checkpoint_path(config, "teacher", 0))
+    train(Model("teacher", 0, config), digits)
+    state = load_checkpoint(Model("teacher", 0, config).path)
     torch.manual_seed(0)
     assert torch.equal(state["model"]["conv1.weight"], build_resnet("resnet18", 10).conv1.weight)
     assert state["history"] == []

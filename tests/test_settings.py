@@ -25,7 +25,7 @@ from engine.errors import (
 )
 from engine.fields import settings_of
 from engine.recipes import Recipe
-from engine.settings import Config
+from engine.settings import Config, Model
 
 
 def test_the_default_is_the_originals_experiment():
@@ -51,26 +51,31 @@ def test_the_original_preset_differs_only_in_scale_soft_loss():
     assert dataclasses.replace(original, recipes=recipes, run="cifar10") == default
 
 
+def names_and_seeds(models: list[Model]) -> list[tuple[str, int]]:
+    return [(model.name, model.seed) for model in models]
+
+
 def test_one_teacher_seed_for_all_students_trains_one_teacher():
     flags = "--preset demo --seeds 0 1 2 --student_kd.teacher_seed 7"
     config = parse(flags.split())
     students = [(name, seed) for seed in (0, 1, 2) for name in ("student", "student_kd")]
-    assert sorted(config.models()) == sorted([("teacher", 7), *students])
-    assert config.models().index(("teacher", 7)) < config.models().index(("student_kd", 0))
-    assert config.teacher_of("student_kd", 2) == ("teacher", 7)
+    models = names_and_seeds(config.models())
+    assert sorted(models) == sorted([("teacher", 7), *students])
+    assert models.index(("teacher", 7)) < models.index(("student_kd", 0))
+    assert Model("student_kd", 2, config).teacher == Model("teacher", 7, config)
     of_its_own_kind = dataclasses.replace(
         config, recipes={"student": Recipe(), "kd": Recipe(teacher="student", teacher_seed=7)}
     )
     assert of_its_own_kind.seeds_of("student") == [0, 1, 2]  # it is also the baseline
     own = parse(["--preset", "demo", "--seeds", "0", "1", "--student_kd.teacher_seed", "none"])
-    assert own.teacher_of("student_kd", 1) == ("teacher", 1)
-    assert own.models()[:3] == [("teacher", 0), ("student", 0), ("student_kd", 0)]
-    assert own.teacher_of("student", 1) is None
+    assert Model("student_kd", 1, own).teacher == Model("teacher", 1, own)
+    assert names_and_seeds(own.models())[:3] == [("teacher", 0), ("student", 0), ("student_kd", 0)]
+    assert Model("student", 1, own).teacher is None
 
 
 def test_a_chain_of_teachers_is_trained_with_the_seeds_that_are_used():
     def models(**recipes):
-        return Config({name: Recipe(**row) for name, row in recipes.items()}, seeds=(3, 1, 2)).models()
+        return names_and_seeds(Config({n: Recipe(**row) for n, row in recipes.items()}, seeds=(3, 1, 2)).models())
 
     shared = {"teacher": "assistant", "teacher_seed": 0}
     chain = {"teacher": {"arch": "resnet50"}, "assistant": {"arch": "resnet34", "teacher": "teacher"}}

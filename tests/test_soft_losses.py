@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from conftest import fit
 from scipy import stats
 from scipy.special import log_softmax, softmax
 
@@ -15,7 +16,7 @@ from engine.errors import UserError
 from engine.recipes import Recipe, loss_defaults
 from engine.soft_losses import SOFT_LOSSES, dist, dkd, kd, parameters, problems_of_two_classes, standardised_kd, ttm
 from engine.training import explain_share
-from teacher_student_model import make_distillation_loss, stored_logits
+from teacher_student_model import Distillation, stored_logits
 
 B, C, T = 7, 5, 3.0
 
@@ -153,10 +154,10 @@ def test_a_recipe_passes_its_weights_and_parameters_on(logits, name):
     recipe = Recipe(teacher="t", soft_loss=name, temperature=T, soft_weight=9.0, alpha=0.1, **changed)
     assert recipe.loss_parameters() == changed
     batch = type("Batch", (), {"labels": y, "index": torch.arange(B), "flipped": torch.zeros(B)})
-    terms = make_distillation_loss(stored_logits(torch.stack([v, v + 1])), recipe)(z, batch)
-    assert terms["soft loss"].item() == pytest.approx(9 * PLAIN[name](*logits, T, **changed), rel=1e-6)
+    terms = Distillation(recipe, stored_logits(torch.stack([v, v + 1])))(z, batch)
+    assert terms["soft"].item() == pytest.approx(9 * PLAIN[name](*logits, T, **changed), rel=1e-6)
     hard = -log_softmax(logits[0], axis=1)[np.arange(B), logits[2]].mean()
-    assert terms["hard loss"].item() == pytest.approx(0.1 * hard, rel=1e-9)
+    assert terms["hard"].item() == pytest.approx(0.1 * hard, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_the_share_of_the_gradient_is_that_of_a_plain_loop(config, digits, scale
     torch.manual_seed(0)
     recipe = replace(config.recipes["student_kd"], epochs=1, scale_soft_loss=scale, train_size=75)
     logits = 3 * torch.randn(2, len(digits.train.labels), 10, device=config.device)
-    norms, loss_fn = [], make_distillation_loss(stored_logits(logits), recipe)
+    norms, loss_fn = [], Distillation(recipe, stored_logits(logits))
 
     def spy(z, batch):
         leaf = z.detach().requires_grad_()
@@ -266,7 +267,7 @@ def test_the_share_of_the_gradient_is_that_of_a_plain_loop(config, digits, scale
         return loss_fn(z, batch)
 
     model = custom_resnet.build_resnet("resnet18", 10).to(config.device)
-    history = custom_resnet.fit(model, recipe, config, 0, digits, spy, "test")
+    history = fit(model, recipe, config, 0, digits, spy)
     hard, soft = map(sum, zip(*norms, strict=True))
     assert len(norms) == 3
     assert history[0]["soft_share"] == pytest.approx(soft / (hard + soft), rel=1e-4)
@@ -275,5 +276,5 @@ def test_the_share_of_the_gradient_is_that_of_a_plain_loop(config, digits, scale
 def test_without_a_soft_loss_there_is_no_share(config, digits):
     model = custom_resnet.build_resnet("resnet18", 10).to(config.device)
     recipe = replace(config.recipes["student"], epochs=1)
-    history = custom_resnet.fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, "test")
+    history = fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy)
     assert "soft_share" not in history[0]

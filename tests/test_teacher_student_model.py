@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import flags
+from conftest import fit, flags
 
 import custom_resnet
 import evaluate
@@ -15,11 +15,12 @@ import teacher_student_model
 from engine import checkpoints, datasets
 from engine.errors import UserError
 from engine.images import prepare
+from engine.settings import Model
 from teacher_student_model import (
+    Distillation,
     Teacher,
     distillation_loss,
     load_teacher,
-    make_distillation_loss,
     online_logits,
     shuffle_within_classes,
     stored_logits,
@@ -131,14 +132,14 @@ def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits
     subset = digits.subset(100)
     lookup = stored_logits(teacher_logits(teacher, config, digits, subset))
     online = online_logits(teacher.model, config)
-    loss_fn = make_distillation_loss(lookup, replace(config.recipes["student_kd"], alpha=0.0))
+    loss_fn = Distillation(replace(config.recipes["student_kd"], alpha=0.0), lookup)
     for batch in datasets.batches(digits.train, subset, config, seed=0, epoch=0):
         expected = teacher.model(batch.images)
         for logits in (lookup(batch), online(batch)):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        assert loss_fn(expected, batch)["soft loss"].item() == pytest.approx(0, abs=1e-5)
-        assert loss_fn(expected, batch._replace(flipped=~batch.flipped))["soft loss"] > 1e-3
-        assert loss_fn(expected, batch._replace(index=batch.index.roll(1)))["soft loss"] > 1e-3
+        assert loss_fn(expected, batch)["soft"].item() == pytest.approx(0, abs=1e-5)
+        assert loss_fn(expected, batch._replace(flipped=~batch.flipped))["soft"] > 1e-3
+        assert loss_fn(expected, batch._replace(index=batch.index.roll(1)))["soft"] > 1e-3
 
 
 def computed(capsys) -> int:
@@ -222,11 +223,9 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], alpha=1.0)}
     config = replace(config, recipes=recipes)
     anything = stored_logits(torch.full((2, 1297, C), 0.5, device=config.device))
-    custom_resnet.train("student", 0, config, digits)
-    custom_resnet.train(
-        "student_kd", 0, config, digits, lambda: make_distillation_loss(anything, recipes["student_kd"])
-    )
-    states = [checkpoints.load_checkpoint(checkpoints.checkpoint_path(config, n, 0)) for n in ("student", "student_kd")]
+    custom_resnet.train(Model("student", 0, config), digits)
+    custom_resnet.train(Model("student_kd", 0, config), digits, lambda: Distillation(recipes["student_kd"], anything))
+    states = [checkpoints.load_checkpoint(Model(n, 0, config).path) for n in ("student", "student_kd")]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
     for plain, distilled in zip(states[0]["history"], states[1]["history"], strict=True):
@@ -234,21 +233,21 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
 
 
 def test_distillation_leaves_the_teacher_unchanged(config, digits):
-    custom_resnet.train("teacher", 0, config, digits)
-    before = checkpoints.checkpoint_path(config, "teacher", 0).read_bytes()
-    teacher = load_teacher("teacher", 0, config, digits)
+    custom_resnet.train(Model("teacher", 0, config), digits)
+    before = Model("teacher", 0, config).path.read_bytes()
+    teacher = load_teacher(Model("teacher", 0, config), digits)
     state = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
     def make_loss():
         logits = teacher_logits(teacher, config, digits, digits.subset(100))
-        return make_distillation_loss(stored_logits(logits), config.recipes["student_kd"])
+        return Distillation(config.recipes["student_kd"], stored_logits(logits))
 
-    custom_resnet.train("student_kd", 0, config, digits, make_loss)
+    custom_resnet.train(Model("student_kd", 0, config), digits, make_loss)
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    assert checkpoints.checkpoint_path(config, "teacher", 0).read_bytes() == before
+    assert Model("teacher", 0, config).path.read_bytes() == before
 
 
 def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
@@ -307,8 +306,8 @@ def test_a_teacher_is_not_shuffled_as_the_first_epoch_is(digits):
 def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, changes):
     recipe = replace(config.recipes["student_kd"], epochs=1, **changes)
     config = replace(config, recipes={**config.recipes, "student_kd": recipe})
-    custom_resnet.train("teacher", 0, config, digits)
-    model, compared = load_teacher("teacher", 0, config, digits), []
+    custom_resnet.train(Model("teacher", 0, config), digits)
+    model, compared = load_teacher(Model("teacher", 0, config), digits), []
     stored = teacher_logits(model, config, digits, digits.subset(100))
     if recipe.shuffle_teacher:
         stored = shuffle_within_classes(stored, digits, digits.subset(100), seed=0)
@@ -323,7 +322,7 @@ def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, chan
         return [{}]
 
     monkeypatch.setattr(custom_resnet, "fit", look)
-    teacher_student_model.train_model("student_kd", 0, config, digits)
+    teacher_student_model.train_model(Model("student_kd", 0, config), digits)
     assert len(compared) == 4
     for found, expected in compared:
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -337,11 +336,11 @@ def test_labels_are_smoothed_without_a_teacher(config, digits, monkeypatch):
         batch = next(datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0))
         z = torch.randn(len(batch.labels), C, device=config.device)
         spread = torch.full_like(z, 0.01) + 0.9 * F.one_hot(batch.labels, C)
-        found.append((loss_fn(z, batch)["hard loss"].item(), -(spread * z.log_softmax(1)).sum(1).mean().item()))
+        found.append((loss_fn(z, batch)["hard"].item(), -(spread * z.log_softmax(1)).sum(1).mean().item()))
         return [{}, {}]
 
     monkeypatch.setattr(custom_resnet, "fit", look)
-    teacher_student_model.train_model("student", 0, config, digits)
+    teacher_student_model.train_model(Model("student", 0, config), digits)
     ((loss, expected),) = found
     assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -395,7 +394,7 @@ def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_
 
 def test_load_teacher_reports_a_missing_file(config, digits):
     with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
-        load_teacher("teacher", 0, config, digits)
+        load_teacher(Model("teacher", 0, config), digits)
 
 
 def test_a_teacher_with_other_settings_is_refused(trained, tmp_path, capsys):
@@ -427,7 +426,7 @@ def test_online_and_stored_logits_train_the_same_student(config, digits, teacher
         torch.manual_seed(0)
         model = custom_resnet.build_resnet("resnet18", C, pretrained=False).to(config.device)
         recipe = replace(recipe, temperature=2.0, lr=0.001)
-        history = custom_resnet.fit(model, recipe, config, 0, digits, make_distillation_loss(lookup, recipe), "test")
+        history = fit(model, recipe, config, 0, digits, Distillation(recipe, lookup))
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]).detach())
         assert len(history) == 2
     moved = (weights[0] - weights[1]).norm() / weights[0].norm()
