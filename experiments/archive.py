@@ -6,6 +6,8 @@ keeps those of the run's finished models that are not kept yet, except for those
 
 docs/data/RUN/seedS.npz holds the labels (n,) of the test images and, for each model, an array (2, n): the first and the
 last of the classes with the highest logit, which differ where logits tie. The first counts as predicted.
+seedS.json beside it holds the environment of each training and its history, a record for each epoch. The models that
+were kept first have none.
 docs/data/ablation/replaced has the 24 models of seeds 0 to 2 that were trained again (docs/answer.md says why).
 
 Logits are not kept, so probabilities and what follows from them cannot be recomputed. Up to commit a6fd958 the git
@@ -50,16 +52,17 @@ def read(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def keep(run: str, predictions: Path) -> list[Path]:
-    """Add the models of predictions.npz that are not kept yet; returns the files written.
+def keep(run: str, report: Path) -> list[Path]:
+    """Add the models of a report, the folder imgs/RUN, that are not kept yet; returns the files of predictions written.
 
-    Raises UserError if it cannot be read, or if its test images are not those of the models that are kept.
+    Raises UserError if the report cannot be read, or if its test images are not those of the models that are kept.
     """
     try:
-        with np.load(predictions) as arrays:
+        with np.load(report / "predictions.npz") as arrays:
             found = {key: arrays[key] for key in arrays if not key.startswith("validation/")}
+        results = json.loads((report / "results.json").read_text(encoding="utf-8"))["models"]
     except (OSError, ValueError) as error:
-        raise UserError(f"{predictions}: cannot be read ({error}); python evaluate.py --run {run} writes it") from None
+        raise UserError(f"{report}: cannot be read ({error}); python evaluate.py --run {run} writes it") from None
     labels, by_file, written = found.pop("labels").astype(np.uint8), {}, []
     for key, logits in found.items():
         name, seed = key.rsplit("/", 1)
@@ -68,8 +71,14 @@ def keep(run: str, predictions: Path) -> list[Path]:
     for path, models in by_file.items():
         kept, buffer = read(path), io.BytesIO()
         if kept and not np.array_equal(kept["labels"], labels):
-            raise UserError(f"{predictions}: has other test images than {path}; evaluate the run on those")
-        if not models.keys() <= kept.keys():
+            raise UserError(f"{report}: has other test images than {path}; evaluate the run on those")
+        if added := [name for name in models if name not in kept]:
+            seed, training = path.stem.removeprefix("seed"), path.with_suffix(".json")
+            records = json.loads(training.read_text(encoding="utf-8")) if training.exists() else {}
+            for name in added:
+                of_model = results[name]
+                records[name] = {"environment": of_model["environments"][seed], "history": of_model["history"][seed]}
+            write_durably(training, (json.dumps(records, indent=1) + "\n").encode())
             np.savez_compressed(buffer, **{"labels": labels, **models, **kept})
             write_durably(path, buffer.getvalue())
             written.append(path)
@@ -104,5 +113,5 @@ if __name__ == "__main__":
     with exit_on_error():
         if len(sys.argv) != 2 or sys.argv[1] not in RUNS:
             raise UserError(f"usage: python -m experiments.archive RUN, one of {', '.join(RUNS)}")
-        for path in keep(sys.argv[1], Path("imgs", sys.argv[1], "predictions.npz")):
+        for path in keep(sys.argv[1], Path("imgs", sys.argv[1])):
             print(path)

@@ -28,6 +28,17 @@ def entry(values) -> dict:
     return {"mean": float(np.mean(values)), "std": std, "seeds": dict(enumerate(values))}
 
 
+def write_report(folder, labels, arrays) -> None:
+    """The two files of imgs/RUN that are kept; a model's history is one epoch; its loss is the first class."""
+    np.savez(folder / "predictions.npz", **{"labels": labels, **arrays})
+    models: dict[str, dict] = {}
+    for name, seed in (key.split("/seed") for key in arrays if not key.startswith("validation/")):
+        model = models.setdefault(name, {"history": {}, "environments": {}})
+        model["history"][seed] = [{"epoch": 1, "loss": float(arrays[f"{name}/seed{seed}"][0].argmax())}]
+        model["environments"][seed] = {"device": f"the machine of seed {seed}"}
+    (folder / "results.json").write_text(json.dumps({"models": models}))
+
+
 def results(**models) -> dict:
     return {"n_test": 10_000, "models": {name: {"accuracy": entry(values)} for name, values in models.items()}}
 
@@ -105,13 +116,13 @@ def kept(tmp_path, monkeypatch):
     """Three seeds of three models of `ablation`, each right on a part of 1,000 images."""
     monkeypatch.setattr(archive, "FOLDER", tmp_path)
     random, labels, correct = np.random.default_rng(0), np.arange(1000) % 10, {}
-    arrays = {"labels": labels}
+    arrays = {}
     for name, accuracy in (("teacher", 0.8), ("student", 0.5), ("kd", 0.6)):
         for seed in range(3):
             right = correct[name, seed] = random.random(1000) < accuracy
             arrays[f"{name}/seed{seed}"] = np.eye(10, dtype=np.float32)[np.where(right, labels, (labels + 1) % 10)]
-    np.savez(tmp_path / "predictions.npz", **arrays)
-    archive.keep("ablation", tmp_path / "predictions.npz")
+    write_report(tmp_path, labels, arrays)
+    archive.keep("ablation", tmp_path)
     return correct
 
 
@@ -575,7 +586,7 @@ def test_the_table_of_the_nearest_study_is_that_of_scipy():
 
 @pytest.fixture
 def kept_predictions(tmp_path, monkeypatch):
-    """predictions.npz of two models of `controls`, one of which is also a model of `ablation`."""
+    """The report of two models of `controls`, one of which is also a model of `ablation`."""
     monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
     random, labels = np.random.default_rng(0), np.arange(20) % 10
     arrays = {
@@ -584,8 +595,8 @@ def kept_predictions(tmp_path, monkeypatch):
         for seed in (0, 1)
     }
     validation = {"validation/labels": labels, "validation/student/seed0": arrays["student/seed0"]}
-    np.savez(tmp_path / "predictions.npz", labels=labels, **arrays, **validation)
-    return tmp_path / "predictions.npz", arrays, labels
+    write_report(tmp_path, labels, arrays | validation)
+    return tmp_path, arrays, labels
 
 
 def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(kept_predictions):
@@ -612,28 +623,40 @@ def test_views_has_models_of_its_own(kept_predictions):
 
 def test_a_model_that_is_kept_stays_when_others_are_added(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
-    labels, file = np.arange(20) % 10, tmp_path / "predictions.npz"
+    labels = np.arange(20) % 10
 
     def keep(**classes):
         logits = {key.replace("_seed", "/seed"): np.eye(10)[c] for key, c in classes.items()}
-        np.savez(file, labels=labels, **logits)
-        return [path.name for path in archive.keep("finetuning", file)]
+        write_report(tmp_path, labels, logits)
+        return [path.name for path in archive.keep("finetuning", tmp_path)]
+
+    def files(seed):
+        return [(tmp_path / f"data/finetuning/seed{seed}.{suffix}").read_bytes() for suffix in ("npz", "json")]
 
     assert keep(student_seed1=labels) == ["seed1.npz"]
-    before = (tmp_path / "data/finetuning/seed1.npz").read_bytes()
+    before = files(1)
     assert keep(student_seed1=9 - labels, student_seed2=labels) == ["seed2.npz"]
-    assert (tmp_path / "data/finetuning/seed1.npz").read_bytes() == before
+    assert files(1) == before
+    kept = json.loads(before[1])
     assert keep(student_seed1=9 - labels, kd_seed1=9 - labels) == ["seed1.npz"]
     models, _ = archive.load("finetuning")
     assert {name: list(model.logits) for name, model in models.items()} == {"student": [1, 2], "kd": [1]}
     assert (models["student"].predictions[1] == labels).all()
     assert (models["kd"].predictions[1] == 9 - labels).all()
+    environment = {"device": "the machine of seed 1"}
+    kd = {"environment": environment, "history": [{"epoch": 1, "loss": 9.0}]}
+    assert json.loads(files(1)[1]) == {**kept, "kd": kd}
+
+
+def test_what_is_kept_of_a_model_is_in_every_report():
+    model = recorded("docs/example/results.json")["models"]["student"]
+    assert model["history"].keys() == model["environments"].keys() == model["accuracy"]["seeds"].keys()
 
 
 def test_models_of_other_test_images_are_not_kept_beside_each_other(kept_predictions):
     path, arrays, labels = kept_predictions
     archive.keep("ablation", path)
-    np.savez(path, **{"labels": labels[::-1], **arrays})
+    write_report(path, labels[::-1], arrays)
     with pytest.raises(UserError, match="other test images"):
         archive.keep("ablation", path)
 
@@ -641,8 +664,8 @@ def test_models_of_other_test_images_are_not_kept_beside_each_other(kept_predict
 def test_both_ends_of_a_tie_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
     logits = np.random.default_rng(0).integers(0, 4, (200, 10)).astype(np.float32)
-    np.savez(tmp_path / "predictions.npz", **{"labels": np.arange(200) % 10, "student/seed0": logits})
-    archive.keep("ablation", tmp_path / "predictions.npz")
+    write_report(tmp_path, np.arange(200) % 10, {"student/seed0": logits})
+    archive.keep("ablation", tmp_path)
     models, labels = archive.load("ablation")
     highest = [[c for c in range(10) if row[c] == max(row)] for row in logits]
     assert models["student"].predictions[0].tolist() == [classes[0] for classes in highest]
