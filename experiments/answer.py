@@ -1,4 +1,4 @@
-"""The tables and the figure of README.md and docs/answer.md, from the kept logits.
+"""The tables and the figure of README.md and docs/answer.md, from the kept predictions.
 
 python -m experiments.answer                    # prints the README's table and those of docs/answer.md
 python -m experiments.answer docs/answer.png    # and draws the figure
@@ -24,7 +24,7 @@ from experiments.presets import STUDY
 from report.comparisons import compare_all
 from report.figures import blank_figure, png
 from report.markdown import interval, markdown_table, verdict
-from report.metrics import Evaluated
+from report.metrics import Evaluated, count_ties
 from report.statistics import accuracy_interval, holm
 
 # The rows of the figure and of the README's table: in words, and by run and name.
@@ -137,13 +137,8 @@ def ties_to_the_last_class(models: dict[str, Evaluated], labels: np.ndarray) -> 
 
 def ties() -> tuple[int, int]:
     """How many pairs of a kept model and a test image have more than one highest logit, and the number of pairs."""
-    tied = pairs = 0
-    for path in sorted(archive.FOLDER.glob("*/seed*/*.npz")):
-        with np.load(path) as arrays:
-            logits = arrays["logits"]
-        tied += int(((logits == logits.max(1, keepdims=True)).sum(1) > 1).sum())
-        pairs += len(logits)
-    return tied, pairs
+    models = [model for run in STUDY for name, model in load(run)[0].items() if archive.owner(run, name) == run]
+    return sum(map(count_ties, models)), sum(len(logits) for model in models for logits in model.logits.values())
 
 
 def moved() -> str:

@@ -1,4 +1,4 @@
-"""Which of the predictions in docs/predictions.md have come true, by the kept logits.
+"""Which of the predictions in docs/predictions.md have come true, by the kept predictions.
 
 python -m experiments.predictions    # prints the table of docs/answer.md, and how many have failed
 """

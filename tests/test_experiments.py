@@ -10,6 +10,7 @@ from conftest import ROOT
 from scipy import stats
 
 from config import PRESETS
+from engine.errors import UserError
 from engine.recipes import baseline_of
 from experiments import answer, archive, predictions
 from experiments import compare as compare_module
@@ -19,12 +20,23 @@ from experiments.presets import STUDY
 from report.comparisons import differing_settings
 from report.markdown import interval, summary
 from report.metrics import Evaluated
-from report.statistics import detectable_difference, mcnemar_p, paired_p
+from report.statistics import detectable_difference, holm, mcnemar_p, paired_p
 
 
 def entry(values) -> dict:
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "seeds": dict(enumerate(values))}
+
+
+def write_report(folder, labels, arrays) -> None:
+    """The two files of imgs/RUN that are kept; a model's history is one epoch; its loss is the first class."""
+    np.savez(folder / "predictions.npz", **{"labels": labels, **arrays})
+    models: dict[str, dict] = {}
+    for name, seed in (key.split("/seed") for key in arrays if not key.startswith("validation/")):
+        model = models.setdefault(name, {"history": {}, "environments": {}})
+        model["history"][seed] = [{"epoch": 1, "loss": float(arrays[f"{name}/seed{seed}"][0].argmax())}]
+        model["environments"][seed] = {"device": f"the machine of seed {seed}"}
+    (folder / "results.json").write_text(json.dumps({"models": models}))
 
 
 def results(**models) -> dict:
@@ -104,13 +116,13 @@ def kept(tmp_path, monkeypatch):
     """Three seeds of three models of `ablation`, each right on a part of 1,000 images."""
     monkeypatch.setattr(archive, "FOLDER", tmp_path)
     random, labels, correct = np.random.default_rng(0), np.arange(1000) % 10, {}
-    arrays = {"labels": labels}
+    arrays = {}
     for name, accuracy in (("teacher", 0.8), ("student", 0.5), ("kd", 0.6)):
         for seed in range(3):
             right = correct[name, seed] = random.random(1000) < accuracy
             arrays[f"{name}/seed{seed}"] = np.eye(10, dtype=np.float32)[np.where(right, labels, (labels + 1) % 10)]
-    np.savez(tmp_path / "predictions.npz", **arrays)
-    archive.keep("ablation", tmp_path / "predictions.npz")
+    write_report(tmp_path, labels, arrays)
+    archive.keep("ablation", tmp_path)
     return correct
 
 
@@ -167,7 +179,7 @@ def bounds(model: str, baseline: str = "student") -> str:
 
 
 @pytest.mark.parametrize("run", STUDY)
-def test_the_documented_tables_are_those_of_the_kept_logits(run):
+def test_the_documented_tables_are_those_of_the_kept_predictions(run):
     assert answer.table(run) in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
 
 
@@ -178,11 +190,11 @@ def words(path: str) -> str:
 README, ANSWER = words("README.md"), words("docs/answer.md")
 
 
-def test_the_readmes_table_is_that_of_the_kept_logits():
+def test_the_readmes_table_is_that_of_the_kept_predictions():
     assert answer.gains() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_answer_is_that_of_the_kept_logits():
+def test_the_readmes_answer_is_that_of_the_kept_predictions():
     kd, without = compared()["kd", "student"], compared()["kd_without_t2", "student"]
     assert (kd["verdict"], without["verdict"]) == ("better", "indistinguishable")
     gain, none = (f"{points(model)} ({bounds(model)})" for model in ("kd", "kd_without_t2"))
@@ -193,7 +205,7 @@ def test_the_readmes_answer_is_that_of_the_kept_logits():
     assert f"gains {gain} with it and {none} without it" in ANSWER
 
 
-def test_the_documented_costs_are_those_of_the_kept_logits():
+def test_the_documented_costs_are_those_of_the_kept_predictions():
     c = compared()["kd_without_t2", "kd"]
     lost, low, high = (f"{-100 * x:.1f}" for x in (c["difference"], *reversed(c["ci95"])))
     gain = points("kd").lstrip("+")
@@ -230,7 +242,7 @@ def test_the_documented_costs_are_those_of_the_kept_logits():
     assert "gains {} points here, of which {} ({}) remain against a student alone".format(*published) in ANSWER
 
 
-def test_the_documented_corrections_are_those_of_the_kept_logits():
+def test_the_documented_corrections_are_those_of_the_kept_predictions():
     assert answer.moved() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
     tied, of = answer.ties()
     assert f"{tied:,} of {of:,} predictions ({tied / of:.2%})" in ANSWER
@@ -240,27 +252,24 @@ def test_the_documented_corrections_are_those_of_the_kept_logits():
 
 def test_how_often_two_seeds_of_a_recipe_differ_is_documented():
     correct: dict[tuple[str, str], list[np.ndarray]] = {}
-    for path in archive.FOLDER.glob("*/seed*/*.npz"):
+    for path in [path for run in STUDY for path in archive.FOLDER.glob(f"{run}/seed*.npz")]:
         with np.load(path) as arrays:
-            right = arrays["logits"].argmax(1) == arrays["labels"]
-        correct.setdefault((path.parts[-3], path.stem), []).append(right)
+            for name in arrays.keys() - {"labels"}:
+                correct.setdefault((path.parent, name), []).append(arrays[name][0] == arrays["labels"])
     pairs = [pair for of_seeds in correct.values() for pair in itertools.combinations(of_seeds, 2)]
     differ = [stats.binomtest(int((a & ~b).sum()), int((a != b).sum())).pvalue < 0.05 for a, b in pairs]
     assert f"with p < 0.05 in {sum(differ)} of {len(pairs)} pairs" in words("docs/statistics.md")
 
 
-def test_the_kept_logits_are_bfloat16_values_and_the_order_of_the_classes_decides_no_verdict():
+def test_the_order_of_the_classes_decides_no_verdict():
     for run in STUDY:
         models, labels = archive.load(run)
-        for model in models.values():
-            for logits in model.logits.values():
-                assert not (logits.view(np.uint32) & 0xFFFF).any()
         found = answer.compared(run, models, labels)
         reverse = answer.compared(run, *answer.ties_to_the_last_class(models, labels))
         assert [c["verdict"] for c in found] == [c["verdict"] for c in reverse]
 
 
-def test_the_outcome_of_each_prediction_is_that_of_the_kept_logits():
+def test_the_outcome_of_each_prediction_is_that_of_the_kept_predictions():
     assert predictions.table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
     number, counts = len(list(predictions.predicted())), predictions.counts()
     assert counts["tested"] == number
@@ -446,11 +455,23 @@ def test_what_a_teacher_like_its_student_brings():
     assert c["verdict"] == "better"
 
 
-def test_what_the_student_of_an_untrained_teacher_knows():
-    models, labels = archive.load("controls")
-    centred = [logits - logits.mean(0) for logits in models["kd_untrained"].logits.values()]
-    accuracy = np.mean([(logits.argmax(1) == labels).mean() for logits in centred])
-    assert f"over the test images subtracted, its accuracy is {accuracy:.1%}" in ANSWER
+def test_what_the_repetition_of_24_models_changed():
+    (models, labels), (replaced, _) = archive.load("ablation"), archive.load("ablation", "replaced")
+    assert [len(model.logits) for model in replaced.values()] == 8 * [3]
+    first = {name: m._replace(logits={**models[name].logits, **m.logits}) for name, m in replaced.items()}
+
+    def gain(kept, seeds=None):
+        kd, student = (kept[name].correct(labels, seeds).mean() for name in ("kd", "student"))
+        return f"{100 * (kd - student):+.1f}"
+
+    three = f"was {gain(replaced)} points there and is {gain(models, (0, 1, 2))} here"
+    assert f"the gain of `kd` {three}; in all five, {gain(first)} became {gain(models)}" in ANSWER
+    kd_2x = models["kd_2x"]._replace(logits={seed: models["kd_2x"].logits[seed] for seed in (2, 3, 4)})  # all that ran
+    found = answer.compared("ablation", models | first | {"kd_2x": kd_2x}, labels)
+    p = {(c["model"], c["baseline"]): p for c, p in zip(found, holm([c["t_test_p"] for c in found]), strict=True)}
+    lr, alpha = (f"{p[pair]:.2g}" for pair in (("student_lr", "student"), ("kd_alpha_90", "kd")))
+    assert lr == alpha
+    assert f"had been undecided (both p = {lr} after Holm's correction, by the t-test over seeds)" in ANSWER
 
 
 def test_the_faults_of_evaluation_are_those_that_were_measured():
@@ -560,12 +581,12 @@ def test_the_table_of_the_nearest_study_is_that_of_scipy():
     assert f"| resnet34 | resnet50 | feature | +0.19 | +0.01 to +0.37 | {p:.2f} |" in " ".join(table().split())
 
 
-# The kept logits
+# The kept predictions
 
 
 @pytest.fixture
 def kept_predictions(tmp_path, monkeypatch):
-    """predictions.npz of two models of `controls`, one of which is also a model of `ablation`."""
+    """The report of two models of `controls`, one of which is also a model of `ablation`."""
     monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
     random, labels = np.random.default_rng(0), np.arange(20) % 10
     arrays = {
@@ -574,16 +595,16 @@ def kept_predictions(tmp_path, monkeypatch):
         for seed in (0, 1)
     }
     validation = {"validation/labels": labels, "validation/student/seed0": arrays["student/seed0"]}
-    np.savez(tmp_path / "predictions.npz", labels=labels, **arrays, **validation)
-    return tmp_path / "predictions.npz", arrays, labels
+    write_report(tmp_path, labels, arrays | validation)
+    return tmp_path, arrays, labels
 
 
 def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(kept_predictions):
     path, arrays, labels = kept_predictions
     written = archive.keep("controls", path)
     assert sorted(str(p.relative_to(archive.FOLDER)) for p in written) == [
-        "controls/seed0/kd_self.npz",
-        "controls/seed1/kd_self.npz",
+        "controls/seed0.npz",
+        "controls/seed1.npz",
     ]
     assert archive.keep("controls", path) == []
     archive.keep("ablation", path)
@@ -592,9 +613,62 @@ def test_a_run_shares_the_models_that_it_has_in_common_with_ablation(kept_predic
     assert np.array_equal(loaded, labels)
     for name, model in models.items():
         assert model.recipe == PRESETS["controls"].recipes[name]
-        assert all(np.array_equal(model.logits[seed], arrays[f"{name}/seed{seed}"]) for seed in (0, 1))
+        assert all(np.array_equal(model.predictions[s], arrays[f"{name}/seed{s}"].argmax(1)) for s in (0, 1))
 
 
 def test_views_has_models_of_its_own(kept_predictions):
     archive.keep("ablation", kept_predictions[0])
     assert archive.load("views")[0] == {}
+
+
+def test_a_model_that_is_kept_stays_when_others_are_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
+    labels = np.arange(20) % 10
+
+    def keep(**classes):
+        logits = {key.replace("_seed", "/seed"): np.eye(10)[c] for key, c in classes.items()}
+        write_report(tmp_path, labels, logits)
+        return [path.name for path in archive.keep("finetuning", tmp_path)]
+
+    def files(seed):
+        return [(tmp_path / f"data/finetuning/seed{seed}.{suffix}").read_bytes() for suffix in ("npz", "json")]
+
+    assert keep(student_seed1=labels) == ["seed1.npz"]
+    before = files(1)
+    assert keep(student_seed1=9 - labels, student_seed2=labels) == ["seed2.npz"]
+    assert files(1) == before
+    kept = json.loads(before[1])
+    assert keep(student_seed1=9 - labels, kd_seed1=9 - labels) == ["seed1.npz"]
+    models, _ = archive.load("finetuning")
+    assert {name: list(model.logits) for name, model in models.items()} == {"student": [1, 2], "kd": [1]}
+    assert (models["student"].predictions[1] == labels).all()
+    assert (models["kd"].predictions[1] == 9 - labels).all()
+    environment = {"device": "the machine of seed 1"}
+    kd = {"environment": environment, "history": [{"epoch": 1, "loss": 9.0}]}
+    assert json.loads(files(1)[1]) == {**kept, "kd": kd}
+
+
+def test_what_is_kept_of_a_model_is_in_every_report():
+    model = recorded("docs/example/results.json")["models"]["student"]
+    assert model["history"].keys() == model["environments"].keys() == model["accuracy"]["seeds"].keys()
+
+
+def test_models_of_other_test_images_are_not_kept_beside_each_other(kept_predictions):
+    path, arrays, labels = kept_predictions
+    archive.keep("ablation", path)
+    write_report(path, labels[::-1], arrays)
+    with pytest.raises(UserError, match="other test images"):
+        archive.keep("ablation", path)
+
+
+def test_both_ends_of_a_tie_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "FOLDER", tmp_path / "data")
+    logits = np.random.default_rng(0).integers(0, 4, (200, 10)).astype(np.float32)
+    write_report(tmp_path, np.arange(200) % 10, {"student/seed0": logits})
+    archive.keep("ablation", tmp_path)
+    models, labels = archive.load("ablation")
+    highest = [[c for c in range(10) if row[c] == max(row)] for row in logits]
+    assert models["student"].predictions[0].tolist() == [classes[0] for classes in highest]
+    reverse, _ = answer.ties_to_the_last_class(models, labels)
+    assert (9 - reverse["student"].predictions[0]).tolist() == [classes[-1] for classes in highest]
+    assert answer.ties() == (sum(len(classes) > 1 for classes in highest), 200)

@@ -29,8 +29,8 @@ def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config
 
     torch.manual_seed(0)
     model = build_resnet("resnet18", 10, pretrained=False).to(memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(model, replace(DEMO["student"], lr=0.01), config.device)
-    scheduler = make_scheduler(optimizer, replace(DEMO["student"], lr=0.01), 2)
+    optimizer = make_optimizer(model, replace(DEMO["student"], lr=0.01, schedule="constant"), config.device)
+    scheduler = make_scheduler(optimizer, replace(DEMO["student"], lr=0.01, schedule="constant"), 2)
     losses = []
     for batch in datasets.batches(
         digits.train, digits.subset(50), replace(config, horizontal_flip=0.0), seed=0, epoch=0
