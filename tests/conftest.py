@@ -46,7 +46,7 @@ def override(words: list[str], *more: str) -> list[str]:
     """A command line with more flags; one that is there already is replaced, as no flag may be given twice."""
 
     def split(words) -> dict[str, list[str]]:
-        found = {}
+        found, flag = {"": []}, ""
         for word in map(str, words):
             if word.startswith("--"):
                 flag = word.split("=")[0]

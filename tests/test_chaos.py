@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS
+from conftest import ROOT, SMALL_FLAGS, override
 from conftest import flags as small_flags
 from PIL import Image
 
@@ -140,7 +140,7 @@ def result(folder: Path) -> tuple[dict, dict]:
         assert state["finished"]
         tensors |= {f"{name}.{key}": tensor.numpy() for key, tensor in state["model"].items()}
         histories[name] = [{**record, "seconds": 0} for record in state["history"]]
-    status, output = run(evaluate.main, *small_flags(folder), *LONGER)
+    status, output = run(evaluate.main, *small_flags(folder, *LONGER))
     assert status == 0, output
     return {**tensors, **np.load(folder / "imgs/demo/predictions.npz")}, histories
 
@@ -160,7 +160,7 @@ def leftovers(folder: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    status, output = run(teacher_student_model.main, *small_flags(folder), *LONGER)
+    status, output = run(teacher_student_model.main, *small_flags(folder, *LONGER))
     assert status == 0, output
     assert not leftovers(folder)
     return folder
@@ -179,7 +179,7 @@ def test_results_after_25_sigkills_during_training_are_bit_equal(tmp_path, train
     while kills < 25:
         folder, status = tmp_path / str(runs), -signal.SIGKILL
         while status == -signal.SIGKILL:
-            training.start(*small_flags(folder), *LONGER, "--checkpoint_minutes", "0.005")
+            training.start(*small_flags(folder, *LONGER, "--checkpoint_minutes", "0.005"))
             training.wait_for("demo: digits")
             time.sleep(moments.uniform(0, 3))
             status, _ = training.end(signal.SIGKILL)
@@ -199,7 +199,7 @@ def test_results_after_signals_during_training_and_saving_are_bit_equal(tmp_path
     for often in ("10", "1e-9"):
         folder, status = tmp_path / often, None
         while status != 0:
-            training.start(*small_flags(folder), *LONGER, "--checkpoint_minutes", often)
+            training.start(*small_flags(folder, *LONGER, "--checkpoint_minutes", often))
             training.wait_for(" million parameters")
             time.sleep(moments.uniform(0, 3))
             status, output = training.end(number)
@@ -216,7 +216,7 @@ def test_results_after_signals_during_training_and_saving_are_bit_equal(tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_during_evaluation_leave_no_partial_files(undisturbed, evaluation, expected, tmp_path, number):
     shutil.copytree(undisturbed, tmp_path / "run")
-    words = [*small_flags(tmp_path / "run"), *LONGER]
+    words = small_flags(tmp_path / "run", *LONGER)
     began = time.monotonic()
     evaluation.start(*words)
     evaluation.wait_for("ended ")
@@ -375,7 +375,7 @@ def little_room(request, tmp_path):
 def test_a_full_disk_at_the_first_save_is_a_one_line_error(little_room, request):
     folder, limit = little_room(60)
     with limit:
-        status, output = run(custom_resnet.main, *small_flags(folder), *LONGER, "--only", "student")
+        status, output = run(custom_resnet.main, *small_flags(folder, *LONGER, "--only", "student"))
     print("\n" + output.splitlines()[-1])
     assert status == 2
     on_full_disk = "a full disk" in request.node.name
@@ -401,7 +401,7 @@ def test_a_full_disk_keeps_the_previous_report(little_room, undisturbed):
     folder, limit = little_room(0.02)
     (folder / "demo").mkdir()
     (folder / "demo/results.json").write_text("the report before")
-    words = [*small_flags(undisturbed), *LONGER, f"--imgs_path={folder}"]
+    words = small_flags(undisturbed, *LONGER, f"--imgs_path={folder}")
     with limit:
         status, output = run(evaluate.main, *words)
     print("\n" + output.strip().splitlines()[-1])
@@ -420,7 +420,7 @@ def test_an_unwritable_folder_is_reported_before_training(tmp_path, undisturbed)
         (custom_resnet.main, "--checkpoints_path=/proc/none"),
         (evaluate.main, f"--checkpoints_path={undisturbed / 'checkpoints'}", "--imgs_path=/proc"),
     ):
-        status, output = run(main, *SMALL_FLAGS, *LONGER, "--device=cpu", *paths)
+        status, output = run(main, *override(SMALL_FLAGS, *LONGER, "--device=cpu", *paths))
         print("\n" + output.strip().splitlines()[-1])
         assert status == 2
         assert output.startswith("error: ")
@@ -437,7 +437,7 @@ def accuracies(tmp_path_factory) -> dict[int, float]:
     for processes in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"on{processes}")
         words = ["--preset=demo", "--only=student", "--student.epochs=20", "--device=cpu"]
-        words += [f"--checkpoints_path={folder}", f"--imgs_path={folder}"]
+        words = override(words, f"--checkpoints_path={folder}", f"--imgs_path={folder}")
         for script in ("custom_resnet.py", "evaluate.py"):
             subprocess.run([*TORCHRUN, f"--nproc_per_node={processes}", script, *words], cwd=ROOT, check=True)
         results = json.loads((folder / "demo/results.json").read_text())
@@ -464,7 +464,7 @@ def ranks(process: subprocess.Popen) -> list[int]:
 
 
 def test_after_any_rank_is_killed_all_exit_within_a_minute_and_the_run_resumes(tmp_path):
-    words = ["--nproc_per_node=3", "custom_resnet.py", *small_flags(tmp_path), "--only=student", "--student.epochs=30"]
+    words = ["--nproc_per_node=3", "custom_resnet.py", *small_flags(tmp_path, "--only=student", "--student.epochs=30")]
     for victim in (0, 1, 2):
         process = start(*TORCHRUN, *words)
         before = "".join(read_until(process, f"epoch  {3 * victim + 3}/30"))
@@ -494,7 +494,7 @@ def test_with_max_restarts_torchrun_resumes_the_run(tmp_path):
 
 
 def test_a_run_resumes_with_another_number_of_processes(tmp_path):
-    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=30"]
+    words = small_flags(tmp_path, "--only=student", "--student.epochs=30")
     process = start(*TORCHRUN, "--nproc_per_node=3", "custom_resnet.py", *words)
     read_until(process, "epoch  3/30")
     process.send_signal(signal.SIGTERM)
@@ -518,8 +518,8 @@ teacher_student_model.main(sys.argv[1:])
 evaluate.main(sys.argv[1:])
 """
     counts = {"train/cat": 30, "train/dog": 30, "test/cat": 10, "test/dog": 10}
-    words = [*small_flags(tmp_path), f"--dataset={image_folder(counts)}"]
-    words += [f"--{name}.train_size=none" for name in MODELS]
+    words = small_flags(tmp_path, f"--dataset={image_folder(counts)}")
+    words = override(words, *[f"--{name}.train_size=none" for name in MODELS])
     with open(tmp_path / "log", "wb") as file:
         subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=True, stdout=file, stderr=file)
     content = (tmp_path / "log").read_bytes()
@@ -562,12 +562,12 @@ def test_malicious_pickles_are_not_executed(tmp_path, undisturbed, hub):
             write(folder / name)
             if name == "teacher.logits":
                 (folder / "student_kd.pt").unlink()  # so that the logits are read
-            status, output = run(teacher_student_model.main, *small_flags(copy), *LONGER)
+            status, output = run(teacher_student_model.main, *small_flags(copy, *LONGER))
             assert not bait.exists(), (name, number)
             assert status == (2 if name == "student.pt" else 0), output
     hub.mkdir(parents=True)
     torch.save({"fc.weight": Bait(bait)}, hub / "resnet18-f37072fd.pth")
-    words = [*small_flags(tmp_path / "imagenet"), "--only=student", "--student.pretrained=true"]
+    words = small_flags(tmp_path / "imagenet", "--only=student", "--student.pretrained=true")
     status, output = run(custom_resnet.main, *words)
     assert not bait.exists()
     assert status == 2
@@ -585,7 +585,7 @@ HOSTILE_CLASSES = (
 
 def test_hostile_names_cannot_write_outside_the_run_folder(tmp_path):
     for name in HOSTILE_NAMES:
-        status, output = run(evaluate.main, *small_flags(tmp_path), f"--run={name}")
+        status, output = run(evaluate.main, *small_flags(tmp_path, f"--run={name}"))
         assert status == 2, name
         assert output.count("error: ") == 1, output
         assert "run = " in output
@@ -599,8 +599,8 @@ def test_hostile_names_cannot_write_outside_the_run_folder(tmp_path):
             for number in range(count):
                 noise = random_state.integers(0, 100 + 10 * label, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(images / split / name / f"{number}.png")
-    words = [*small_flags(tmp_path / "run"), f"--dataset={images}", "--only=student"]
-    words += [f"--{name}.train_size=none" for name in MODELS]
+    words = small_flags(tmp_path / "run", f"--dataset={images}", "--only=student")
+    words = override(words, *[f"--{name}.train_size=none" for name in MODELS])
     for main in (custom_resnet.main, evaluate.main):
         status, output = run(main, *words)
         assert status == 0, output

@@ -80,17 +80,37 @@ def test_pickled_code_is_not_executed(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *("name", "settings", "environment", "model", "history", "classes", "arch", "finished", "config", "stem"),
+        *(
+            "name",
+            "seed",
+            "settings",
+            "environment",
+            "model",
+            "history",
+            "classes",
+            "arch",
+            "finished",
+            "config",
+            "stem",
+        ),
         "normalisation",
     ],
 )
 def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wrong):
-    path = tmp_path / "model.pt"
-    about = {"name": "student", "settings": {}, "environment": {}, "history": [], "classes": [], "finished": True}
+    path = tmp_path / "seed0/student.pt"
+    about = {
+        "name": "student",
+        "seed": 0,
+        "settings": {},
+        "environment": {},
+        "history": [],
+        "classes": [],
+        "finished": True,
+    }
     about |= {"model": {}, "arch": "resnet18", "stem": "imagenet", "config": {}, "normalisation": {}}
     checkpoints.save_checkpoint(path, about)
     assert checkpoints.load_finished(path)
-    checkpoints.save_checkpoint(path, {**about, wrong: 7})
+    checkpoints.save_checkpoint(path, {**about, wrong: None})
     with pytest.raises(UserError, match=rf"is not the checkpoint of a model \(wrong: {wrong}\)"):
         checkpoints.load_finished(path)
 
@@ -213,7 +233,7 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
         assert settings(replace(of_loss, **{field: 3.5})) != settings(of_loss), field
 
     harmless = {"recipes", "run", "only", "overwrite", "checkpoint_minutes", "device", "compile", "deterministic"}
-    harmless |= {"sweep", "jobs", "data_path", "checkpoints_path", "imgs_path"}
+    harmless |= {"sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path"}
     others = {field.name for field in fields(Config)} - harmless - {"dataset", "seeds"}  # a digest, and "seed"
     assert set(settings(row)["config"]) == others
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, fit, start_training
+from conftest import ROOT, fit, override, start_training
 from conftest import flags as small_flags
 from PIL import Image
 from torch import nn
@@ -209,7 +209,7 @@ def test_resuming_after_a_stop_at_any_step_is_bit_exact(config, digits, schedule
     ("signal_number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.chaos)]
 )
 def test_a_signal_stops_a_run_after_the_current_step(tmp_path, signal_number, status):
-    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=300"]
+    words = small_flags(tmp_path, "--only=student", "--student.epochs=300")
     command = [sys.executable, "custom_resnet.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     lines = []
@@ -288,7 +288,7 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
 
 
 def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path, capsys):
-    small = [*small_flags(tmp_path), "--only", "student"]
+    small = small_flags(tmp_path, "--only", "student")
     custom_resnet.main(small)
     output = capsys.readouterr().err
     assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in output
@@ -300,7 +300,7 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
     custom_resnet.main(small)
     assert f"student seed 0  is finished: {path}" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit:
-        custom_resnet.main([*small, "--batch_size", "20", "--student.lr", "0.02"])
+        custom_resnet.main(override(small, "--batch_size", "20", "--student.lr", "0.02"))
     assert exit.value.code == 2
     output = capsys.readouterr().err
     assert "student.lr was 0.01, is now 0.02; batch_size was 25, is now 20" in output
@@ -311,15 +311,15 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
     with pytest.raises(SystemExit):
         custom_resnet.main(small)
     assert "is damaged" in capsys.readouterr().err
-    custom_resnet.main([*small, "--student.lr", "0.02", "--overwrite"])
+    custom_resnet.main(override(small, "--student.lr", "0.02", "--overwrite"))
     assert checkpoints.load_checkpoint(path)["settings"]["recipe"]["lr"] == 0.02
 
 
 def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
-    custom_resnet.main([*small_flags(tmp_path), "--student.epochs=1", "--teacher.epochs=1"])
+    custom_resnet.main(small_flags(tmp_path, "--student.epochs=1", "--teacher.epochs=1"))
     assert sorted(path.name for path in tmp_path.rglob("*.pt")) == ["student.pt", "teacher.pt"]
     with pytest.raises(SystemExit):
-        custom_resnet.main([*small_flags(tmp_path), "--only", "student_kd"])
+        custom_resnet.main(small_flags(tmp_path, "--only", "student_kd"))
     assert "use python teacher_student_model.py" in capsys.readouterr().err
 
 
@@ -339,7 +339,7 @@ def test_only_recipes_without_a_teacher_are_trained(tmp_path, capsys):
 )
 def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, message):
     with pytest.raises(SystemExit) as exit:
-        custom_resnet.main([*small_flags(tmp_path), "--only", "student", *flags])
+        custom_resnet.main(small_flags(tmp_path, "--only", "student", *flags))
     assert exit.value.code == 2
     output = capsys.readouterr().err
     assert output.count("error: ") == 1
@@ -424,11 +424,11 @@ def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
         "time_training",
         lambda archs, config, dataset, precisions: {(a, p): faster[p] for a in archs for p in precisions},
     )
-    words = [*small_flags(tmp_path), "--precision=auto", "--teacher.epochs=1", "--student.epochs=1"]
-    custom_resnet.main([*words, "--only=teacher"])
+    words = small_flags(tmp_path, "--precision=auto", "--teacher.epochs=1", "--student.epochs=1")
+    custom_resnet.main(override(words, "--only=teacher"))
     assert "precision = auto: bf16 is faster for this run" in capsys.readouterr().err
     faster.update(fp32=0.5)  # as if the machine were another one now
-    custom_resnet.main([*words, "--only=student"])
+    custom_resnet.main(override(words, "--only=student"))
     assert "precision = auto" not in capsys.readouterr().err
     for name in ("teacher", "student"):
         state = checkpoints.load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")
@@ -437,14 +437,14 @@ def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
 
 def test_errors_are_found_before_training_starts(tmp_path, capsys):
     words = small_flags(tmp_path)
-    custom_resnet.main([*words, "--only=student", "--student.epochs=1"])
+    custom_resnet.main(override(words, "--only=student", "--student.epochs=1"))
     for more, output in (
         (["--student.epochs=1", "--student.lr=0.5"], "student.lr was 0.01, is now 0.5"),
         (["--student.epochs=1", "--only", "student", "student_kd"], "the teacher 'teacher' is not trained yet"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            teacher_student_model.main([*words, *more])
+            teacher_student_model.main(override(words, *more))
         assert exit.value.code == 2
         err = capsys.readouterr().err
         assert output in err

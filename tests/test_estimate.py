@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import flags as small_flags
+from conftest import override
 from torch import nn
 
 import custom_resnet
@@ -309,7 +310,7 @@ def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys,
     assert 6 * RESNET18_BYTES < needed < 6.1 * RESNET18_BYTES
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
     with pytest.raises(SystemExit) as exit:
-        custom_resnet.main([*small_flags(tmp_path, config.device), "--only", "student"])
+        custom_resnet.main(small_flags(tmp_path, "--only", "student", device=config.device))
     assert exit.value.code == 2
     assert "checkpoints: this run needs 224 MB, and 10 MB are free there" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -404,7 +405,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, dig
 def test_a_student_follows_its_retrained_teacher(tmp_path, trained, digits):
     """Its settings still match the teacher that is about to be replaced."""
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    words = [*small_flags(tmp_path), "--teacher.epochs=1", "--overwrite"]
+    words = small_flags(tmp_path, "--teacher.epochs=1", "--overwrite")
     config = parse(words)
     jobs, _ = unfinished(config.models(), digits)
     assert jobs == [Job(Model("teacher", 0, config), 1), Job(Model("student_kd", 0, config), 2)]
@@ -417,8 +418,8 @@ def test_a_teacher_that_only_leaves_out_is_checked_beforehand(tmp_path, trained,
     path = tmp_path / "checkpoints/demo/seed0/teacher.pt"
     if damaged:
         path.write_bytes(path.read_bytes()[:1000])
-    words = [*small_flags(tmp_path), "--overwrite", "--batch_size=20"]
-    config = parse([*words, "--only", "student", "student_kd"])
+    words = small_flags(tmp_path, "--overwrite", "--batch_size=20")
+    config = parse(override(words, "--only", "student", "student_kd"))
     message = r"teacher\.pt: is damaged" if damaged else r"teacher\.pt: .*add it to --only"
     with pytest.raises(UserError, match=message):
         unfinished(config.models(), digits)

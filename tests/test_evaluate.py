@@ -6,7 +6,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, override
 from PIL import Image
 from synthetic import probabilities_of
 
@@ -56,7 +56,7 @@ def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, caps
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.arange(30.0))
-    state = {"name": "student", "arch": "resnet18", "stem": "imagenet", "classes": classes, "finished": True}
+    state = {"name": "student", "seed": 0, "arch": "resnet18", "stem": "imagenet", "classes": classes, "finished": True}
     state |= {"config": {"image_size": 16}, "settings": {}, "environment": {}, "history": [], "normalisation": {}}
     save_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt", {**state, "model": model.state_dict()})
     evaluate.main(flags(tmp_path, "--only", "student", "--predict", str(folder)))
@@ -201,9 +201,9 @@ def test_a_script_is_refused_while_its_folder_is_locked(exported, capsys, main, 
 def test_a_student_of_a_retrained_teacher_is_refused_even_with_only(trained, tmp_path, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     other = flags(tmp_path, "--teacher.lr=0.02")
-    teacher_student_model.main([*other, "--only=teacher", "--overwrite"])
+    teacher_student_model.main(override(other, "--only=teacher", "--overwrite"))
     with pytest.raises(SystemExit) as exit:
-        evaluate.main([*other, "--only", "student", "student_kd"])
+        evaluate.main(override(other, "--only", "student", "student_kd"))
     assert exit.value.code == 2
     assert "weights of the teacher was" in capsys.readouterr().err
 
@@ -239,11 +239,11 @@ def test_a_model_without_finite_logits_is_refused_by_name(trained, digit_files, 
 @pytest.mark.parametrize("how", ["running variance", "too large weights"])
 def test_a_student_is_told_that_its_teacher_is_at_fault(tmp_path, views, how, capsys):
     words = flags(tmp_path, *(["--crop_padding=2"] if views == "online" else []))
-    teacher_student_model.main([*words, "--only", "teacher"])
+    teacher_student_model.main(override(words, "--only", "teacher"))
     spoil(tmp_path / "checkpoints/demo/seed0/teacher.pt", how)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        teacher_student_model.main([*words, "--only", "student_kd"])
+        teacher_student_model.main(override(words, "--only", "student_kd"))
     assert exit.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "teacher seed 0" in message
@@ -253,7 +253,7 @@ def test_a_student_is_told_that_its_teacher_is_at_fault(tmp_path, views, how, ca
 def test_only_the_command_line_of_evaluate_chooses_bfloat16(tmp_path, capsys):
     """A run in bfloat16 is evaluated in float32, in which no two classes have the same logit."""
     words = ["bf16" if word == "fp32" else word for word in flags(tmp_path)]
-    teacher_student_model.main([*words, "--only", "student", "--student.weights=random", "--student.epochs=0"])
+    teacher_student_model.main(override(words, "--only", "student", "--student.weights=random", "--student.epochs=0"))
     paths = [word for word in words if word.startswith(("--checkpoints_path", "--imgs_path"))]
     for more, precision in ([], "fp32"), (["--precision", "bf16"], "bf16"):
         evaluate.main(["--run", "demo", "--device", "cpu", *paths, *more])

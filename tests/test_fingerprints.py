@@ -57,8 +57,10 @@ def test_auto_precision_follows_a_model_that_is_used(tmp_path, trained, capsys):
 def test_a_run_has_one_precision_whatever_it_copies(tmp_path, trained, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")  # demo, in fp32
     words = flags(tmp_path, "--only", "teacher", "student")
-    teacher_student_model.main([*words, "--run=a16", "--precision=bf16", "--only", "student"])
-    teacher_student_model.main([*words, "--run=auto", "--precision=auto"])  # finds the student in both, a16 first
+    teacher_student_model.main(override(words, "--run=a16", "--precision=bf16", "--only", "student"))
+    teacher_student_model.main(
+        override(words, "--run=auto", "--precision=auto")
+    )  # finds the student in both, a16 first
     paths = [tmp_path / f"checkpoints/auto/seed0/{name}.pt" for name in ("teacher", "student")]
     assert [load_checkpoint(path)["settings"]["config"]["precision"] for path in paths] == ["fp32", "fp32"]
 
@@ -69,7 +71,7 @@ def test_a_renamed_row_is_copied_and_evaluated_under_its_new_name(tmp_path, trai
     recipes["renamed"] = recipes.pop("student")
     monkeypatch.setitem(config_module.PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
     words = [word.replace("--student.", "--renamed.") for word in flags(tmp_path)]
-    custom_resnet.main([*words, "--only=renamed"])
+    custom_resnet.main(override(words, "--only=renamed"))
     assert "copied from" in capsys.readouterr().err
     monkeypatch.undo()
     evaluate.main(["--run=demo", *(word for word in words if "_path=" in word)])
@@ -90,7 +92,7 @@ def test_a_damaged_checkpoint_is_not_copied(tmp_path, trained, capsys, run):
 
 def test_one_teacher_teaches_students_of_several_seeds(tmp_path, capsys):
     words = flags(tmp_path, "--seeds", "0", "1", "--student_kd.teacher_seed=5", "--student_kd.epochs=1")
-    words += ["--student.epochs=1"]
+    words = override(words, "--student.epochs=1")
     teacher_student_model.main(words)
     assert capsys.readouterr().err.count("teacher seed 5  epoch") == 2
     evaluate.main(words)

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import ROOT, flags
+from conftest import ROOT, flags, override
 from work_for_jobs import fail, large_result, note
 
 import teacher_student_model
@@ -109,7 +109,7 @@ def test_a_process_that_has_imported_other_code_stops(config, capsys):
 def test_a_signal_stops_all_jobs_and_the_same_command_resumes(tmp_path, number, to_all):
     """A terminal sends Ctrl-C to all processes of a command, and the parent passes it on."""
     words = flags(tmp_path, "--jobs=2", "--only", "teacher", "student")
-    words += ["--teacher.epochs=300", "--student.epochs=300"]
+    words = override(words, "--teacher.epochs=300", "--student.epochs=300")
     command = [sys.executable, "teacher_student_model.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     waiting = {"teacher seed 0  epoch", "student seed 0  epoch"}

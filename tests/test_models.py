@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
-from conftest import flags, random_images
+from conftest import flags, override, random_images
 from torch import nn
 
 import evaluate
@@ -87,13 +87,13 @@ def test_the_cifar_stem_keeps_the_resolution():
 
 def distil_evaluate_and_export(tmp_path, teacher: str, student: str, image_size: int, *more: str) -> None:
     words = flags(tmp_path, f"--image_size={image_size}")
-    words += [f"--teacher.arch={teacher}", f"--student_kd.arch={student}"]
-    words += [f"--{name}.epochs=1" for name in ("teacher", "student_kd")]
-    words += [*more, "--only", "teacher", "student_kd"]
+    words = override(words, f"--teacher.arch={teacher}", f"--student_kd.arch={student}")
+    words = override(words, *[f"--{name}.epochs=1" for name in ("teacher", "student_kd")])
+    words = override(words, *more, "--only", "teacher", "student_kd")
     teacher_student_model.main(words)
     evaluate.main(words)
     assert f"no {student} without a teacher has been evaluated" in (tmp_path / "imgs/demo/results.md").read_text()
-    evaluate.main([*words, "--export"])
+    evaluate.main(override(words, "--export"))
     assert (tmp_path / "checkpoints/demo/seed0/student_kd.pt2").exists()
     model = load_model(load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt"), "cpu")
     assert not any(module.training for module in model.modules())
@@ -215,7 +215,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
     theirs = torchvision.models.resnet18(num_classes=10).eval()
     torch.save(theirs.state_dict(), path)
     words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--student_kd.epochs=1")
-    words += ["--only", "teacher", "student_kd"]
+    words = override(words, "--only", "teacher", "student_kd")
     teacher_student_model.main(words)
     output = capsys.readouterr().err
     assert load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")["settings"]["config"] == {}
@@ -223,7 +223,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
     assert f"accuracy on the test images {accuracy:.2%}" in output
     assert f"warning: teacher seed 0 classifies only {accuracy:.0%} correctly" in output
     assert "normalisation" in output
-    evaluate.main([*words, "--export", "--only", "teacher"])
+    evaluate.main(override(words, "--export", "--only", "teacher"))
     state = load_checkpoint(tmp_path / "checkpoints/demo/seed0/teacher.pt")
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in theirs.state_dict().items())
     teacher_student_model.main(words)
@@ -310,16 +310,16 @@ def test_a_checkpoint_of_ours_with_other_classes_is_refused_or_gets_a_new_last_l
 def test_class_folders_that_change_places_are_noticed(tmp_path, image_folder, capsys):
     counts = {f"{split}/{name}": 30 for split in ("train", "test") for name in "ab"}
     words = flags(tmp_path, "--only=teacher", "--teacher.epochs=1")
-    words += [f"--{name}.train_size=none" for name in ("teacher", "student", "student_kd")]
-    teacher_student_model.main([*words, f"--dataset={image_folder(counts)}"])
+    words = override(words, *[f"--{name}.train_size=none" for name in ("teacher", "student", "student_kd")])
+    teacher_student_model.main(override(words, f"--dataset={image_folder(counts)}"))
     path = tmp_path / "checkpoints/demo/seed0/teacher.pt"
     assert load_checkpoint(path)["normalisation"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     for split in ("train", "test"):
         (tmp_path / f"images/{split}/a").rename(tmp_path / f"images/{split}/z")
-    words += [f"--dataset={tmp_path / 'images'}", "--run=other", f"--teacher.weights={path}"]
+    words = override(words, f"--dataset={tmp_path / 'images'}", "--run=other", f"--teacher.weights={path}")
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        teacher_student_model.main([*words, "--teacher.epochs=0"])
+        teacher_student_model.main(override(words, "--teacher.epochs=0"))
     assert exit.value.code == 2
     assert "its classes are a, b, and those of the data set b, z" in capsys.readouterr().err
     teacher_student_model.main(words)

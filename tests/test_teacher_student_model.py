@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import fit, flags
+from conftest import fit, flags, override
 
 import custom_resnet
 import evaluate
@@ -380,11 +380,11 @@ def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_
     with pytest.raises(SystemExit):
         teacher_student_model.main(other)
     assert "teacher.lr was 0.01, is now 0.02" in capsys.readouterr().err
-    teacher_student_model.main([*other, "--only", "teacher", "--overwrite"])
+    teacher_student_model.main(override(other, "--only", "teacher", "--overwrite"))
     with pytest.raises(SystemExit):
         teacher_student_model.main(other)
     assert "weights of the teacher was" in capsys.readouterr().err
-    teacher_student_model.main([*other, "--overwrite"])
+    teacher_student_model.main(override(other, "--overwrite"))
     output = capsys.readouterr().err
     assert [line for line in output.splitlines() if "is finished" in line] == [
         f"{name} seed 0  is {what}: {tmp_path}/checkpoints/demo/seed0/{name}.pt"

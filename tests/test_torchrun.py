@@ -19,7 +19,7 @@ from engine.training import make_optimizer, make_scheduler
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)  # one GPU is one process
 def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config, digits):
     """Gradients and BatchNorm's statistics, averaged; the second part of 25 images is larger by one."""
-    words = [*small_flags(tmp_path), "--only=student", "--student.epochs=1", "--student.train_size=50"]
+    words = small_flags(tmp_path, "--only=student", "--student.epochs=1", "--student.train_size=50")
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "custom_resnet.py", *words]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config
 @pytest.mark.chaos
 def test_torchrun_with_one_process_is_bit_equal_to_plain_python(tmp_path, trained, device):
     """The two dashes keep torchrun's own parser from reading --run as an abbreviation of --run-path."""
-    words = [*small_flags(tmp_path, device), "--only=student", "--run", "other"]
+    words = small_flags(tmp_path, "--only=student", "--run", "other", device=device)
     command = ["-m", "torch.distributed.run", "--nproc_per_node=1", "--", "custom_resnet.py", *words]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -230,7 +230,7 @@ def test_the_terminal_warns_of_models_that_predict_one_class_or_have_no_baseline
 
 
 def test_models_trained_with_different_numbers_of_threads_are_named():
-    results = recorded("docs/data/demo.json")
+    results = recorded("docs/example/results.json")
     for name in ("teacher", "student", "student_kd"):
         for seed, environment in results["models"][name]["environments"].items():
             environment["threads"] = "1" if (name, seed) == ("student", "3") else "2"
@@ -243,7 +243,7 @@ def test_models_trained_with_different_numbers_of_threads_are_named():
 
 
 def test_a_shift_is_in_pixels_of_the_stored_images():
-    results = recorded("docs/data/demo.json")
+    results = recorded("docs/example/results.json")
     results["settings"] |= {"crop_padding": 4, "image_size": 224, "augment": "crop"}
     text = results_markdown({**results, "stored_size": [32, 24]})
     assert re.search("4 pixels at 32 x 24 px, .*crop at 32 x 24 px", text)
