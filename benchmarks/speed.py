@@ -1,7 +1,7 @@
 """How fast this repository is compared with the original's way, in one run.
 
-    python -m tests.benchmark                        # 224 px, batch 100; under ten minutes on two CPU cores
-    python -m tests.benchmark --image_size 64 --rounds 5 --json speed.json
+    python -m benchmarks.speed                       # 224 px, batch 100; under ten minutes on two CPU cores
+    python -m benchmarks.speed --image_size 64 --rounds 5 --json speed.json
 
 "plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
 forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them, in the
