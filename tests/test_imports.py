@@ -75,6 +75,11 @@ def test_statistics_imports_nothing_of_this_repository():
     assert "scipy" in IMPORTS["report.statistics"]
 
 
+def test_the_file_to_read_needs_torch_and_torchvision_only():
+    names = {name.split(".")[0] for name in IMPORTS["benchmarks.reference"]}
+    assert names - set(sys.stdlib_module_names) == {"torch", "torchvision"}
+
+
 def test_every_imported_package_is_in_the_requirements():
     names = {name.split(".")[0] for names in IMPORTS.values() for name in names}
     packages = {"PIL": "pillow", "sklearn": "scikit-learn"}
