@@ -34,12 +34,12 @@ chaos: .venv/installed-for-tests
 	$(PYTHON) -m pytest -m chaos -s $(ARGS)
 
 bench: .venv/installed
-	$(PYTHON) -m tests.benchmark $(ARGS)
+	$(PYTHON) -m benchmarks.speed $(ARGS)
 
 # Everything there is to measure on a CUDA GPU, into docs/gpu.json and docs/gpu.md
 gpu: DATASET := cifar10
 gpu: .venv/installed-for-tests
-	$(PYTHON) -m tests.gpu --dataset $(DATASET) $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --dataset $(DATASET) $(ARGS)
 
 lint: .venv/installed-for-tests
 	$(PYTHON) -m ruff check .

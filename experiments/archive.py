@@ -105,7 +105,7 @@ def load(run: str, part: str = "") -> tuple[dict[str, Evaluated], np.ndarray]:
 
 
 def evaluation_faults() -> dict[str, Any]:
-    """What `tests.evaluation_faults` has measured and written."""
+    """What `benchmarks.evaluation_faults` has measured and written."""
     return json.loads((FOLDER / "evaluation_faults.json").read_text(encoding="utf-8"))
 
 

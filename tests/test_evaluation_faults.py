@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.evaluation_faults import FAULTS, faulty_accuracy, main
 from engine.datasets import Split
 from engine.inference import predict
-from tests.evaluation_faults import FAULTS, faulty_accuracy, main
 
 
 class BrighterThanTheBatch(nn.Module):

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from benchmarks import gpu
+from benchmarks.gpu_measurements import KERNELS, Options, exact_resize, measure, stored_against_online, try_each
 from engine.errors import UserError
-from tests import gpu
-from tests.gpu_measurements import KERNELS, Options, exact_resize, measure, stored_against_online, try_each
 
 OPTIONS = Options("cpu", 32, 4, 2, 3, "--preset demo")
 SPEED = {"rate": 1234.5, "min": 1200.0, "max": 1300.0, "n": 3, "first_seconds": 9.0, "peak_bytes": 2**31}
@@ -117,7 +117,7 @@ def test_a_cpu_computes_stored_and_online_logits_alike():
 
 def test_a_rate_leaves_the_first_call_out(monkeypatch):
     times = iter([0.0, 8.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
-    monkeypatch.setattr("tests.gpu_measurements.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("benchmarks.gpu_measurements.time.perf_counter", lambda: next(times))
     assert measure(lambda: None, 4, OPTIONS) == {"rate": 2.0, "min": 1.0, "max": 4.0, "n": 3, "first_seconds": 8.0}
 
 

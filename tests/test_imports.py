@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import report.figures  # noqa: F401 - matplotlib says so on stderr when it builds its font cache, the first time
 
-PACKAGES = ("engine", "report", "experiments")
+PACKAGES = ("engine", "report", "experiments", "benchmarks")
 SCRIPTS = ("config", "utils", "custom_resnet", "teacher_student_model", "evaluate")
 MAY_IMPORT = {
     "engine": {"engine"},
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "custom_resnet": {"engine", "config", "utils"},
     "teacher_student_model": {"engine", "config", "utils", "custom_resnet"},
     "evaluate": {"engine", "config", "utils", "custom_resnet", "teacher_student_model", "report"},
+    "benchmarks": {"engine", "report", *SCRIPTS, "benchmarks"},
 }
 PATHS = [*sorted(ROOT.glob("*.py")), *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))]
 
@@ -52,7 +53,7 @@ IMPORTS = {name: imported(tree) for name, tree in TREES.items()}
 OWN = {name: names & set(TREES) for name, names in IMPORTS.items()}
 
 
-def test_the_sources_are_the_five_scripts_and_the_three_packages():
+def test_the_sources_are_the_five_scripts_and_the_packages():
     assert {name for name in TREES if "." not in name} == {*SCRIPTS, *PACKAGES}
     assert "config" in OWN["utils"]
     assert {"report.figures", "report.metrics"} <= OWN["report.write"]
@@ -72,6 +73,11 @@ def test_no_circular_imports():
 def test_statistics_imports_nothing_of_this_repository():
     assert not OWN["report.statistics"]
     assert "scipy" in IMPORTS["report.statistics"]
+
+
+def test_the_file_to_read_needs_torch_and_torchvision_only():
+    names = {name.split(".")[0] for name in IMPORTS["benchmarks.reference"]}
+    assert names - set(sys.stdlib_module_names) == {"torch", "torchvision"}
 
 
 def test_every_imported_package_is_in_the_requirements():

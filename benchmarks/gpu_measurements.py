@@ -1,4 +1,4 @@
-"""What `python -m tests.gpu` measures: each function takes the options and returns what JSON can hold."""
+"""What `python -m benchmarks.gpu` measures: each function takes the options and returns what JSON can hold."""
 
 import gc
 import json
@@ -391,13 +391,13 @@ def synchronisations(options: Options) -> dict[str, Any]:
 
 
 def original_way(options: Options) -> dict[str, Any]:
-    """tests.benchmark: the original's way and this one, in alternation."""
+    """benchmarks.speed: the original's way and this one, in alternation."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "benchmark.json")
         flags = {"device": options.device, "image_size": options.image_size, "batch_size": options.batch_size}
         flags |= {"steps": options.steps, "rounds": options.repeats, "seconds": 15, "json": path}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, "-m", "tests.benchmark", *words], cwd=ROOT, check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], cwd=ROOT, check=True, stdout=sys.stderr)
         return json.loads(path.read_text())
 
 

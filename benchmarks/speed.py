@@ -1,14 +1,15 @@
 """How fast this repository is compared with the original's way, in one run.
 
-    python -m tests.benchmark                        # 224 px, batch 100; under ten minutes on two CPU cores
-    python -m tests.benchmark --image_size 64 --rounds 5 --json speed.json
+    python -m benchmarks.speed                       # 224 px, batch 100; under ten minutes on two CPU cores
+    python -m benchmarks.speed --image_size 64 --rounds 5 --json speed.json
 
-"plain" is the original's way: a DataLoader with PIL transforms and one worker, float32, contiguous, the teacher's
-forward pass on every batch, `.item()` in every step. "ours" is `fit` and `predict` as the scripts call them, in the
-precision that `auto` chooses; where the hardware supports bfloat16, training is also measured in the other one, and
-on a CPU, at up to 64 px, also without engine/convolution.py. The variants alternate, so that drift in the machine's
-speed affects all, and plain runs in a process of its own, as our process-wide settings would speed it up. The first,
-cold call of each is reported separately; the figures are medians of the others, with their range.
+"plain" is the original's way, measured with the functions of benchmarks/reference.py: a DataLoader with PIL
+transforms and one worker, float32, contiguous, the teacher's forward pass on every batch, `.item()` in every step,
+evaluation in training mode. "ours" is `fit` and `predict` as the scripts call them, in the precision that `auto`
+chooses; where the hardware supports bfloat16, training is also measured in the other one, and on a CPU, at up to 64 px,
+also without engine/convolution.py. The variants alternate, so that drift in the machine's speed affects all, and plain
+runs in a process of its own, as our process-wide settings would speed it up. The first, cold call of each is reported
+separately; the figures are medians of the others, with their range.
 """
 
 import argparse
@@ -27,13 +28,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torchvision import transforms
 
 import engine.convolution
+from benchmarks import reference
 from custom_resnet import build_resnet, cross_entropy, fit
 from engine.datasets import Dataset, Split, batches, to_device, to_split
 from engine.device import (
@@ -47,7 +47,6 @@ from engine.device import (
 )
 from engine.errors import exit_on_error
 from engine.estimate import time_training
-from engine.images import IMAGENET_MEAN, IMAGENET_STD
 from engine.inference import predict
 from engine.models import Architecture
 from engine.recipes import Recipe
@@ -64,9 +63,7 @@ class PilImages(TorchDataset):
     """CIFAR-10 as torchvision serves it: an array of images, each turned into a PIL image and transformed."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, size: int):
-        self.images, self.labels = images, labels
-        steps = [transforms.Resize((size, size)), transforms.RandomHorizontalFlip(0.5), transforms.ToTensor()]
-        self.transform = transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        self.images, self.labels, self.transform = images, labels, reference.make_transform(flip=True, size=size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,32 +102,24 @@ class Benchmark:
         next(batches)
         return batches
 
-    def plain_training(
-        self, arch: str, teacher: str | None = None, teacher_gradients: bool = False
-    ) -> dict[str, float]:
+    def plain_training(self, arch: str, teacher: str | None = None, as_published: bool = False) -> dict[str, float]:
         """Seconds of `steps` steps, and those of them spent waiting for the next batch."""
-        model = self.model(arch, ours=False).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-        loader = self.loader_with_a_batch_ready()
-        running, waited = 0.0, 0.0
+        model, loss = self.model(arch, ours=False), reference.cross_entropy
+        if teacher:
+            loss = reference.make_distillation_loss(self.model(teacher, ours=False), as_published)
+        loader, waited = self.loader_with_a_batch_ready(), []
+
+        def batches() -> Iterator:
+            for _ in range(self.steps):
+                started_waiting = time.perf_counter()
+                batch = next(loader)
+                waited.append(time.perf_counter() - started_waiting)
+                yield batch
+
         started = time.perf_counter()
-        for _ in range(self.steps):
-            started_waiting = time.perf_counter()
-            images, labels = next(loader)
-            waited += time.perf_counter() - started_waiting
-            images, labels = images.to(self.config.device), labels.to(self.config.device)
-            optimizer.zero_grad()
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            if teacher:
-                with torch.set_grad_enabled(teacher_gradients):
-                    teacher_logits = self.model(teacher, ours=False).eval()(images)
-                soft = F.kl_div(F.log_softmax(logits / 5, 1), F.softmax(teacher_logits / 5, 1), reduction="batchmean")
-                loss = 0.25 * loss + 0.75 * soft
-            loss.backward()
-            optimizer.step()
-            running += loss.item() + (logits.argmax(1) == labels).sum().item()
-        return {"seconds": time.perf_counter() - started, "waited": waited}
+        with contextlib.redirect_stdout(io.StringIO()):  # its line for each epoch
+            reference.train(model, batches(), loss)
+        return {"seconds": time.perf_counter() - started, "waited": sum(waited)}
 
     def our_training(
         self, arch: str, distilled: bool = False, other_precision: bool = False, conv2d_alone: bool = False
@@ -151,13 +140,9 @@ class Benchmark:
         return {"seconds": history[-1]["seconds"]}
 
     def plain_evaluation(self, arch: str) -> dict[str, float]:
-        model, correct = self.model(arch, ours=False).eval(), 0
         loader = self.loader_with_a_batch_ready()
         started = time.perf_counter()
-        with torch.no_grad():
-            for images, labels in loader:
-                logits = model(images.to(self.config.device))
-                correct += (logits.argmax(1).cpu() == labels).sum().item()
+        reference.evaluate(self.model(arch, ours=False), loader, as_published=True)
         return {"seconds": time.perf_counter() - started}
 
     def our_evaluation(self, arch: str) -> dict[str, float]:
@@ -208,7 +193,7 @@ VARIANTS = {  # name -> a method of Benchmark and its arguments
     "ResNet18 training, ours with conv2d alone": ("our_training", {"arch": "resnet18", "conv2d_alone": True}),
     "distilled ResNet18, the original's (teacher with gradients)": (
         "plain_training",
-        {**DISTILLED, "teacher_gradients": True},
+        {**DISTILLED, "as_published": True},
     ),
     "distilled ResNet18, plain (teacher under no_grad)": ("plain_training", DISTILLED),
     "distilled ResNet18, ours (stored logits)": ("our_training", {"arch": "resnet18", "distilled": True}),

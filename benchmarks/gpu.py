@@ -1,8 +1,8 @@
 """Measure this repository on a GPU: exactness, speed and the whole experiment, into a JSON file and a Markdown page.
 
-    python -m tests.gpu                     # about 25 minutes on one H200; docs/gpu.json and docs/gpu.md
-    python -m tests.gpu --dataset path/to/images --only experiment training_speed
-    python -m tests.gpu --device cpu        # a rehearsal at a small size, with the demo as the experiment; imgs/gpu/
+    python -m benchmarks.gpu                  # about 25 minutes on one H200; docs/gpu.json and docs/gpu.md
+    python -m benchmarks.gpu --dataset path/to/images --only experiment training_speed
+    python -m benchmarks.gpu --device cpu     # a rehearsal at a small size, with the demo as the experiment; imgs/gpu/
 
 Each section runs in a process of its own and is written as soon as it is finished; the same command goes on with those
 that are missing or have failed. The page is written from the JSON file each time.
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_measurements import ROOT, SECTIONS, Options, configure
+from benchmarks.speed import H200_ROOFLINE
 from engine.device import environment
 from engine.errors import UserError, exit_on_error
 from engine.files import write_durably
-from tests.benchmark import H200_ROOFLINE
-from tests.gpu_measurements import ROOT, SECTIONS, Options, configure
 
 TARGETS = {  # images/s on an H200 at 224 px, batches of 100
     "ResNet50 training": 4_800,
@@ -127,7 +127,7 @@ def page(found: dict[str, Any], options: dict[str, Any]) -> str:
     """The Markdown page."""
     about = f"{options['image_size']} px, batches of {options['batch_size']}"
     machine = found.get("ceilings", {}).get("environment", {})
-    lines = ["# Measured on " + machine.get("device", options["device"]), "", f"`python -m tests.gpu`: {about}; "]
+    lines = ["# Measured on " + machine.get("device", options["device"]), "", f"`python -m benchmarks.gpu`: {about}; "]
     lines[-1] += ", ".join(f"{k} {machine[k]}" for k in ("python", "torch", "torchvision") if k in machine) + "."
     if rates := found.get("ceilings"):
         lines += [
@@ -165,7 +165,7 @@ def page(found: dict[str, Any], options: dict[str, Any]) -> str:
 
 def run_section(name: str, options: Options) -> tuple[dict[str, Any] | None, str]:
     """The section's record from a process of its own, or None and its error."""
-    words = [sys.executable, "-m", "tests.gpu", "--section", name, json.dumps(options._asdict())]
+    words = [sys.executable, "-m", "benchmarks.gpu", "--section", name, json.dumps(options._asdict())]
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return None, f"exit status {done.returncode}; its traceback is above"

@@ -1,6 +1,6 @@
 """What the original's two faults of evaluation do to the accuracy of a finished run.
 
-    python -m tests.evaluation_faults --run ablation --precision bf16 --json docs/data/evaluation_faults.json
+    python -m benchmarks.evaluation_faults --run ablation --precision bf16 --json docs/data/evaluation_faults.json
 
 Its evaluation script never calls eval(), so that BatchNorm normalises with the statistics of each test batch, and its
 test images are flipped at random. Here both are repeated on checkpoints of this repository, several times each, as
