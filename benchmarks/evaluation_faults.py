@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.checkpoints import checkpoint_path, load_finished
+from engine.checkpoints import load_finished
 from engine.datasets import Split, load_dataset
 from engine.device import configure_backends, forward_pass, resolve_device
 from engine.errors import UserError, exit_on_error
@@ -68,15 +68,15 @@ def measure(config: Config, repeats: int, skip: Container[str] = ()) -> Iterator
     An evaluation is repeated `repeats` times where it is random.
     """
     dataset = load_dataset(config)
-    for name, seed in config.models():
-        title = f"{name}/seed{seed}"
-        if title in skip or not (state := load_finished(checkpoint_path(config, name, seed))):
+    for model in config.models():
+        title = f"{model.name}/seed{model.seed}"
+        if title in skip or not (state := load_finished(model.path)):
             continue
-        model = load_model(state, config.device)
+        network = load_model(state, config.device)
 
-        def accuracy(how: dict, repeat: int, model=model) -> float:
+        def accuracy(how: dict, repeat: int, network=network) -> float:
             return faulty_accuracy(
-                model, dataset.test, config.image_size, **how, seed=repeat, precision=config.precision
+                network, dataset.test, config.image_size, **how, seed=repeat, precision=config.precision
             )
 
         faults = {

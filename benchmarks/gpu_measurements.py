@@ -23,7 +23,8 @@ from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from custom_resnet import build_resnet, cross_entropy, fit
+from benchmarks.speed import fit_recipe
+from custom_resnet import build_resnet, cross_entropy
 from engine.checkpoints import load_checkpoint
 from engine.datasets import Dataset, Split, batches, to_device
 from engine.device import configure_backends, environment, memory_format, resolve_device, synchronize
@@ -158,7 +159,7 @@ def stored_against_online(options: Options) -> dict[str, Any]:
     """The teacher's stored logits against those that it gives on the student's batches."""
     config = configure(options)
     dataset, model = random_dataset(config, options.steps), make_model("resnet50", config)
-    fit(model, RECIPE, config, 0, dataset, cross_entropy, "teacher")
+    fit_recipe(model, RECIPE, config, dataset, cross_entropy)
     model.eval()
     subset = dataset.subset(None)
     stored = stored_logits(teacher_logits(Teacher("teacher", model, ""), config, dataset, subset))
@@ -187,10 +188,8 @@ def exact_resume(options: Options) -> dict[str, Any]:
 
         def train(stop_after: int | None = None, state: dict | None = None, config=config, dataset=dataset) -> tuple:
             model, states, calls = make_model("resnet18", config), [], iter(range(10**9))
-            history = fit(
-                *(model, RECIPE, config, 0, dataset, cross_entropy, "resume", state, states.append),
-                stop=lambda: 15 * (next(calls) + 1 == stop_after),
-            )
+            more = {"state": state, "write": states.append, "stop": lambda: 15 * (next(calls) + 1 == stop_after)}
+            history = fit_recipe(model, RECIPE, config, dataset, cross_entropy, **more)
             return model, states, history
 
         once, twice = train()[0], train()[0]
@@ -269,7 +268,7 @@ def whole_fit(options: Options, arch: str, compile: str = "off", on_host: bool =
     dataset, model = random_dataset(config, options.steps, on_host), make_model(arch, config)
 
     def epoch() -> float:
-        return fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)[-1]["seconds"]
+        return fit_recipe(model, RECIPE, config, dataset, cross_entropy)[-1]["seconds"]
 
     return measure(epoch, len(dataset.train.labels), options)
 
@@ -354,10 +353,10 @@ def step_profile(options: Options) -> dict[str, Any]:
     on_cuda, found = options.device.startswith("cuda"), {}
     for arch in ARCHS:
         dataset, model = random_dataset(config, options.steps), make_model(arch, config)
-        fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)
+        fit_recipe(model, RECIPE, config, dataset, cross_entropy)
         synchronize(config.device)
         with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
-            wall = fit(model, RECIPE, config, 0, dataset, cross_entropy, arch)[-1]["seconds"]
+            wall = fit_recipe(model, RECIPE, config, dataset, cross_entropy)[-1]["seconds"]
             synchronize(config.device)
         seconds, names = defaultdict(float), Counter()
         for event in recorded.key_averages():
@@ -378,12 +377,12 @@ def synchronisations(options: Options) -> dict[str, Any]:
     """Where `fit` makes the host wait for the device, and how often in an epoch of `steps` steps."""
     config = configure(options)
     dataset, model, places = random_dataset(config, options.steps), make_model("resnet18", config), Counter()
-    fit(model, RECIPE, config, 0, dataset, cross_entropy, "warm-up")
+    fit_recipe(model, RECIPE, config, dataset, cross_entropy)
     if options.device.startswith("cuda"):
         torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(model, RECIPE, config, 0, dataset, cross_entropy, "synchronisations")
+        fit_recipe(model, RECIPE, config, dataset, cross_entropy)
     for warning in caught:
         if "synchroniz" in str(warning.message):
             places[f"{Path(warning.filename).name}:{warning.lineno}"] += 1

@@ -24,17 +24,19 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 import engine.convolution
 from benchmarks import reference
-from custom_resnet import build_resnet, cross_entropy, fit
+from custom_resnet import LossFunction, build_resnet, cross_entropy, fit
 from engine.datasets import Dataset, Split, batches, to_device, to_split
 from engine.device import (
     configure_backends,
@@ -50,13 +52,21 @@ from engine.estimate import time_training
 from engine.inference import predict
 from engine.models import Architecture
 from engine.recipes import Recipe
-from engine.settings import Config
-from engine.training import Meter
-from teacher_student_model import distillation_terms, make_distillation_loss, stored_logits
+from engine.settings import Config, Model
+from engine.training import Meter, Training
+from teacher_student_model import Distillation, distillation_terms, stored_logits
 
 KD_EPOCHS = 10  # of the original's distilled student, over which the teacher's logits are shared
 # Images/s that memory traffic allows one H200 at 224 px in bf16, eager: measured bandwidth, traffic layer by layer.
 H200_ROOFLINE = {"ResNet50 training": 6_900, "ResNet18 training": 26_000}
+
+
+def fit_recipe(
+    network: nn.Module, recipe: Recipe, config: Config, dataset: Dataset, loss_fn: LossFunction, **more: Any
+) -> list[dict[str, float]]:
+    """`fit` for a recipe that is not in the config. `more` is the rest of what Training takes."""
+    model = Model("benchmark", 0, replace(config, recipes={**config.recipes, "benchmark": recipe}))
+    return fit(Training(network, model, len(dataset.subset(recipe.train_size)), **more), dataset, loss_fn)
 
 
 class PilImages(TorchDataset):
@@ -129,14 +139,14 @@ class Benchmark:
         )
         recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if distilled else None)
         logits = torch.randn(2, self.n, 10, device=self.config.device)
-        loss_fn = make_distillation_loss(stored_logits(logits), recipe) if distilled else cross_entropy
+        loss_fn = Distillation(recipe, stored_logits(logits)) if distilled else cross_entropy
         convolution = torch.conv2d if conv2d_alone else engine.convolution.convolution
         with (
             contextlib.redirect_stderr(io.StringIO()),  # its line for each epoch
             mock.patch("engine.convolution.convolution", convolution),
         ):
             config = replace(self.config, precision=precision)
-            history = fit(self.model(arch, ours=True), recipe, config, 0, self.dataset, loss_fn, "ours")
+            history = fit_recipe(self.model(arch, ours=True), recipe, config, self.dataset, loss_fn)
         return {"seconds": history[-1]["seconds"]}
 
     def plain_evaluation(self, arch: str) -> dict[str, float]:

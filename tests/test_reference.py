@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_images
+from conftest import fit, random_images
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
@@ -32,11 +32,11 @@ def test_training_gives_the_weights_of_fit(config, digits, model, loss):
         teacher = custom_resnet.build_resnet("resnet18", 10).to(config.device).eval()
         as_published = loss == "distillation as published"
         how |= {"teacher": "teacher", "alpha": 0.25, "temperature": 5.0, "scale_soft_loss": not as_published}
-        ours = teacher_student_model.make_distillation_loss(lambda batch: teacher(batch.images), Recipe(**how))
+        ours = teacher_student_model.Distillation(Recipe(**how), lambda batch: teacher(batch.images))
         theirs = reference.make_distillation_loss(teacher, as_published)
 
     trained = copy.deepcopy(model)
-    custom_resnet.fit(trained, Recipe(**how), config, 5, dataset, ours, "test")
+    fit(trained, Recipe(**how), config, 5, dataset, ours)
     epochs = [batches(dataset.train, dataset.subset(10), config, 5, epoch) for epoch in range(2)]
     reference.train(model, [(batch.images, batch.labels) for epoch in epochs for batch in epoch], theirs)
 
