@@ -194,7 +194,8 @@ def test_resuming_after_a_stop_at_any_step_is_bit_exact(config, digits, schedule
             assert calls < 100
             model = build_resnet("resnet18", 10, pretrained=False).to(config.device)
             state = copy.deepcopy(saved[-1]) if saved else None
-            history = fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, state, saved.append, stop)
+            loss, more = custom_resnet.cross_entropy, {"state": state, "write": saved.append, "stop": stop}
+            history = fit(model, recipe, config, 0, digits, loss, **more)
             saved[-1] = copy.deepcopy(saved[-1])
         return saved[-1]["model"], [{**record, "seconds": 0} for record in history]
 
@@ -273,8 +274,8 @@ def test_the_state_is_saved_every_checkpoint_minutes(config, digits, model):
 def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, digits, monkeypatch):
     first = []
 
-    def look(model, *_):
-        first.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    def look(training, *_):
+        first.append({name: tensor.clone() for name, tensor in training.network.state_dict().items()})
         return [{}, {}]
 
     monkeypatch.setattr(custom_resnet, "fit", look)
@@ -357,7 +358,7 @@ def test_bad_input_ends_the_script_without_a_traceback(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("culprit", "step"), [("hard loss", 1), ("soft loss", 1), ("soft loss", 3), ("logits", 2)])
+@pytest.mark.parametrize(("culprit", "step"), [("hard", 1), ("soft", 1), ("soft", 3), ("logits", 2)])
 def test_divergence_is_reported_with_epoch_and_learning_rate(config, digits, model, culprit, step):
     steps = 0
 
@@ -372,7 +373,8 @@ def test_divergence_is_reported_with_epoch_and_learning_rate(config, digits, mod
         return terms
 
     recipe = Recipe(epochs=1, lr=0.02, train_size=100)
-    with pytest.raises(UserError, match=f"test: epoch 1, step 4, lr = 0.02: the {culprit} became NaN or infinite"):
+    what = culprit if culprit == "logits" else f"{culprit} loss"
+    with pytest.raises(UserError, match=f"test seed 0: epoch 1, step 4, lr = 0.02: the {what} became NaN or infinite"):
         fit(model, recipe, config, 0, digits, loss_fn)
     assert steps == 4
 
@@ -387,7 +389,7 @@ def test_diverged_weights_are_never_saved(config, digits, model):
         return custom_resnet.cross_entropy(logits, batch)
 
     recipe, often = Recipe(epochs=1, lr=0.01, train_size=100), replace(config, checkpoint_minutes=1e-9)
-    with pytest.raises(UserError, match=r"test: epoch 1, step 3, lr = 0.01: the weights became NaN or infinite"):
+    with pytest.raises(UserError, match=r"test seed 0: epoch 1, step 3, lr = 0.01: the weights became NaN or infinite"):
         fit(model, recipe, often, 0, digits, loss_fn, write=saved.append)
     assert [state["step"] for state in saved] == [1, 2]
 
@@ -411,7 +413,7 @@ def test_a_log_line_each_minute_shows_loss_and_time_left(config, digits, model, 
     fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy, estimate=later)
     line = next(line for line in capsys.readouterr().err.splitlines() if "left of this model" in line)
     assert re.search(
-        r"test epoch 1/1  +\d+%  [\d.]+ images/s  loss \d\.\d+, accuracy [\d.]+%, .* left of this model", line
+        r"test seed 0 epoch 1/1  +\d+%  [\d.]+ images/s  loss \d\.\d+, accuracy [\d.]+%, .* left of this model", line
     )
     assert "of the run" in line
 

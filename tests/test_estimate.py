@@ -105,9 +105,9 @@ def test_estimates_cover_each_model_and_the_ones_after_it(config, digits, timed)
         _, estimates = plan(jobs, replace(config, augment=augment), digits)
         total = [0.5 * images_of(jobs[0], config, digits), 0.125 * images_of(jobs[1], config, digits)]
         total.append(of_student + 0.5 * asked / 3)
-        assert list(estimates) == [("teacher", 3), ("student", 3), ("student_kd", 3)]
+        assert list(estimates) == [job.model for job in jobs]
         for number, (job, found) in enumerate(zip(jobs, estimates.values(), strict=True)):
-            steps = trained_images(job, config, digits) * (0.5 if job.name == "teacher" else 0.125)
+            steps = trained_images(job, config, digits) * (0.5 if job.model.name == "teacher" else 0.125)
             assert found == pytest.approx((steps, sum(total[number + 1 :])))
 
 
@@ -191,8 +191,8 @@ def test_auto_chooses_the_precision_with_the_shorter_total(config, digits, timed
     assert set(timed_pairs) == set(table)
     assert resolved == replace(config, precision=faster)
     for job in jobs:
-        expected = trained_images(job, config, digits) * table[Architecture.of(config.recipes[job.name]), faster]
-        assert estimates[job.name, 0].model == pytest.approx(expected)
+        expected = trained_images(job, config, digits) * table[Architecture.of(job.model.recipe), faster]
+        assert estimates[job.model].model == pytest.approx(expected)
     rates = {"fp32": ("10.0", "20.0", "5.0", "25.0", "bf16"), "bf16": ("5.0", "25.0", "10.0", "20.0", "fp32")}
     first, second, other_first, other_second, other = rates[faster]
     assert (

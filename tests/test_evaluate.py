@@ -276,7 +276,7 @@ def test_evaluate_prints_to_an_ascii_stdout(trained, image_folder, tmp_path, scr
     own = [f"--dataset={root}", "--only=student", "--student.train_size=none", "--student.epochs=1", "--batch_size=4"]
     own += ["--teacher.train_size=none", "--student_kd.train_size=none"]
     teacher_student_model.main(flags(tmp_path, *own))
-    done = script("evaluate.py", *flags(tmp_path), *own, PYTHONIOENCODING="ascii")
+    done = script("evaluate.py", *flags(tmp_path, *own), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "\\u540d\\u524d" in done.stdout
     results = json.loads((tmp_path / "imgs/demo/results.json").read_text())

@@ -77,7 +77,7 @@ def test_a_run_uses_the_code_of_its_start(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("engine", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "teacher_student_model.py", *flags(tmp_path), *SWEEP]
+    command = [sys.executable, "teacher_student_model.py", *flags(tmp_path, *SWEEP)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     output = process.stderr.readline()  # about the data, before any model is trained
     assert "demo: digits" in output

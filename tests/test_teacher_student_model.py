@@ -312,7 +312,7 @@ def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, chan
     if recipe.shuffle_teacher:
         stored = shuffle_within_classes(stored, digits, digits.subset(100), seed=0)
 
-    def look(model, recipe, config, seed, dataset, loss_fn, *_):
+    def look(training, dataset, loss_fn):
         for batch in datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0):
             z = torch.randn(len(batch.labels), C, device=config.device)
             v = stored[batch.flipped.long(), batch.index]
@@ -332,7 +332,7 @@ def test_labels_are_smoothed_without_a_teacher(config, digits, monkeypatch):
     student = replace(config.recipes["student"], label_smoothing=0.1)
     config, found = replace(config, recipes={**config.recipes, "student": student}), []
 
-    def look(model, recipe, config, seed, dataset, loss_fn, *_):
+    def look(training, dataset, loss_fn):
         batch = next(datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0))
         z = torch.randn(len(batch.labels), C, device=config.device)
         spread = torch.full_like(z, 0.01) + 0.9 * F.one_hot(batch.labels, C)
