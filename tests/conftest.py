@@ -1,6 +1,7 @@
 """Small experiments on real digits: 16 px, ResNet18, a few steps. Tests that use a device run on each one there is."""
 
 import hashlib
+import io
 import os
 import pickle
 import subprocess
@@ -26,7 +27,7 @@ from engine.device import configure_backends
 from engine.recipes import Recipe
 from engine.settings import Config, Model
 from engine.training import Training
-from report import cost
+from report import cost, figures
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as configure_backends does, before cuBLAS's first call
 torch.backends.cudnn.allow_tf32 = False  # so that a GPU's float32 agrees with a CPU's
@@ -100,6 +101,17 @@ def short_timing_of_inference():
         yield
 
 
+DRAW = figures.png
+BLANK = io.BytesIO()
+Image.new("L", (1, 1)).save(BLANK, "PNG")
+
+
+@pytest.fixture(autouse=True)
+def figures_are_not_drawn(monkeypatch):
+    """Drawing takes most of the time of an evaluation. The fixture `report` draws, and so does a script of its own."""
+    monkeypatch.setattr(figures, "png", lambda figure: BLANK.getvalue())
+
+
 @pytest.fixture
 def config(tmp_path, device) -> Config:
     """The small experiment as a Config, with half of the images mirrored."""
@@ -143,7 +155,9 @@ def trained(tmp_path_factory, device) -> Path:
 @pytest.fixture(scope="session")
 def report(trained, device) -> Path:
     """The folder of the report on `trained`. Tests only read it."""
-    evaluate.main(flags(trained, "--seeds", "0", "1", device=device))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png", DRAW)
+        evaluate.main(flags(trained, "--seeds", "0", "1", device=device))
     return trained / "imgs" / "demo"
 
 

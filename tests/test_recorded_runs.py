@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, override, paths
+from conftest import flags, paths
 
 import engine.files
 import evaluate
@@ -19,11 +19,6 @@ from engine.checkpoints import load_checkpoint, save_checkpoint, tensors_digest
 from engine.errors import UserError
 from report import write
 from utils import parse_recorded
-
-
-@pytest.fixture(autouse=True)
-def figures_are_not_drawn(monkeypatch):
-    monkeypatch.setattr(write.figures, "png", lambda figure: b"a figure")
 
 
 def copy_of(trained, tmp_path) -> Path:
@@ -48,18 +43,24 @@ def rewrite(path: Path, **changes) -> None:
 def test_a_run_is_evaluated_by_all_its_checkpoints_whatever_their_times(trained, tmp_path):
     """A sweep after the plain row: both lie there, and neither time stamps nor config.py hide one."""
     folder = copy_of(trained, tmp_path)
-    swept = flags(tmp_path, "--sweep", "student_kd.alpha=0,1", "--student_kd.epochs=1")
-    teacher_student_model.main(override(swept, "--seeds", "0", "1"))
+    shutil.rmtree(folder / "seed1")
+    teacher_student_model.main(flags(tmp_path, "--sweep", "student_kd.alpha=0,1", "--student_kd.epochs=1"))
+    rows = ["teacher", "student", "student_kd", "student_kd-alpha-0", "student_kd-alpha-1"]
     for newest in ("student_kd.pt", "student_kd-alpha-0.pt"):
-        os.utime(folder / "seed1" / newest, (2_000_000_000, 2_000_000_000))
-        evaluate.main(["--run=demo", *paths(tmp_path)])
-        results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
-        rows = ["teacher", "student", "student_kd", "student_kd-alpha-0", "student_kd-alpha-1"]
-        assert set(results["models"]) == set(rows)
-        assert {name: len(model["accuracy"]["seeds"]) for name, model in results["models"].items()} == dict.fromkeys(
-            rows, 2
-        )
-        assert [entry["values"] for entry in results["sweeps"]["student_kd"]] == [{"alpha": 0.0}, {"alpha": 1.0}]
+        os.utime(folder / "seed0" / newest, (2_000_000_000, 2_000_000_000))
+        config = parse_recorded(["--run=demo", *paths(tmp_path)], {})
+        assert {(model.name, model.seed) for model in config.models()} == {(row, 0) for row in rows}
+        assert {name: recipe.epochs for name, recipe in config.recipes.items()} == {
+            "teacher": 2,
+            "student": 2,
+            "student_kd": 2,
+            "student_kd-alpha-0": 1,
+            "student_kd-alpha-1": 1,
+        }
+    evaluate.main(["--run=demo", *paths(tmp_path)])
+    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+    assert set(results["models"]) == set(rows)
+    assert [entry["values"] for entry in results["sweeps"]["student_kd"]] == [{"alpha": 0.0}, {"alpha": 1.0}]
 
 
 def test_checkpoints_that_contradict_one_another_are_refused_with_both_names(trained, tmp_path, capsys):
