@@ -554,6 +554,7 @@ def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
     assert f"alone {percent(models['student'])}%, distilled {percent(models['student_kd'])}%" in README
     assert summary(results).splitlines()[-1] in README
     for file, sentence in (
+        ("demo-xeon", "{:+.2f}, p = {:.2g}, on that Xeon"),
         ("demo-conv2d", "{:+.2f}, p = {:.2g}, and, on an AMD EPYC"),
         ("demo-amd", "{:+.2f}, p = {:.2g}: indistinguishable."),
     ):

@@ -242,6 +242,13 @@ def test_models_trained_with_different_numbers_of_threads_are_named():
     assert "not all models" not in results_markdown(results).lower()
 
 
+def test_the_example_report_shows_figures_that_exist():
+    text = (ROOT / "docs/example/results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert figures
+    assert all((ROOT / "docs/example" / path).is_file() for path in figures)
+
+
 def test_a_shift_is_in_pixels_of_the_stored_images():
     results = recorded("docs/example/results.json")
     results["settings"] |= {"crop_padding": 4, "image_size": 224, "augment": "crop"}
