@@ -10,6 +10,7 @@ and prints the table. Three layers: logits from checkpoints; metrics, functions 
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,9 @@ def evaluate(config: Config, dataset: Dataset) -> None:
         models, missing = evaluate_checkpoints(config, dataset)
         if not models:
             raise UserError(f"nothing to evaluate; {TRAIN_FIRST}")
+        for (first, one), (second, other) in itertools.combinations(models.items(), 2):
+            if one.digests == other.digests:  # as after a row was renamed
+                log.info(f"{first} and {second} have the same weights, and each counts among the comparisons")
         logits = training_logits(config, dataset, models)
         if rank() == 0:
             results = write_report(config, dataset, models, logits, missing)

@@ -68,7 +68,8 @@ def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
     swept_row = {name: row for row, points in recorded.swept.items() for name in points}
     recipes = dict(recorded.recipes)
     for name in names:
-        row, before = preset.recipes.get(swept_row.get(name, name)), recipes[name].baseline
+        row = preset.recipes.get(name) or preset.recipes.get(swept_row.get(name))
+        before = recipes[name].baseline
         if row is None:
             continue
         baseline = row_of_same_values(recipes[name], row.baseline, recorded.swept)

@@ -204,7 +204,8 @@ def check_teacher(model: Model, state: dict[str, Any]) -> None:
 def recorded_config(folder: Path) -> Config:
     """The settings of all models that lie in a run's `folder`, each as its own checkpoint records them.
 
-    Raises UserError if there are none, and if two checkpoints contradict one another, with both names.
+    Where seeds of a recipe record settings of the same effect, those of the highest seed are taken. Raises UserError if
+    there are no checkpoints, and if two contradict one another, with both names.
     """
     states = {}
     for path in sorted(folder.glob("seed*/*.pt")):
@@ -212,21 +213,22 @@ def recorded_config(folder: Path) -> Config:
         check_place(path, states[path])
     if not states:
         raise UserError(f"{folder}: holds no checkpoints; train first, or name another --run or --checkpoints_path")
+    described: dict[str, Path] = {}  # recipe, or None for what all share -> the checkpoint that describes it
     recipes: dict[str, Recipe] = {}
-    described_by: dict[str, Path] = {}  # recipe -> the checkpoint that describes it
-    first = next(iter(states))
-    shared = known(Config, states[first]["config"])
-    for path, state in states.items():
-        recorded = state["config"]
-        check_agreement(first, shared, path, recorded, IRRELEVANT | {"precision"}, "")
-        for name, values in recorded["recipes"].items():
-            if name == state["name"] and name in described_by:
-                check_agreement(described_by[name], asdict(recipes[name]), path, values, {"baseline"}, f"{name}.")
-            elif name == state["name"] or name not in recipes:
+    for path, state in sorted(states.items(), key=lambda item: item[1]["seed"]):
+        settings = without_precision(state["settings"])
+        for part, name in (("recipe", state["name"]), ("config", None)):
+            if settings[part]:  # weights that are used as they are depend on no config
+                first = described.setdefault(name, path)
+                check_agreement(first, states[first]["settings"][part], path, settings[part], name)
+        for name, values in state["config"]["recipes"].items():
+            if name == state["name"] or name not in recipes:
                 recipes[name] = Recipe(**known(Recipe, values))
-        described_by.setdefault(state["name"], path)
-    trained = {"recipes": recipes, "sweep": (), "swept": all_swept(states.values())}
-    trained["seeds"] = tuple(sorted({state["seed"] for state in states.values()}))
+    shared = known(Config, states[described.get(None) or next(iter(states))]["config"])
+    found = {state["seed"] for state in states.values()}
+    asked = {seed for state in states.values() for seed in state["config"]["seeds"]}
+    trained = {"recipes": recipes, "seeds": tuple(sorted(found & asked or found))}
+    trained |= {"sweep": (), "swept": all_swept(states.values())}
     here = {"run": folder.name, "checkpoints_path": str(folder.parent), "imgs_path": "imgs"}
     here |= {"only": (), "overwrite": False, "device": "auto", "jobs": 1}
     return Config(**{**shared, **trained, **here})
@@ -238,13 +240,12 @@ def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_agreement(
-    first: Path, expected: dict[str, Any], second: Path, found: dict[str, Any], ignored: set[str], prefix: str
+    first: Path, expected: dict[str, Any], second: Path, found: dict[str, Any], recipe: str | None
 ) -> None:
-    """Raise UserError, naming both files, if the settings that two checkpoints record contradict one another."""
+    """Raise UserError, naming both files, if parts of their fingerprints contradict one another."""
+    prefix = f"{recipe}." if recipe else ""
     differing = [
-        f"{prefix}{field} is {expected[field]} and {found[field]}"
-        for field in expected
-        if field not in ignored and expected[field] != found.get(field)
+        f"{field} is {before} and {now}" for field, before, now in compare(expected, found, recipe or "", prefix)
     ]
     if differing:
         raise UserError(
@@ -253,11 +254,9 @@ def check_agreement(
 
 
 def all_swept(states: Iterable[dict[str, Any]]) -> Grid:
-    """The rows of all recorded sweeps; of sweeps of one row over different settings, those of the most settings."""
+    """The rows of all recorded sweeps."""
     swept: Grid = {}
     for state in states:
         for row, points in state["config"]["swept"].items():
-            found = swept.setdefault(row, {}) | points
-            most = max(len(values) for values in found.values())
-            swept[row] = {name: values for name, values in found.items() if len(values) == most}
+            swept[row] = swept.get(row, {}) | points
     return swept

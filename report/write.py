@@ -177,9 +177,16 @@ def run_figures(config: Config, results: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def sweeps(config: Config, evaluated: Container[str]) -> Grid:
-    """The evaluated rows of each sweep that has some."""
-    found = {row: {n: values for n, values in points.items() if n in evaluated} for row, points in config.swept.items()}
-    return {row: points for row, points in found.items() if points}
+    """The evaluated rows of each sweep that has some. Of sweeps of one row over different settings, the larger one."""
+    found: Grid = {}
+    for row, points in config.swept.items():
+        by_settings: dict[tuple, dict[str, dict[str, Any]]] = {}
+        for name, values in points.items():
+            if name in evaluated:
+                by_settings.setdefault(tuple(values), {})[name] = values
+        if by_settings:
+            found[row] = max(by_settings.values(), key=len)
+    return found
 
 
 def comparison_figures(

@@ -65,19 +65,58 @@ def test_a_run_is_evaluated_by_all_its_checkpoints_whatever_their_times(trained,
 
 def test_checkpoints_that_contradict_one_another_are_refused_with_both_names(trained, tmp_path, capsys):
     folder = copy_of(trained, tmp_path)
-    config = load_checkpoint(folder / "seed1/student.pt")["config"]
-    row = config["recipes"]["student"]
-    for changes, what in (
-        ({"recipes": {**config["recipes"], "student": {**row, "lr": 0.5}}}, "student.lr is 0.01 and 0.5"),
-        ({"batch_size": 7}, "batch_size is 25 and 7"),
+    settings = load_checkpoint(folder / "seed1/student.pt")["settings"]
+    for part, field, value, what in (
+        ("recipe", "lr", 0.5, "student.lr is 0.01 and 0.5"),
+        ("config", "batch_size", 7, "batch_size is 25 and 7"),
     ):
-        rewrite(folder / "seed1/student.pt", config={**config, **changes})
+        rewrite(folder / "seed1/student.pt", settings={**settings, part: {**settings[part], field: value}})
         message = refused(evaluate.main, ["--run=demo", *paths(tmp_path)], capsys)
         assert "seed0/student" in message
         assert "seed1/student.pt" in message
         assert what in message
-    rewrite(folder / "seed1/student.pt", config={**config, "recipes": {**config["recipes"], "student": row}})
-    evaluate.main(["--run=demo", *paths(tmp_path), "--only", "student"])
+
+
+def test_settings_of_the_same_effect_do_not_contradict_one_another(trained, tmp_path):
+    """As training has it: one teacher's seed written differently, a setting that an older program did not have."""
+    folder = copy_of(trained, tmp_path)
+    for seed, teacher_seed in ((0, None), (1, 1)):
+        path = folder / f"seed{seed}/student_kd.pt"
+        config = load_checkpoint(path)["config"]
+        del config["recipes"]["student_kd"]["target_weight"]
+        config["recipes"]["student_kd"]["teacher_seed"] = teacher_seed
+        rewrite(path, config=config)
+    path = folder / "seed0/teacher.pt"  # weights that are used as they are depend on no config
+    state = load_checkpoint(path)
+    settings, config = {**state["settings"], "config": {}}, {**state["config"], "image_size": 99}
+    rewrite(path, settings=settings, config=config)
+    found = parse_recorded(["--run=demo", *paths(tmp_path)], {})
+    assert found.recipes["student_kd"].teacher_seed == 1  # the highest seed's
+    assert (found.image_size, found.seeds) == (16, (0, 1))
+
+
+def test_the_seed_of_a_shared_teacher_is_not_asked_of_its_students(trained, tmp_path):
+    folder = copy_of(trained, tmp_path)
+    for name in ("student", "student_kd"):
+        (folder / f"seed0/{name}.pt").unlink()
+    for path in folder.glob("seed*/*.pt"):
+        config = load_checkpoint(path)["config"]
+        config["recipes"]["student_kd"]["teacher_seed"] = 0
+        rewrite(path, config={**config, "seeds": (1,)})
+    (folder / "seed1/teacher.pt").unlink()
+    models = parse_recorded(["--run=demo", *paths(tmp_path)], {}).models()
+    assert {(model.name, model.seed) for model in models} == {("teacher", 0), ("student", 1), ("student_kd", 1)}
+
+
+def test_sweeps_of_one_row_over_different_settings_are_reported(trained, tmp_path):
+    folder = copy_of(trained, tmp_path)
+    shutil.rmtree(folder / "seed1")
+    for sweep in ("student_kd.alpha=0,1", "student_kd.temperature=7"):
+        teacher_student_model.main(flags(tmp_path, "--sweep", sweep, "--student_kd.epochs=1"))
+    evaluate.main(["--run=demo", *paths(tmp_path)])
+    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+    assert [entry["values"] for entry in results["sweeps"]["student_kd"]] == [{"alpha": 0.0}, {"alpha": 1.0}]
+    assert "student_kd-temperature-7" in results["models"]
 
 
 def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(trained, tmp_path, capsys, monkeypatch):
@@ -104,6 +143,9 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
         capsys.readouterr().err
     )
     assert baseline("--student_kd.baseline", "teacher") == "teacher"
+    swept = replace(PRESETS["demo"], recipes=recipes, sweep=("student.lr=0.01",))  # in config.py, not by a flag
+    monkeypatch.setattr(utils.settings, "PRESETS", {"demo": swept})
+    assert baseline() == "student-lr-0_01"
     new = replace(PRESETS["demo"].recipes["student"], lr=0.5)
     recipes |= {"unborn": new, "student_kd": replace(edited, baseline="unborn")}
     monkeypatch.setattr(utils.settings, "PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
