@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.checkpoints import save_model
+from engine.checkpoints import Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
-from engine.device import code_digest, environment, explain_device_errors, forward_pass, memory_format
+from engine.device import environment, explain_device_errors, forward_pass, memory_format
 from engine.distributed import all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
@@ -27,9 +27,12 @@ from engine.fingerprints import load_or_copy, training_settings
 from engine.images import NORMALISATION
 from engine.inference import NotFinite, Stopped, predict
 from engine.models import build_model, initial_model
+from engine.named import is_named
+from engine.reach import code_digest
+from engine.recipes import Recipe, is_of_timm
 from engine.settings import Config, Model
 from engine.training import Training, diverged, explain_share
-from utils import load_config, run_script, start_training
+from utils import load_config, open_run, run_script
 
 # logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the B images; the loss is their sum
 LossFunction = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
@@ -109,7 +112,7 @@ def evaluate_held_out(
     return held_out, (logits.argmax(1) == split.labels).float().mean().item()
 
 
-def train(
+def train_model(
     model: Model,
     dataset: Dataset,
     make_loss: Callable[[], LossFunction] | None = None,
@@ -121,25 +124,30 @@ def train(
     UserError if the checkpoint is damaged or was trained with different settings, unless config.overwrite is on, and
     SystemExit after a signal.
     """
-    recipe, config, state = model.recipe, model.config, load_or_copy(model, dataset)
-    if state and state["finished"]:
-        same_code = state["environment"].get("code") == code_digest()
-        other_code = "" if same_code else "; it was trained with another version of the code"
-        log.info(f"{model}  is finished: {model.path}{other_code}")
+    recipe, config, checkpoint = model.recipe, model.config, load_or_copy(model, dataset)
+    if checkpoint and checkpoint.finished:
+        log.info(f"{model}  is finished: {model.path}{differences(checkpoint, config)}")
         return
     settings = training_settings(model, dataset)
-    network = start_network(model, dataset, state)
+    network = start_network(model, dataset, checkpoint)
 
     def write(state: dict[str, Any]) -> None:
-        finished = len(state["history"]) == recipe.epochs
-        about = {"name": model.name, "seed": model.seed, "arch": recipe.arch, "stem": recipe.stem}
-        about |= {"classes": list(dataset.classes), "normalisation": NORMALISATION}
-        origin = {"settings": settings, "environment": environment(config), "finished": finished}
-        origin["config"] = asdict(config)
-        if finished:
-            state = {key: state[key] for key in ("model", "history")}
-        weights = {key: tensor.cpu().contiguous() for key, tensor in state["model"].items()}
-        save_model(model.path, {**about, **origin, **state, "model": weights})
+        weights = {name: tensor.cpu().contiguous() for name, tensor in state.pop("model").items()}
+        history = state.pop("history")
+        Checkpoint(
+            name=model.name,
+            seed=model.seed,
+            arch=recipe.arch,
+            stem=recipe.stem,
+            classes=list(dataset.classes),
+            normalisation=NORMALISATION,
+            settings=settings,
+            config=asdict(config),
+            environment=environment(config),
+            history=history,
+            weights=weights,
+            progress=None if len(history) == recipe.epochs else state,
+        ).save(model.path)
 
     with explain_device_errors(config):
         if recipe.epochs == 0:
@@ -149,6 +157,7 @@ def train(
         loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
         with stop_requests() as stop:
             images = len(dataset.subset(recipe.train_size))
+            state = checkpoint.training_state if checkpoint else None
             history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
             (stopped,) = all_reduce_max(stop())
     finished = len(history) == recipe.epochs
@@ -170,36 +179,54 @@ def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: 
         )
 
 
-def start_network(model: Model, dataset: Dataset, state: dict[str, Any] | None) -> nn.Module:
-    """The network with its initial weights, on the device; `state`, if any, is loaded later. Logs a line."""
+def differences(checkpoint: Checkpoint, config: Config) -> str:
+    """What is said of a finished model if its code or its precision is not that of this run."""
+    found = []
+    if checkpoint.environment.get("code") != code_digest():
+        found.append("it was trained by another version of the code; --overwrite trains it again")
+    if checkpoint.history and checkpoint.precision != config.precision:
+        found.append(f"it was trained in {checkpoint.precision}, and this run uses {config.precision}")
+    return "".join(f"; {difference}" for difference in found)
+
+
+def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None) -> nn.Module:
+    """The network with its initial weights, on the device; those of `checkpoint` are loaded later. Logs a line."""
 
     recipe, config = model.recipe, model.config
 
     def build() -> nn.Module:
         torch.manual_seed(model.seed)  # every recipe of this architecture starts from the same weights
-        if state:
+        if checkpoint:
             return build_model(recipe.arch, len(dataset.classes), stem=recipe.stem)
         return initial_model(recipe, dataset.classes, lambda text: log.info(f"{model}  {text}"))
 
     network = main_process_first(build)
     if config.sync_batchnorm and world_size() > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if state:
-        before, now = state["environment"], environment(config)
+    if checkpoint:
+        before, now = checkpoint.environment, environment(config)
         changed = [key for key in now if before.get(key, now[key]) != now[key]]
         changes = "".join(f"; {key} was {before[key]}, is now {now[key]}" for key in changed)
-        log.info(f"{model}  resumes after epoch {len(state['history'])}, step {state['step']}{changes}")
+        step = (checkpoint.progress or {}).get("step", 0)
+        log.info(f"{model}  resumes after epoch {len(checkpoint.history)}, step {step}{changes}")
     else:
         parameters = sum(parameter.numel() for parameter in network.parameters())
         images = len(dataset.subset(recipe.train_size))
-        weights = f"the weights in {recipe.weights_file}" if recipe.weights_file else "random weights"
         log.info(
             f"{model}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from "
-            + ("ImageNet weights" if recipe.imagenet_weights else weights)
+            + initial_weights(recipe)
             + f", {recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {images:,} images" * (recipe.epochs > 0)
             + (f", distilled from {recipe.teacher}" if recipe.teacher else "")
         )
     return network.to(config.device, memory_format=memory_format(config.device))
+
+
+def initial_weights(recipe: Recipe) -> str:
+    if recipe.weights_file:
+        return f"the weights in {recipe.weights_file}"
+    if is_named(recipe.arch) and not is_of_timm(recipe.arch):
+        return "its own weights"
+    return "ImageNet weights" if recipe.imagenet_weights else "random weights"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -213,9 +240,9 @@ def main(argv: list[str] | None = None) -> None:
         if config.jobs > 1:
             raise UserError(f"jobs = {config.jobs}: use python teacher_student_model.py")
         alone = [model for model in config.models() if model.teacher is None]
-        with start_training(alone) as (models, dataset, estimates):
+        with open_run(alone) as (models, dataset, estimates):
             for model in models:
-                train(model, dataset, estimate=estimates.get(model, UNKNOWN))
+                train_model(model, dataset, estimate=estimates.get(model, UNKNOWN))
 
 
 if __name__ == "__main__":

@@ -14,23 +14,17 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from engine.checkpoints import (
-    load_checkpoint,
-    load_finished,
-    load_logits,
-    tensors_digest,
-)
+from engine.checkpoints import Checkpoint, load_finished, load_logits, tensors_digest
 from engine.console import log, print_result
 from engine.datasets import Dataset, load_dataset
 from engine.distributed import on_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
-from engine.fingerprints import check_settings, logits_fingerprint, training_settings, without_precision
+from engine.fingerprints import check_settings, logits_fingerprint, training_settings
 from engine.flags import Parser
 from engine.inference import predict
 from engine.models import load_model
@@ -53,36 +47,35 @@ TRAIN_FIRST = "train first: python teacher_student_model.py, with the same flags
 
 def finished_checkpoints(
     config: Config, dataset: Dataset, missing: list[Path]
-) -> Iterator[tuple[Model, dict[str, Any], str]]:
-    """Each trained model with its state and its digest, teachers first; the paths of the others go into `missing`.
+) -> Iterator[tuple[Model, Checkpoint, str]]:
+    """Each trained model with its checkpoint and its digest, teachers first; the paths of the others go into `missing`.
 
     Raises UserError if a checkpoint is damaged, was trained with different settings, or was distilled from a teacher
     that has been retrained since.
     """
     for model in config.models():
-        state = load_finished(model.path)
-        if not state:
+        checkpoint = load_finished(model.path)
+        if not checkpoint:
             log.info(f"not trained yet, skipped: {model.path}")
             missing.append(model.path)
             continue
-        settings = training_settings(model, dataset)
-        check_settings(model.path, state, without_precision(settings))  # the evaluation may use a different one
-        yield model, state, tensors_digest(state["model"])
+        check_settings(model.path, checkpoint, training_settings(model, dataset))
+        yield model, checkpoint, tensors_digest(checkpoint.weights)
 
 
 def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Evaluated], list[Path]]:
     """Every trained model on the test images, in the order of config.recipes, and the paths of the missing ones."""
     models, missing = {}, []
-    for model, state, digest in finished_checkpoints(config, dataset, missing):
-        network, seed = load_model(state, config.device), model.seed
+    for model, checkpoint, digest in finished_checkpoints(config, dataset, missing):
+        network, seed = load_model(checkpoint, config.device), model.seed
 
         def logits(split: str, images: torch.Tensor, network=network, model=model) -> np.ndarray:
             title = f"{model} {split} images"
             return predict(network, images, config.image_size, config.precision, title=title).cpu().numpy()
 
         found = models.setdefault(model.name, Evaluated(model.recipe, {}, {}, {}, {}, {}))
-        found.logits[seed], found.history[seed] = logits("test", dataset.test.images), state["history"]
-        found.digests[seed], found.environments[seed] = digest, state["environment"]
+        found.logits[seed], found.history[seed] = logits("test", dataset.test.images), checkpoint.history
+        found.digests[seed], found.environments[seed] = digest, checkpoint.environment
         if dataset.validation:
             found.validation_logits[seed] = logits("validation", dataset.validation.images)
     return {name: models[name] for name in config.recipes if name in models}, missing
@@ -105,7 +98,9 @@ def logits_for_student(
     by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
-    network = load_model(load_checkpoint(teacher.path), config.device)
+    checkpoint = load_finished(teacher.path)
+    assert checkpoint  # whose digest is known
+    network = load_model(checkpoint, config.device)
     logits = predict(network, images, config.image_size, config.precision, title=f"{teacher} training images")
     return logits.cpu().numpy(), labels[chosen].numpy()
 
@@ -141,10 +136,10 @@ def export(config: Config, dataset: Dataset) -> None:
     names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
-        for model, state, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
-            network, path = load_model(state, "cpu"), model.path.with_suffix(".pt2")
+        for model, checkpoint, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
+            network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(".pt2")
             logits = predict(network, images, config.image_size, "fp32", title=f"{model} test images")
-            about = {"name": model.name, "seed": model.seed, "classes": state["classes"]}
+            about = {"name": model.name, "seed": model.seed, "classes": checkpoint.classes}
             about |= {"image_size": config.image_size, "weights": digest}
             content = export_program(network, config.image_size, about)
             largest = check_export(content, path, images, torch.softmax(logits, dim=1))

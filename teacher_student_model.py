@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from custom_resnet import LossFunction, train
+from custom_resnet import LossFunction, train_model
 from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
-from engine.device import SHUFFLED_TEACHER, code_digest, configure_backends, forward_pass, seed_sequence
+from engine.device import SHUFFLED_TEACHER, configure_backends, forward_pass, seed_sequence
 from engine.distributed import all_reduce_max, world_size
 from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
@@ -33,18 +33,19 @@ from engine.files import lock
 from engine.fingerprints import load_teacher_state, logits_fingerprint
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import call_in_process, run_in_processes
-from engine.models import last_layer, load_model
+from engine.models import layers, load_model
+from engine.reach import code_digest
 from engine.recipes import Recipe
 from engine.settings import Config, Model
-from engine.soft_losses import SOFT_LOSSES, SoftLoss, kd
+from engine.soft_losses import SoftLoss, find, kd
 from utils import (
     Estimates,
     load_training_data,
+    open_run,
     parse_config,
     prepare,
     run_script,
     set_up_device,
-    start_training,
 )
 
 
@@ -101,9 +102,9 @@ class Teacher(NamedTuple):
 
 def load_teacher(model: Model, dataset: Dataset) -> Teacher:
     """A finished teacher. Raises UserError if it is not trained yet, or with different settings."""
-    state = load_teacher_state(model, dataset)
-    network = load_model(state, model.config.device).requires_grad_(False)
-    return Teacher(model.name, network, tensors_digest(state["model"]), model.seed)
+    checkpoint = load_teacher_state(model, dataset)
+    network = load_model(checkpoint, model.config.device).requires_grad_(False)
+    return Teacher(model.name, network, tensors_digest(checkpoint.weights), model.seed)
 
 
 def teacher_logits(
@@ -152,7 +153,7 @@ def stored_logits(logits: torch.Tensor) -> Lookup:
 
     def look_up(batch: Batch) -> torch.Tensor:
         if batch.flipped is None:
-            raise ValueError("stored logits are those of an image and its mirror image; use online_logits")
+            raise ValueError("stored logits are those of an image and its mirror image; use OnlineTeacher")
         return logits[batch.flipped.long(), batch.index]
 
     return look_up
@@ -180,9 +181,10 @@ def in_float32(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
 
 
 class OnlineTeacher:
-    """Runs the teacher on each batch: logits (B, C) float32, in the training's precision except for the last layer.
+    """Runs the teacher on each batch, for augmentations with too many views to store the logits of.
 
-    The last layer is computed in float32, because bfloat16 logits have ties.
+    Its logits (B, C) float32 are computed in the training's precision, except for the last layer: bfloat16 logits have
+    ties.
     """
 
     def __init__(self, teacher: nn.Module, config: Config):
@@ -193,17 +195,12 @@ class OnlineTeacher:
     def __call__(self, batch: Batch) -> torch.Tensor:
         if self.folded is None:
             self.folded = fold_batchnorm(self.teacher, batch.images[:4], self.config.precision)
-            _, last = last_layer(self.folded)
-            last.forward = partial(in_float32, last.forward)
+            for last in layers(self.folded)[-1:]:
+                last.forward = partial(in_float32, last.forward)
         with torch.no_grad(), forward_pass(self.config.device, self.config.precision):
             logits = self.folded(batch.images).float()
         self.nonfinite += ~logits.isfinite().all()
         return logits
-
-
-def online_logits(teacher: nn.Module, config: Config) -> OnlineTeacher:
-    """Run the teacher on each batch, for augmentations with too many views to store the logits of."""
-    return OnlineTeacher(teacher, config)
 
 
 @dataclass(frozen=True)
@@ -225,15 +222,15 @@ class Distillation:
             recipe.alpha,
             recipe.temperature,
             recipe.scale_soft_loss,
-            SOFT_LOSSES[recipe.soft_loss],
+            find(recipe.soft_loss),
             recipe.soft_weight,
             recipe.label_smoothing,
-            **recipe.loss_parameters(),
+            **recipe.soft_loss_options,
         )
 
 
-def train_model(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
-    """Train any model, as `train` does; its teacher, if any, is loaded only if there is something to train."""
+def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
+    """Train any model, as `train_model` does; its teacher, if any, is loaded only if there is something to train."""
     recipe, config = model.recipe, model.config
     online: OnlineTeacher | None = None
 
@@ -241,7 +238,7 @@ def train_model(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) ->
         nonlocal online
         teacher = load_teacher(model.teacher, dataset)
         if config.unlimited_views:
-            online = online_logits(teacher.model, config)
+            online = OnlineTeacher(teacher.model, config)
             return Distillation(recipe, online)
         subset, path = dataset.subset(recipe.train_size), model.teacher.logits_path
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
@@ -251,7 +248,7 @@ def train_model(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) ->
         return Distillation(recipe, stored_logits(logits))
 
     try:
-        train(model, dataset, make_loss if model.teacher else None, estimate)
+        train_model(model, dataset, make_loss if model.teacher else None, estimate)
     except Diverged:
         if online and all_reduce_max(int(online.nonfinite))[0]:
             raise UserError(
@@ -289,7 +286,7 @@ def train_in_process(estimates: Estimates, code: str, model: Model, threads: int
         check_code(code)
         torch.set_num_threads(threads)
         configure_backends(model.config)
-        train_model(model, load_dataset(model.config), estimates[model]._replace(later=0.0))
+        train_with_teacher(model, load_dataset(model.config), estimates[model]._replace(later=0.0))
 
 
 def train_at_the_same_time(config: Config) -> None:
@@ -302,9 +299,9 @@ def train_at_the_same_time(config: Config) -> None:
 
 
 def train_one_by_one(config: Config) -> None:
-    with start_training(set_up_device(config).models()) as (models, dataset, estimates):
+    with open_run(set_up_device(config).models()) as (models, dataset, estimates):
         for model in models:
-            train_model(model, dataset, estimates.get(model, UNKNOWN))
+            train_with_teacher(model, dataset, estimates.get(model, UNKNOWN))
 
 
 def main(argv: list[str] | None = None) -> None:

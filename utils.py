@@ -13,7 +13,6 @@ from engine.checkpoints import recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
 from engine.device import (
-    code_digest,
     configure_backends,
     describe_precision,
     describe_threads,
@@ -25,6 +24,7 @@ from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
 from engine.fingerprints import load_or_copy, load_teacher_state, recorded_config
+from engine.reach import code_digest
 from engine.settings import Config, Model
 from engine.sweeps import row_of_same_values
 
@@ -62,7 +62,7 @@ def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
 
     A line in the log names each recorded baseline that differs.
     """
-    preset = settings.PRESETS.get(recorded.preset)
+    preset = settings.ALL_PRESETS.get(recorded.preset)
     if not isinstance(preset, Config):
         return recorded
     swept_row = {name: row for row, points in recorded.swept.items() for name in points}
@@ -107,7 +107,7 @@ Estimates = dict[Model, Estimate]  # how long the training of each model will ta
 
 
 @contextlib.contextmanager
-def start_training(models: list[Model]) -> Iterator[tuple[list[Model], Dataset, Estimates]]:
+def open_run(models: list[Model]) -> Iterator[tuple[list[Model], Dataset, Estimates]]:
     """Load the images, lock the run's folder, check what would otherwise fail hours later, log the data and the device.
 
     Yields the models with their precision resolved, the data set and the estimates of what is left to train.
@@ -126,7 +126,7 @@ def load_training_data(config: Config) -> Dataset:
 
 
 def prepare(models: list[Model], dataset: Dataset) -> tuple[list[Model], Estimates]:
-    """What `start_training` does while it holds the lock: checks, the precision, the estimates, a line in the log."""
+    """What `open_run` does while it holds the lock: checks, the precision, the estimates, a line in the log."""
 
     @on_rank0
     def check_and_plan() -> tuple[Config, Estimates]:
@@ -161,17 +161,18 @@ def unfinished(models: list[Model], dataset: Dataset) -> tuple[list[Job], str]:
         probe = model.path.with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
-        state = load_or_copy(model, dataset)
-        if state and config.precision == "auto":
-            config = replace(config, precision=state["settings"]["config"].get("precision", "auto"))
+        checkpoint = load_or_copy(model, dataset)
+        if checkpoint and checkpoint.history and config.precision == "auto":
+            config = replace(config, precision=checkpoint.precision)
             model = replace(each, config=config)
         epochs = model.recipe.epochs
         if model.teacher in jobs:  # which may change its weights
             jobs[model] = Job(model, epochs)
-        elif not (state and state["finished"]):
+        elif not (checkpoint and checkpoint.finished):
             if model.teacher and model.teacher not in models:
                 load_teacher_state(model.teacher, dataset)
-            jobs[model] = Job(model, epochs - len(state["history"]) if state else epochs, bool(state))
+            done = len(checkpoint.history) if checkpoint else 0
+            jobs[model] = Job(model, epochs - done, resumed=checkpoint is not None)
     return list(jobs.values()), config.precision
 
 

@@ -1,11 +1,13 @@
 """Checkpoint files with a digest: models, finished or not, and the stored logits of teachers."""
 
+import dataclasses
 import hashlib
 import io
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 
@@ -15,7 +17,7 @@ from engine.errors import UserError, first_line
 from engine.files import write_durably
 from engine.settings import Config
 
-FORMAT = 3
+FORMAT = 4
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -77,51 +79,90 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
         return file.read(len(COMMENT)) == COMMENT
 
 
-def load_training(path: Path) -> dict[str, Any] | None:
-    """The state of a training run, finished or not; None if there is no file. Raises UserError if it is not ours."""
-    if not path.exists():
-        return None
-    state = load_checkpoint(path)
-    types = {"name": str, "seed": int, "arch": str, "stem": str, "classes": list, "config": dict, "settings": dict}
-    types |= {"normalisation": dict, "environment": dict, "finished": bool, "model": dict, "history": list}
-    wrong = [key for key, type_ in types.items() if not isinstance(state.get(key), type_)]
-    if wrong:
-        raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")
-    check_place(path, state)
-    return state
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the .pt file of a model holds, finished or not: a dict of these fields, the weights under "model"."""
 
+    name: str
+    seed: int
+    arch: str
+    stem: str
+    classes: list[str]
+    normalisation: dict[str, list[float]]
+    settings: dict[str, Any]  # the fingerprint, see engine.fingerprints
+    config: dict[str, Any]  # the experiment, as dataclasses.asdict gives it
+    environment: dict[str, str]
+    history: list[dict[str, float]]  # a record for each epoch
+    weights: dict[str, torch.Tensor]
+    progress: dict[str, Any] | None = None  # what else training resumes from; None: it is finished
 
-def check_place(path: Path, state: dict[str, Any]) -> None:
-    """Raise UserError if a checkpoint does not lie where its name and its seed belong."""
-    place = f"seed{state['seed']}/{state['name']}.pt"
-    if path.parts[-2:] != tuple(place.split("/")):
-        raise UserError(
-            f"{path}: holds the model of {place}; it was copied or renamed. Move it away, or back to its place"
-        )
+    @classmethod
+    def from_file(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
+        """Raises UserError if the dict in a file is not that of a model, or of one that belongs elsewhere."""
+        found = {**state, "weights": state.get("model")}
+        types = {field.name: get_origin(field.type) or field.type for field in dataclasses.fields(cls)}
+        del types["progress"]
+        wrong = [name for name, type_ in types.items() if not isinstance(found.get(name), type_)]
+        if wrong or not isinstance(state.get("finished"), bool):
+            wrong = ["model" if name == "weights" else name for name in wrong] or ["finished"]
+            raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")
+        others = {"format", "finished", "model", *types}
+        progress = None if state["finished"] else {key: state[key] for key in state if key not in others}
+        checkpoint = cls(**{name: found[name] for name in types}, progress=progress)
+        place = f"seed{checkpoint.seed}/{checkpoint.name}.pt"
+        if path.parts[-2:] != tuple(place.split("/")):
+            raise UserError(
+                f"{path}: holds the model of {place}; it was copied or renamed. Move it away, or back to its place"
+            )
+        return checkpoint
+
+    @property
+    def finished(self) -> bool:
+        return self.progress is None
+
+    @property
+    def precision(self) -> str:
+        """That of its training: fp32 or bf16."""
+        return self.environment["precision"].split()[0]
+
+    @property
+    def training_state(self) -> dict[str, Any]:
+        """What `Training` resumes from."""
+        return {"model": self.weights, "history": self.history, **(self.progress or {})}
+
+    def save(self, path: Path) -> None:
+        """Write the file, and remove an export of the model that was there before."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del state["weights"], state["progress"]
+        save_checkpoint(path, {**state, "finished": self.finished, "model": self.weights, **(self.progress or {})})
+        remove_export(path)
 
 
 @on_rank0
-def save_model(path: Path, state: dict[str, Any]) -> None:
-    """Save a model's checkpoint, and remove an export of the model that was there before."""
-    save_checkpoint(path, state)
+def remove_export(path: Path) -> None:
     export = path.with_suffix(".pt2")
     if export.exists():
         export.unlink()
         log.info(f"{export}: removed, because the model that it was exported from has been replaced")
 
 
+def load_training(path: Path) -> Checkpoint | None:
+    """A model, finished or not; None if there is no file. Raises UserError if it is not ours."""
+    return Checkpoint.from_file(path, load_checkpoint(path)) if path.exists() else None
+
+
 @on_rank0
-def load_finished(path: Path) -> dict[str, Any] | None:
-    """The state of a finished training run; None if there is no file, or if it is still being trained."""
-    state = load_training(path)
-    return state if state and state["finished"] else None
+def load_finished(path: Path) -> Checkpoint | None:
+    """A finished model; None if there is no file, or if it is still being trained."""
+    checkpoint = load_training(path)
+    return checkpoint if checkpoint and checkpoint.finished else None
 
 
-def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The state of a training run, its tensors not read and its digest not verified; None if that is impossible."""
+def read_metadata(path: Path) -> Checkpoint | None:
+    """A model, its tensors not read and its digest not verified; None if that is impossible."""
     try:
         state = torch.load(path, "cpu", mmap=True, weights_only=True)
-        return state if state["format"] == FORMAT and state["settings"] is not None else None
+        return Checkpoint.from_file(path, state) if state["format"] == FORMAT else None
     except Exception:  # of many types, for a damaged or foreign file; it is reported when it is needed
         return None
 
@@ -129,9 +170,11 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 @on_rank0
 def recorded_precision(config: Config) -> str | None:
     """The precision of the first model that the run has trained; None if there is none, or none that can be read."""
-    paths = sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt"))
-    settings = (state["settings"]["config"] for path in paths if (state := read_metadata(path)))
-    return next((found["precision"] for found in settings if "precision" in found), None)
+    for path in sorted(Path(config.checkpoints_path, config.run).glob("seed*/*.pt")):
+        checkpoint = read_metadata(path)
+        if checkpoint and (checkpoint.history or checkpoint.progress):  # not weights that are used as they are
+            return checkpoint.precision
+    return None
 
 
 def nonfinite_tensors(tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -159,7 +202,9 @@ def weights_digest(path: Path) -> str | None:
 
 @lru_cache
 def digest_of_version(path: Path, modified: int) -> str:
-    return tensors_digest(load_training(path)["model"])
+    checkpoint = load_training(path)
+    assert checkpoint
+    return tensors_digest(checkpoint.weights)
 
 
 @on_rank0

@@ -11,12 +11,19 @@ import torch
 from engine.console import log
 from engine.distributed import RankError, main_process_first, on_rank0, rank, shard
 from engine.errors import UserError, suggest
-from engine.folder import read_folder
 from engine.images import augment, flip, prepare, shift
 from engine.settings import Config
 from engine.soft_losses import problems_of_two_classes
-from engine.sources import NAMES, TORCHVISION, read_digits, read_torchvision
-from engine.splits import stratified
+from engine.sources import (
+    NAMES,
+    TORCHVISION,
+    is_of_the_user,
+    read_digits,
+    read_folder,
+    read_named,
+    read_torchvision,
+    stratified,
+)
 
 
 class Split(NamedTuple):
@@ -93,13 +100,19 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def read_dataset(config: Config) -> Dataset:
-    if config.dataset not in NAMES and not Path(config.dataset).is_dir():
+    if config.dataset in TORCHVISION:
+        read = read_torchvision
+    elif config.dataset == "digits":
+        read = read_digits
+    elif is_of_the_user(config.dataset):
+        read = read_named
+    elif Path(config.dataset).is_dir():
+        read = read_folder
+    else:
         raise UserError(
             f"dataset = {config.dataset!r}: no such folder ({suggest(config.dataset, NAMES)}); must be "
-            f"{', '.join(NAMES)} or a folder with train/CLASS/*"
+            f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME"
         )
-    read = read_torchvision if config.dataset in TORCHVISION else read_folder
-    read = read_digits if config.dataset == "digits" else read
     classes, train, validation, test = read(config)
     train, validation, test = (arrays and to_split(*arrays) for arrays in (train, validation, test))
     if test is None:
@@ -184,7 +197,7 @@ def check_soft_losses(config: Config, classes: int) -> None:
         problems = [
             f"{name}.{problem}"
             for name, recipe in recipes.items()
-            for problem in problems_of_two_classes(recipe.soft_loss, recipe.loss_parameters())
+            for problem in problems_of_two_classes(recipe.soft_loss, recipe.soft_loss_options)
         ]
         if problems:
             raise UserError(*problems)

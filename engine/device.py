@@ -2,13 +2,10 @@
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from engine.console import log
 from engine.convolution import SmallConvolutions
 from engine.distributed import RankError, local_rank, world_size
 from engine.errors import UserError, first_line
+from engine.reach import code_digest
 from engine.settings import Config
 
 
@@ -169,16 +167,6 @@ def describe_precision(config: Config) -> str:
     on_cuda = torch.device(config.device).type == "cuda"
     tf32 = on_cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.is_tf32_supported()
     return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
-
-
-@cache
-def code_digest() -> str:
-    """sha256, shortened, of the source that training runs: the two training scripts and this package."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in [root / "custom_resnet.py", root / "teacher_student_model.py", *sorted(root.glob("engine/*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def environment(config: Config) -> dict[str, str]:

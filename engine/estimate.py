@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -174,7 +173,7 @@ def check_space(jobs: list[Job], sizes: dict[str, int], config: Config, dataset:
     if not jobs:
         return
     there = sum(job.model.path.stat().st_size for job in jobs if job.model.path.exists())
-    free = shutil.disk_usage(Path(config.checkpoints_path, config.run)).free + there
+    free = shutil.disk_usage(config.checkpoints_path).free + there
     needed = space_needed(jobs, sizes, config, dataset)
     if free < needed:
         raise UserError(

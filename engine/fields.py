@@ -6,17 +6,22 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from engine.errors import closest
+from engine import named
+from engine.errors import UserError, closest
 
 
 class Kind(NamedTuple):
-    """What a field accepts, in words and as a test, how a command line's word is converted, and argparse's nargs."""
+    """What a field accepts, in words and as a test, which may raise UserError with the reason.
+
+    `convert` makes a value of a command line's word, or of its list of words with nargs = "+".
+    """
 
     expected: str
     accepts: Callable[[Any], bool]
-    convert: Callable[[str], Any] = str
+    convert: Callable[[Any], Any] = str
     nargs: str | None = None
     names: tuple[str, ...] = ()  # to suggest the closest of
+    named: bool = False  # also takes MODULE:NAME, see engine.named
 
 
 def number(expected: str, accepts: Callable[[float], bool]) -> Kind:
@@ -33,6 +38,15 @@ def choice(*names: str) -> Kind:
     return Kind("one of " + ", ".join(names), lambda value: value in names)
 
 
+def or_named(kind: Kind) -> Kind:
+    """The kind, or something of the user's as MODULE:NAME."""
+
+    def accepts(value: Any) -> bool:
+        return kind.accepts(value) or (named.is_named(value) and callable(named.load(value)))
+
+    return kind._replace(expected=f"{kind.expected}, or MODULE:NAME", accepts=accepts, named=True)
+
+
 def text(expected: str, pattern: str) -> Kind:
     return Kind(expected, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None)
 
@@ -47,14 +61,17 @@ def optional(kind: Kind) -> Kind:
 
 def several(kind: Kind, expected: str) -> Kind:
     expected += "; separated by spaces on the command line, a tuple such as (0, 1) or (0,) in config.py"
-    return Kind(expected, lambda values: type(values) is tuple and all(map(kind.accepts, values)), kind.convert, "+")
+
+    def accepts(values: Any) -> bool:
+        return type(values) is tuple and all(map(kind.accepts, values))
+
+    return Kind(expected, accepts, lambda words: tuple(map(kind.convert, words)), "+")
 
 
-def value_of(field: dataclasses.Field, given: str | list[str]) -> Any:
-    """The value of a field from one word, or several; what cannot be converted stays, for validation to name."""
-    convert = field.metadata["kind"].convert
+def value_of(kind: Kind, given: str | list[str]) -> Any:
+    """A value from one word, or from several; what cannot be converted stays, for validation to name."""
     try:
-        return tuple(map(convert, given)) if isinstance(given, list) else convert(given)
+        return kind.convert(given)
     except (ValueError, KeyError):
         return given
 
@@ -63,6 +80,8 @@ def show(value: Any) -> str:
     """A value as on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(show, value))
+    if isinstance(value, dict):
+        return " ".join(f"{name}={show(number)}" for name, number in value.items())
     if isinstance(value, str):
         return value
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
@@ -79,24 +98,75 @@ PATH = text("a path", r"[^\0\n]+")
 FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 NONNEGATIVE = number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)
+FINITE = number("a number", lambda value: True)
+
+
+def accepts_options(options: Any) -> bool:
+    return isinstance(options, dict) and all(isinstance(n, str) and FINITE.accepts(v) for n, v in options.items())
+
+
+def convert_options(words: list[str]) -> dict[str, float]:
+    return {name: float(number) for name, number in (word.split("=") for word in words)}
+
+
+OPTIONS = Kind(
+    "numbers by name; power=3 gamma=1 on the command line, {'power': 3} in config.py",
+    accepts_options,
+    convert_options,
+    "+",
+)
 
 
 def setting(default: Any, kind: Kind, help: str) -> Any:
     """A dataclass field that carries what it accepts and its line in --help."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
+    metadata = {"kind": kind, "help": help}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def settings_of(cls: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if field.metadata]
 
 
-def invalid_fields(settings: Any) -> dict[str, str]:
-    """A message for each field of a Recipe or Config whose value it does not accept."""
+def kind_of(field: dataclasses.Field) -> Kind:
+    return field.metadata["kind"]
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def name_objects(settings: Any) -> dict[str, str]:
+    """Put MODULE:NAME in place of the user's objects; a message for each of those that have no such name."""
     messages = {}
     for field in settings_of(type(settings)):
-        kind, value = field.metadata["kind"], getattr(settings, field.name)
-        if not kind.accepts(value):
-            match = closest(str(value), kind.names)
-            suggestion = f"; did you mean {match}?" * bool(match)
-            messages[field.name] = f"{field.name} = {value!r}: must be {kind.expected}{suggestion}"
+        value = getattr(settings, field.name)
+        if kind_of(field).named and callable(value):
+            try:
+                object.__setattr__(settings, field.name, named.name_of(value))
+            except UserError as error:
+                messages[field.name] = f"{field.name} = {value!r}: {error}"
+    return messages
+
+
+def problem_with(name: str, kind: Kind, value: Any) -> str | None:
+    """A message if a field of this kind does not accept a value."""
+    try:
+        if kind.accepts(value):
+            return None
+    except UserError as error:
+        return f"{name} = {value!r}: {error}"
+    match = closest(str(value), kind.names)
+    suggestion = f"; did you mean {match}?" if match else ""
+    return f"{name} = {value!r}: must be {kind.expected}{suggestion}"
+
+
+def invalid_fields(settings: Any) -> dict[str, str]:
+    """A message for each field of a Recipe or Config whose value it does not accept."""
+    messages = name_objects(settings)
+    for field in settings_of(type(settings)):
+        problem = problem_with(field.name, kind_of(field), getattr(settings, field.name))
+        if problem and field.name not in messages:
+            messages[field.name] = problem
     return messages

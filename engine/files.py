@@ -74,14 +74,14 @@ def replace_files(folder: Path, files: Mapping[str, bytes], stale: Iterable[Path
 def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock on a folder. If another process holds it: wait for that with `wait`, else raise UserError.
 
-    The system releases the lock of a process that has died, whatever killed it.
+    The lock is a file beside the folder, which stays there. The system releases it when a process dies.
     """
-    held = filelock.FileLock(folder / ".lock")
+    held = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
 
     @on_rank0
     def acquire() -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             held.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             raise UserError(
@@ -100,9 +100,4 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
         acquire()
         yield
     finally:
-        if held.is_locked:
-            with contextlib.suppress(OSError):
-                os.unlink(held.lock_file)  # while it is locked: a process that waits for it notices and starts over
-            held.release()
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing was written
+        held.release()

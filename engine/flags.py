@@ -6,10 +6,14 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from engine.console import log
 from engine.errors import UserError, closest, suggest
-from engine.fields import settings_of, show, value_of
-from engine.recipes import Recipe
+from engine.fields import kind_of, problem_with, settings_of, show, value_of
+from engine.recipes import Recipe, conflicts
 from engine.settings import Config
+
+# The settings that matter for a run that is trained already.
+OF_A_RUN = ("run", "seeds", "only", "device", "precision", "data_path", "checkpoints_path", "imgs_path")
 
 
 class StoreOnce(argparse.Action):
@@ -39,7 +43,9 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     """The preset that `--preset` names (the first by default) with the flags in `argv` (sys.argv[1:]) applied to it.
 
     `script_flags` maps the flags that the calling script has taken out of `argv` itself to their lines in --help.
-    Raises UserError with every mistake at once: unknown flags and presets, and values that a field does not accept.
+    A flag of a row, --student.lr, wins over the flag of all rows, --lr, which wins over the preset. Rows that cannot
+    take the latter keep their own value, and a line in the log names them. Raises UserError with every mistake at once:
+    unknown flags and presets, and values that a field does not accept.
     """
     preset_parser = Parser(add_help=False, allow_abbrev=False)
     preset_parser.add_argument("--preset", default=next(iter(presets)))
@@ -55,13 +61,28 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     words = vars(namespace)
     unknown = [word for word in unknown if word.startswith("-")] or unknown
     problems = [explain_unknown(word, preset, script_flags) for word in unknown]
-    recipes = {}
+    recipes, of_all = {}, convert(Recipe, words)
+    for field in settings_of(Recipe):
+        if field.name in of_all and (problem := problem_with(field.name, kind_of(field), of_all[field.name])):
+            problems.append(problem)
+            del of_all[field.name]
+    taken: dict[str, list[str]] = {setting: [] for setting in of_all}
     for name, recipe in preset.recipes.items():
+        of_row = convert(Recipe, words, prefix=f"{name}.")
+        suitable = values_for_row(name, recipe, of_all, of_row)
+        for setting in {**suitable, **of_row}.keys() & of_all.keys():
+            taken[setting].append(name)
         try:
-            recipes[name] = dataclasses.replace(recipe, **convert(Recipe, words, prefix=f"{name}."))
+            recipes[name] = dataclasses.replace(recipe, **suitable, **of_row)
         except UserError as error:
             problems += [f"{name}.{message}" for message in error.messages]
             recipes[name] = recipe
+    for setting, rows in taken.items():
+        others = [name for name in preset.recipes if name not in rows]
+        if not rows:
+            problems.append(f"--{setting} {show(of_all[setting])}: no recipe can take this value")
+        elif others:
+            log.info(f"--{setting} {show(of_all[setting])} has no effect on {', '.join(others)}, which it leaves alone")
     try:
         name = preset.preset or known.preset
         config = dataclasses.replace(preset, recipes=recipes, preset=name, **convert(Config, words))
@@ -70,6 +91,20 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     if problems:
         raise UserError(*problems)
     return config
+
+
+def values_for_row(name: str, recipe: Recipe, of_all: dict[str, Any], of_row: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values for all rows that this row can take, besides the values that it is given itself."""
+    chosen = {setting: value for setting, value in of_all.items() if setting not in of_row}
+    if recipe.teacher is None or chosen.get("teacher") == name:
+        chosen.pop("teacher", None)
+    if chosen.get("baseline") == name:
+        del chosen["baseline"]
+    if recipe.epochs == 0:  # its weights are used as they are
+        chosen.pop("epochs", None)
+    while unsuitable := chosen.keys() & conflicts({**vars(recipe), **chosen, **of_row}).keys():
+        chosen = {setting: value for setting, value in chosen.items() if setting not in unsuitable}
+    return chosen
 
 
 def make_parser(preset: Config, help: str, script_flags: Iterable[str]) -> Parser:
@@ -81,10 +116,10 @@ def make_parser(preset: Config, help: str, script_flags: Iterable[str]) -> Parse
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    names = [(field.name, field) for field in settings_of(Config)]
+    names = [(field.name, field) for cls in (Config, Recipe) for field in settings_of(cls)]
     names += [(f"{recipe}.{field.name}", field) for recipe in preset.recipes for field in settings_of(Recipe)]
     for name, field in names:
-        nargs = field.metadata["kind"].nargs
+        nargs = kind_of(field).nargs
         const = "true" if nargs == "?" else None
         parser.add_argument(f"--{name}", dest=name, nargs=nargs, const=const, help=argparse.SUPPRESS)
     return parser
@@ -99,22 +134,27 @@ def help_text(preset: Config, preset_name: str, presets: Iterable[str], script_f
 
     lines = [wrap(flag, help) for flag, help in script_flags.items()]
     lines += [wrap("--preset", f"{', '.join(presets)} (now {preset_name})"), "", "settings (and their current values):"]
-    for field in settings_of(Config):
+    shown = settings_of(Config)
+    if script_flags:  # the script works on an existing run, whose settings are recorded
+        shown = [field for field in shown if field.name in OF_A_RUN]
+    for field in shown:
         value = show(getattr(preset, field.name)) or "all"
         lines.append(wrap(f"--{field.name}", f"{field.metadata['help']} ({value})"))
-    lines += ["", f"settings of a recipe, one of {', '.join(preset.recipes)}:"]
+    if script_flags:
+        return "\n".join([*lines, "", "and the settings that training takes: python teacher_student_model.py --help"])
+    lines += ["", f"settings of a recipe, one of {', '.join(preset.recipes)}; without RECIPE. of all that can take it:"]
     for field in settings_of(Recipe):
         values = {name: show(getattr(recipe, field.name)) for name, recipe in preset.recipes.items()}
         shared = next(iter(values.values())) if len(set(values.values())) == 1 else None
-        shown = shared or ", ".join(f"{name} {value}" for name, value in values.items())
-        lines.append(wrap(f"--RECIPE.{field.name}", f"{field.metadata['help']} ({shown})"))
+        value = shared if shared is not None else ", ".join(f"{name} {value}" for name, value in values.items())
+        lines.append(wrap(f"--RECIPE.{field.name}", f"{field.metadata['help']} ({value or 'none'})"))
     return "\n".join(lines)
 
 
 def convert(cls: type, words: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Field values from the words that are given."""
     given = {field: words.get(prefix + field.name) for field in settings_of(cls)}
-    return {field.name: value_of(field, word) for field, word in given.items() if word is not None}
+    return {field.name: value_of(kind_of(field), word) for field, word in given.items() if word is not None}
 
 
 def explain_unknown(word: str, preset: Config, script_flags: Iterable[str]) -> str:
@@ -122,10 +162,8 @@ def explain_unknown(word: str, preset: Config, script_flags: Iterable[str]) -> s
         return f"{word!r}: a value without a flag; see --help"
     name = word.lstrip("-").split("=")[0]
     recipe_settings = [field.name for field in settings_of(Recipe)]
-    if name in recipe_settings:
-        return f"--{name}: belongs to a recipe; use " + " or ".join(f"--{recipe}.{name}" for recipe in preset.recipes)
     known = [flag.split()[0].lstrip("-") for flag in script_flags]
-    known += ["preset", *(field.name for field in settings_of(Config))]
+    known += ["preset", *(field.name for field in settings_of(Config)), *recipe_settings]
     known += [f"{recipe}.{setting}" for recipe in preset.recipes for setting in recipe_settings]
     match = closest(name, known)
     return f"{word.split('=')[0]}: no such setting; " + (f"did you mean --{match}?" if match else "see --help")

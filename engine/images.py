@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
+from engine import named
 from engine.device import AUGMENTATION, memory_format, seed_torch
+from engine.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALISATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}  # as a checkpoint records it
@@ -134,10 +136,16 @@ def augment(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> 
     """
     if name == "none":
         return images
+    function = named.load(name) if named.is_named(name) else transform(name, *images.shape[2:])
     seed, epoch, first = position
     augmented = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator
         for number, image in enumerate(images, first):
             seed_torch(AUGMENTATION, seed, epoch, number)
-            augmented.append(transform(name, *images.shape[2:])(image))
+            augmented.append(function(image))
+            if augmented[-1].dtype != torch.uint8 or augmented[-1].shape != image.shape:
+                raise UserError(
+                    f"augment = {name!r}: must return a uint8 image {tuple(image.shape)}, as it is given, and returned "
+                    f"{augmented[-1].dtype} {tuple(augmented[-1].shape)}"
+                )
     return torch.stack(augmented)

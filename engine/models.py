@@ -1,4 +1,4 @@
-"""Models by name, torchvision's and timm's, with a new last layer; and the weights that they start from."""
+"""Models by name, torchvision's, timm's and the user's; and the weights that they start from."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 import torchvision
 from torch import nn
 
-from engine.checkpoints import RETRAIN, is_checkpoint, load_checkpoint, nonfinite_tensors
+from engine import named
+from engine.checkpoints import RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
 from engine.device import memory_format
 from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.images import NORMALISATION
-from engine.recipes import Recipe
+from engine.recipes import ARCHS, Recipe, is_of_timm
 
 
 class Architecture(NamedTuple):
@@ -35,12 +36,17 @@ class Architecture(NamedTuple):
 def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str = "imagenet") -> nn.Module:
     """A classification model of torchvision, or of timm as "timm:NAME", with a new last layer for `num_classes`.
 
-    The parameters keep the library's names. stem="cifar" replaces a ResNet's 7 x 7 convolution of stride 2 by one of
-    3 x 3 and stride 1, and removes the pooling after it (He et al. 2015, arXiv 1512.03385, section 4.2). Raises
-    UserError if the ImageNet weights are not cached and cannot be downloaded, or timm is missing.
+    MODULE:NAME is called with `num_classes` and returns the model itself. The parameters keep the library's names.
+    stem="cifar" replaces a ResNet's 7 x 7 convolution of stride 2 by one of 3 x 3 and stride 1, and removes the pooling
+    after it (He et al. 2015, arXiv 1512.03385, section 4.2). Raises UserError if the ImageNet weights are not cached
+    and cannot be downloaded, or timm is missing.
     """
-    if arch.startswith("timm:"):
+    if is_of_timm(arch):
         return build_timm(arch.removeprefix("timm:"), num_classes, pretrained)
+    if named.is_named(arch):
+        return build_named(arch, num_classes)
+    if arch not in ARCHS:  # in a checkpoint that was made by hand
+        raise UserError(f"arch = {arch!r}: no such model; {suggest(arch, ARCHS)}")
     auxiliary = arch in ("googlenet", "inception_v3")  # they have further classifiers, for losses that we do not use
     options = {"aux_logits": False, "init_weights": not pretrained, "transform_input": True} if auxiliary else {}
     model = torchvision.models.get_model(arch, **options)
@@ -48,6 +54,7 @@ def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str
         weights = load_imagenet_weights(arch)
         model.load_state_dict({k: v for k, v in weights.items() if not (auxiliary and k.lower().startswith("aux"))})
     name, last = last_layer(model)
+    new: nn.Module
     if isinstance(last, nn.Linear):
         new = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
     else:  # SqueezeNet
@@ -61,8 +68,24 @@ def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str
 
 
 def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the layer that computes the logits."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    """Name and module of the layer that computes the logits, in a model of torchvision or timm."""
+    last = layers(model)[-1]
+    return next((name, module) for name, module in model.named_modules() if module is last)
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Its linear layers and convolutions, in order."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def build_named(arch: str, num_classes: int) -> nn.Module:
+    """A network of the user's. Raises UserError if it is no nn.Module with parameters."""
+    model = named.load(arch)(num_classes)
+    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise UserError(
+            f"arch = {arch!r}: must return an nn.Module with parameters when it is called with {num_classes}"
+        )
+    return model
 
 
 def load_imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
@@ -94,21 +117,30 @@ def build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 
 def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
-    """Raise UserError if a model on the CPU cannot be applied to images of this size."""
+    """Raise UserError if a model on the CPU cannot be applied to images of this size, or does not return logits."""
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+            logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        if arch.startswith("timm:"):
-            size = model.default_cfg["input_size"][-1]
-        elif hasattr(model, "image_size"):  # vision transformers
-            size = model.image_size
-        else:
-            (size,) = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size
         raise UserError(
-            f"image_size = {image_size}: {arch} cannot be applied to images of this size ({first_line(error)}); it is "
-            f"made for {size} px"
+            f"image_size = {image_size}: {arch} cannot be applied to images of this size ({first_line(error)})"
+            + usual_size(model, arch)
         ) from None
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise UserError(f"arch = {arch!r}: must return logits, a tensor (N, C), for images (N, 3, S, S)")
+
+
+def usual_size(model: nn.Module, arch: str) -> str:
+    """The images that a model was made for, where that is known."""
+    if is_of_timm(arch):
+        size = model.default_cfg["input_size"][-1]
+    elif named.is_named(arch):
+        return ""
+    elif hasattr(model, "image_size"):  # vision transformers
+        size = model.image_size
+    else:
+        (size,) = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size
+    return f"; it is made for {size} px"
 
 
 def initial_model(recipe: Recipe, classes: Sequence[str], note: Callable[[str], None] = lambda text: None) -> nn.Module:
@@ -167,10 +199,14 @@ def load_weights(model: nn.Module, recipe: Recipe, classes: Sequence[str], note:
     the weights belong to another architecture, to other classes and are not trained, or to a checkpoint that is not
     finished or was trained with another normalisation.
     """
-    path, (last, _) = recipe.weights_file, last_layer(model)
+    path = recipe.weights_file
     found = read_file(path)
     weights = state_dict_of(found, path)
-    number = len(weights.get(f"{last}.weight", classes))  # if it is missing, load_state_dict says so
+    of_last = {}
+    if not named.is_named(recipe.arch) or is_of_timm(recipe.arch):  # of a network of the user's no last layer is known
+        last, _ = last_layer(model)
+        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
+    number = len(next((weights[name] for name in of_last if name in weights), classes))
     differing = None
     if is_checkpoint(path):
         check_origin(path, found)
@@ -180,11 +216,10 @@ def load_weights(model: nn.Module, recipe: Recipe, classes: Sequence[str], note:
             )
     elif number != len(classes):
         differing = f"classifies into {number} classes, and the data set has {len(classes)}"
-    if differing and recipe.epochs == 0:
+    if differing and (recipe.epochs == 0 or not of_last):
         raise UserError(f"{path}: {differing}")
     if differing:
         note(f"{path}: {differing}; the last layer starts from random weights")
-        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
         weights = {**weights, **of_last}
     try:
         model.load_state_dict(weights)
@@ -211,18 +246,20 @@ def shorten(classes: Sequence[str]) -> str:
     return ", ".join(at_most_ten(list(classes)))
 
 
-def load_model(state: dict[str, Any], device: str) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode. Raises UserError if its weights do not fit or are not finite."""
-    if wrong := nonfinite_tensors(state["model"]):
+def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
+    """The network of a checkpoint, in evaluation mode. Raises UserError if its weights do not fit or are not finite."""
+    title = f"{checkpoint.name} seed {checkpoint.seed}"
+    if wrong := nonfinite_tensors(checkpoint.weights):
         raise UserError(
-            f"{state['name']} seed {state['seed']}: its checkpoint has values that are NaN or infinite, in "
-            f"{', '.join(at_most_ten(wrong))}; {RETRAIN}, with a lower lr"
+            f"{title}: its checkpoint has values that are NaN or infinite, in {', '.join(at_most_ten(wrong))}; "
+            f"{RETRAIN}, with a lower lr"
         )
-    model = build_model(state["arch"], len(state["classes"]), stem=state["stem"])
     try:
-        model.load_state_dict(state["model"])
+        model = build_model(checkpoint.arch, len(checkpoint.classes), stem=checkpoint.stem)
+    except UserError as error:  # of a network of the user's that is not here
+        raise UserError(f"{title}: arch = {checkpoint.arch!r}: {error}") from None
+    try:
+        model.load_state_dict(checkpoint.weights)
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{state['name']}: the weights in its checkpoint do not fit a {state['arch']} ({error})"
-        ) from None
+        raise UserError(f"{title}: the weights in its checkpoint do not fit a {checkpoint.arch} ({error})") from None
     return model.to(device, memory_format=memory_format(device)).eval()

@@ -9,52 +9,70 @@ from typing import Any
 
 import torchvision
 
-from engine.errors import UserError, exit_on_error
+from engine import soft_losses
+from engine.errors import UserError
 from engine.fields import (
     FLAG,
     FRACTION,
     NAME,
     NONNEGATIVE,
+    OPTIONS,
     PATH,
     POSITIVE,
     Kind,
     choice,
+    default_of,
     integer,
     invalid_fields,
     number,
     optional,
+    or_named,
     setting,
 )
-from engine.soft_losses import SOFT_LOSSES, parameters
+from engine.named import Named, is_named
 
 ARCHS = tuple(torchvision.models.list_models(module=torchvision.models))  # those for classification
 RESNETS = tuple(name for name in ARCHS if "resnet" in name or "resnext" in name)
 ARCH = Kind(
-    "a classification model of torchvision, or timm:NAME",
-    lambda value: value in ARCHS or (isinstance(value, str) and re.fullmatch(r"timm:[\w.-]+", value) is not None),
+    "a classification model of torchvision, timm:NAME",
+    lambda value: value in ARCHS or is_of_timm(value),
     names=ARCHS,
 )
 SEED = integer(0, 2**32 - 1)
 
 
+def is_of_timm(arch: Any) -> bool:
+    return isinstance(arch, str) and re.fullmatch(r"timm:[\w.-]+", arch) is not None
+
+
 @dataclass(frozen=True)
-class RecipeFields:
+class Recipe:
     """How one model is trained. Raises UserError, naming every field that is wrong."""
 
-    arch: str = setting("resnet18", ARCH, "torchvision model, or timm:NAME if timm is installed")
+    arch: Named = setting(
+        "resnet18",
+        or_named(ARCH),
+        "torchvision model, timm:NAME if timm is installed, or MODULE:NAME, called with the number of classes, a "
+        "module from images (N, 3, S, S) to logits (N, C)",
+    )
     stem: str = setting(
         "imagenet", choice("imagenet", "cifar"), "cifar: a ResNet with a 3 x 3 first convolution, without pooling"
     )
     epochs: int = setting(5, integer(0), "passes over the training images; 0: use `weights` as they are")
-    optimizer: str = setting("sgd", choice("sgd", "adamw"), "sgd, or adamw with PyTorch's betas")
+    optimizer: Named = setting(
+        "sgd",
+        or_named(choice("sgd", "adamw")),
+        "sgd, adamw with PyTorch's betas, or MODULE:NAME, called with the parameters and lr",
+    )
     lr: float = setting(0.001, POSITIVE, "learning rate, the peak of the schedule")
     momentum: float = setting(0.9, number("a number from 0 to below 1", lambda v: 0 <= v < 1), "SGD momentum")
     weight_decay: float = setting(0.0, NONNEGATIVE, "weight decay, on all parameters")
     nesterov: bool = setting(False, FLAG, "Nesterov momentum")
-    schedule: str = setting(
+    schedule: Named = setting(
         "constant",
-        choice("constant", "cosine", "onecycle"),
-        "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0",
+        or_named(choice("constant", "cosine", "onecycle")),
+        "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0; or "
+        "MODULE:NAME, called with the optimizer and the number of steps, a scheduler that is stepped after each",
     )
     label_smoothing: float = setting(0.0, FRACTION, "share of the hard labels that is spread over all classes")
     pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
@@ -64,7 +82,14 @@ class RecipeFields:
     teacher: str | None = setting(None, optional(NAME), "recipe to distil from")
     alpha: float = setting(0.25, FRACTION, "weight of the hard loss")
     soft_weight: float | None = setting(None, optional(NONNEGATIVE), "weight of the soft loss; none: 1 - alpha")
-    soft_loss: str = setting("kd", choice(*SOFT_LOSSES), "measure of the distance from the teacher's logits")
+    soft_loss: Named = setting(
+        "kd",
+        or_named(choice(*soft_losses.SOFT_LOSSES)),
+        "measure of the distance from the teacher's logits, or MODULE:NAME, see engine/soft_losses.py",
+    )
+    loss_options: dict[str, float] = setting(
+        {}, OPTIONS, "further parameters of the soft loss, such as nontarget_weight=2 of dkd"
+    )
     temperature: float = setting(5.0, POSITIVE, "T of the soft loss; ttm softens the teacher alone")
     scale_soft_loss: bool = setting(True, FLAG, "multiply the soft loss by T^2; otherwise its gradients scale as 1/T^2")
     teacher_seed: int | None = setting(
@@ -84,36 +109,17 @@ class RecipeFields:
 
     def __post_init__(self):
         invalid = invalid_fields(self)
-        problems = list(invalid.values())
-        if self.nesterov is True and self.momentum == 0:
-            problems.append("nesterov = True: needs a momentum above 0")
-        if self.epochs == 0 and self.weights is None:
-            problems.append("epochs = 0: needs weights, a file or random")
-        if self.epochs == 0 and self.teacher is not None:
-            problems.append("epochs = 0: has no effect with a teacher; a distilled model must be trained")
-        if self.stem == "cifar" and (self.arch not in RESNETS or self.imagenet_weights):
-            problems.append(
-                "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
-            )
-        of_other_losses = {name for loss in SOFT_LOSSES for name in parameters(loss)} - {*self.loss_parameters()}
-        unused = dict.fromkeys(of_other_losses, f"with soft_loss = {self.soft_loss}")
-        unused |= {"scale_soft_loss": "with soft_loss = ttm"} if self.soft_loss == "ttm" else {}
-        unused |= {name: "without a teacher" for name in DISTILLATION_FIELDS if self.teacher is None}
-        unused |= {name: "with optimizer = adamw" for name in ("momentum", "nesterov") if self.optimizer == "adamw"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in unused and field.name not in invalid and value != field.default:
-                problems.append(f"{field.name} = {value!r}: has no effect {unused[field.name]}")
-        if problems:
-            raise UserError(*problems)
+        # Conflicts between fields are checked with the default in place of a value that is itself wrong.
+        problems = conflicts({**vars(self), **{field: DEFAULTS[field] for field in invalid}})
+        if invalid or problems:
+            raise UserError(*{**problems, **invalid}.values())
         if self.weights not in (None, "random"):
             object.__setattr__(self, "weights", os.path.expanduser(self.weights))
 
-    def loss_parameters(self) -> dict[str, float]:
-        """The parameters of this recipe's soft loss."""
-        return (
-            {name: getattr(self, name) for name in parameters(self.soft_loss)} if self.soft_loss in SOFT_LOSSES else {}
-        )
+    @property
+    def soft_loss_options(self) -> dict[str, float]:
+        """All parameters of the soft loss: `loss_options`, and its defaults for the others."""
+        return {**soft_losses.options(self.soft_loss), **self.loss_options}
 
     @property
     def weight_of_soft_loss(self) -> float:
@@ -126,8 +132,8 @@ class RecipeFields:
 
     @property
     def imagenet_weights(self) -> bool:
-        """Whether training starts from ImageNet weights."""
-        return self.pretrained and self.weights is None
+        """Whether training starts from ImageNet weights. A network of the user's brings its own weights."""
+        return self.pretrained and self.weights is None and (is_of_timm(self.arch) or not is_named(self.arch))
 
     @property
     def weights_file(self) -> str | None:
@@ -135,42 +141,56 @@ class RecipeFields:
         return None if self.weights == "random" else self.weights
 
 
-def loss_defaults() -> dict[str, float]:
-    """The further parameters of all soft losses, with their defaults. Raises UserError if a name has two meanings."""
-    defaults: dict[str, float] = {}
-    for loss in SOFT_LOSSES:
-        for name, default in parameters(loss).items():
-            if name in RecipeFields.__dataclass_fields__:
-                raise UserError(f"soft loss {loss}: {name} is already a setting; rename the parameter")
-            if not isinstance(default, (int, float)):
-                raise UserError(f"soft loss {loss}: {name} needs a number as its default")
-            if defaults.setdefault(name, default) != default:
-                raise UserError(f"soft loss {loss}: {name} has another default in another loss; rename the parameter")
-    return defaults
-
-
-with exit_on_error():  # a mistake in a new soft loss is one line, not a traceback
-    DEFAULTS = loss_defaults()
-
-
-def describe_parameter(name: str) -> str:
-    return f"of soft_loss = {' and '.join(loss for loss in SOFT_LOSSES if name in parameters(loss))}"
-
-
-# RecipeFields and the parameters of the soft losses.
-Recipe = dataclasses.make_dataclass(
-    "Recipe",
-    [(name, float, setting(default, NONNEGATIVE, describe_parameter(name))) for name, default in DEFAULTS.items()],
-    bases=(RecipeFields,),
-    frozen=True,
-    namespace={"__module__": __name__, "__doc__": RecipeFields.__doc__},
-)
-
 # These have no effect without a teacher.
 DISTILLATION_FIELDS = (
-    *("alpha", "soft_weight", "soft_loss", "temperature", "scale_soft_loss", "teacher_seed", "shuffle_teacher"),
-    *DEFAULTS,
+    *("alpha", "soft_weight", "soft_loss", "loss_options", "temperature", "scale_soft_loss", "teacher_seed"),
+    "shuffle_teacher",
 )
+DEFAULTS = {field.name: default_of(field) for field in dataclasses.fields(Recipe)}
+
+
+def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
+    """What does not go together in the values of a recipe: a message for each field that should be changed."""
+    problems = {}
+    if values["nesterov"] is True and values["momentum"] == 0:
+        problems["nesterov"] = "nesterov = True: needs a momentum above 0"
+    if values["epochs"] == 0 and values["weights"] is None:
+        problems["epochs"] = "epochs = 0: needs weights, a file or random"
+    if values["epochs"] == 0 and values["teacher"] is not None:
+        problems["epochs"] = "epochs = 0: has no effect with a teacher; a distilled model must be trained"
+    if values["stem"] == "cifar" and (
+        values["arch"] not in RESNETS or (values["pretrained"] and values["weights"] is None)
+    ):
+        problems["stem"] = "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
+    unused = {}
+    if values["soft_loss"] == "ttm":
+        unused["scale_soft_loss"] = "with soft_loss = ttm"
+    if values["teacher"] is None:
+        unused |= dict.fromkeys(DISTILLATION_FIELDS, "without a teacher")
+    if values["optimizer"] == "adamw":
+        unused |= dict.fromkeys(("momentum", "nesterov"), "with optimizer = adamw")
+    if is_named(values["optimizer"]):
+        of_sgd = ("momentum", "nesterov", "weight_decay")
+        unused |= dict.fromkeys(of_sgd, f"with optimizer = {values['optimizer']}, which takes the parameters and lr")
+    for field, why in unused.items():
+        if values[field] != DEFAULTS[field]:
+            problems[field] = f"{field} = {values[field]!r}: has no effect {why}"
+    if "loss_options" not in problems and (problem := wrong_options(values["soft_loss"], values["loss_options"])):
+        problems["loss_options"] = problem
+    return problems
+
+
+def wrong_options(soft_loss: str, chosen: dict[str, float]) -> str | None:
+    """Why `loss_options` do not suit a soft loss, if they do not."""
+    try:
+        known = soft_losses.options(soft_loss)
+    except UserError as error:
+        return f"soft_loss = {soft_loss!r}: {error}"
+    unknown = [name for name in chosen if name not in known]
+    if not unknown:
+        return None
+    takes = ", ".join(f"{name} ({default:g})" for name, default in known.items()) or "no options"
+    return f"loss_options = {chosen!r}: {soft_loss} has no {', '.join(unknown)}; it takes {takes}"
 
 
 def settings_alone(recipe: Recipe) -> dict[str, Any]:

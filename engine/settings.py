@@ -18,11 +18,13 @@ from engine.fields import (
     choice,
     integer,
     invalid_fields,
+    or_named,
     setting,
     settings_of,
     several,
     text,
 )
+from engine.named import Named
 from engine.recipes import SEED, Recipe, baseline_of
 from engine.sweeps import Grid, expand, grid
 
@@ -66,10 +68,12 @@ class Config:
 
     recipes: dict[str, Recipe]
     run: str = setting("run", NAME, "name of the folders under checkpoints_path and imgs_path")
-    dataset: str = setting(
+    dataset: Named = setting(
         "cifar10",
-        text("the name of a data set or a folder", r"[^\0\n]+"),
-        "cifar10, cifar100, svhn, digits, or a folder with train/CLASS/* and test/CLASS/* images",
+        text("the name of a data set, a folder, or MODULE:NAME", r"[^\0\n]+")._replace(named=True),
+        "cifar10, cifar100, svhn, digits, a folder with train/CLASS/* and test/CLASS/* images, or MODULE:NAME, called "
+        "without arguments, which returns the training, perhaps the validation, and the test set: map-style data sets "
+        "of (image, label)",
     )
     image_size: int = setting(224, integer(8), "images are resized to this many pixels a side")
     horizontal_flip: float = setting(0.5, FRACTION, "probability that a training image is mirrored")
@@ -79,11 +83,11 @@ class Config:
         "training images are shifted at random by up to this many pixels each way, before they are resized to "
         "image_size; the images of a folder that are larger are reduced to it first, as they are read",
     )
-    augment: str = setting(
+    augment: Named = setting(
         "none",
-        choice("none", "crop", "trivialaugment", "randomerasing"),
+        or_named(choice("none", "crop", "trivialaugment", "randomerasing")),
         "torchvision's RandomResizedCrop, TrivialAugmentWide or RandomErasing of the training images, at the size at "
-        "which they are shifted, see crop_padding",
+        "which they are shifted, see crop_padding; or MODULE:NAME, from a uint8 image (3, H, W) to another",
     )
     validation_size: int = setting(
         0,
@@ -154,7 +158,7 @@ class Config:
         values = {field.name: getattr(self, field.name) for field in settings_of(Config)}
         values |= {field.name: field.default for field in settings_of(Config) if field.name in invalid}
         try:
-            swept = grid(values["sweep"], {field.name: field for field in settings_of(Recipe)})
+            swept = grid(values["sweep"])
             object.__setattr__(self, "recipes", expand(self.recipes, swept))
         except UserError as error:
             raise UserError(*invalid.values(), *error.messages) from None

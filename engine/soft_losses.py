@@ -2,15 +2,20 @@
 
 Each takes the student's logits z (B, C), the teacher's v (B, C), the labels (B,) and the temperature T, and returns the
 mean over the batch; p_z and p_v are softmax(z / T) and softmax(v / T). Those whose gradients scale as 1 / T^2 include
-the factor T^2 themselves; scale_soft_loss=False divides by it. To add one, write a function and put it into
-SOFT_LOSSES: its further parameters, which need defaults, become fields of Recipe.
+the factor T^2 themselves; scale_soft_loss=False divides by it. Further parameters are numbers with defaults, which
+`loss_options` of a recipe sets. One of your own goes into a file of yours, as MODULE:NAME.
 """
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from engine import named
+from engine.errors import UserError
+from engine.reach import digest, reach
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -99,9 +104,31 @@ SOFT_LOSSES: dict[str, SoftLoss] = {
 }
 
 
-def parameters(soft_loss: str) -> dict[str, float]:
-    """The parameters of a soft loss, besides the four that all have, with their defaults."""
-    return {p.name: p.default for p in list(inspect.signature(SOFT_LOSSES[soft_loss]).parameters.values())[4:]}
+def find(soft_loss: str) -> SoftLoss:
+    """A soft loss by its name, ours or MODULE:NAME. Raises UserError if there is none."""
+    return SOFT_LOSSES[soft_loss] if soft_loss in SOFT_LOSSES else named.load(soft_loss)
+
+
+def code_of_soft_loss(soft_loss: str) -> str:
+    """The digest of its code: of ours, the function and what it uses in this file."""
+    return named.code_of(soft_loss) if named.is_named(soft_loss) else digest(reach(Path(__file__), soft_loss)[0])
+
+
+def options(soft_loss: str) -> dict[str, float]:
+    """The parameters of a soft loss, besides the four that all have, with their defaults.
+
+    Raises UserError if there is no such loss, or if it does not take the four, or needs more.
+    """
+    try:
+        found = list(inspect.signature(find(soft_loss)).parameters.values())
+    except (TypeError, ValueError):  # of some classes and built-in functions
+        found = []
+    if len(found) < 4 or any(type(parameter.default) not in (int, float) for parameter in found[4:]):
+        raise UserError(
+            f"{soft_loss} must take the student's logits, the teacher's, the labels and the temperature, and further "
+            "parameters only with numbers as their defaults"
+        )
+    return {parameter.name: parameter.default for parameter in found[4:]}
 
 
 # With two classes the first parameter has no effect, only the second one has: dkd has one class besides the label, and
@@ -110,7 +137,7 @@ ON_TWO_CLASSES = {"dkd": ("nontarget_weight", "target_weight"), "dist": ("inter_
 
 
 def problems_of_two_classes(soft_loss: str, chosen: dict[str, float]) -> list[str]:
-    """Why a soft loss with these parameters does not work on a data set of two classes."""
+    """Why a soft loss with the options `chosen` does not work on a data set of two classes."""
     if soft_loss == "standardised_kd":
         return [
             "soft_loss = 'standardised_kd': teaches nothing with two classes, whose standardised logits are always "
@@ -120,8 +147,10 @@ def problems_of_two_classes(soft_loss: str, chosen: dict[str, float]) -> list[st
         return []
     without, effective = ON_TWO_CLASSES[soft_loss]
     problems = []
-    if chosen[without] != parameters(soft_loss)[without]:
-        problems.append(f"{without} = {chosen[without]:g}: has no effect with two classes; leave it out")
+    if chosen[without] != options(soft_loss)[without]:
+        problems.append(f"loss_options: {without} = {chosen[without]:g} has no effect with two classes; leave it out")
     if chosen[effective] == 0:
-        problems.append(f"{effective} = 0: with two classes, nothing else of soft_loss = {soft_loss} has an effect")
+        problems.append(
+            f"loss_options: {effective} = 0, and with two classes nothing else of soft_loss = {soft_loss} has an effect"
+        )
     return problems

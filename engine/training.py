@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
+from engine import named
 from engine.checkpoints import nonfinite_tensors
 from engine.console import Progress, duration
 from engine.datasets import Batch, Dataset, batches
@@ -23,11 +24,15 @@ from engine.distributed import (
 )
 from engine.errors import Diverged
 from engine.estimate import UNKNOWN, Estimate
+from engine.named import is_named
 from engine.recipes import Recipe
 from engine.settings import Model
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
+    """The recipe's optimizer; one of the user's is called with the parameters and the learning rate."""
+    if is_named(recipe.optimizer):
+        return named.load(recipe.optimizer)(model.parameters(), recipe.lr)
     shared = {"weight_decay": recipe.weight_decay, "fused": torch.device(device).type in ("cpu", "cuda") or None}
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), recipe.lr, **shared)
@@ -35,7 +40,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
-    """The recipe's schedule over `steps` steps of the optimizer."""
+    """The recipe's schedule over `steps` steps of the optimizer; one of the user's is called with both."""
+    if is_named(recipe.schedule):
+        return named.load(recipe.schedule)(optimizer, steps)
     if recipe.schedule == "cosine":
         return CosineAnnealingLR(optimizer, steps)
     if recipe.schedule == "onecycle":
@@ -147,12 +154,13 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        fused = self.optimizer.param_groups[0]["fused"]
+        fused = self.optimizer.param_groups[0].get("fused")
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group in self.optimizer.param_groups:
-            group["fused"] = fused  # as this device has it, not the one that the state was saved on
+            if "fused" in group:
+                group["fused"] = fused  # as this device has it, not the one that the state was saved on
         for parameter, moments in self.optimizer.state.items():
             for key, moment in moments.items():
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:

@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 
 from engine.errors import escape_control
-from engine.recipes import DEFAULTS, DISTILLATION_FIELDS, Recipe
-from engine.soft_losses import parameters
+from engine.fields import show
+from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.soft_losses import options
 
 
 def escape_markdown(text: Any) -> str:
@@ -52,8 +53,8 @@ def value(of_setting: Any) -> str:
 def setting(recipe: dict[str, Any], field: str) -> str:
     if field in DISTILLATION_FIELDS and not recipe["teacher"]:
         return ""
-    if field in DEFAULTS and field not in parameters(recipe["soft_loss"]):
-        return ""
+    if field == "loss_options":
+        return escape_markdown(show({**options(recipe["soft_loss"]), **recipe[field]}))
     return "all" if field == "train_size" and recipe[field] is None else value(recipe[field])
 
 
@@ -144,7 +145,7 @@ def render(results: dict[str, Any]) -> ModuleType:
     everything, code = len(trained) == 1, results["environment"]["code"]
     other_code = [names for names, found in trained.values() if found.get("code") != code]
     recipes = results["settings"]["recipes"].values()
-    used = {name for recipe in recipes if recipe["teacher"] for name in parameters(recipe["soft_loss"])}
+    with_options = any(recipe["teacher"] and options(recipe["soft_loss"]) for recipe in recipes)
     return env.get_template("results.md.jinja").make_module(
         {
             **results,
@@ -152,7 +153,7 @@ def render(results: dict[str, Any]) -> ModuleType:
             "recipe_fields": [
                 field.name
                 for field in dataclasses.fields(Recipe)
-                if field.name != "baseline" and (field.name not in DEFAULTS or field.name in used)
+                if field.name != "baseline" and (field.name != "loss_options" or with_options)
             ],
             "most_confused": list(itertools.zip_longest(*confused, fillvalue="")),
             "training_environments": [

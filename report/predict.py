@@ -9,10 +9,10 @@ import torch
 from engine.checkpoints import load_finished
 from engine.console import log
 from engine.fingerprints import check_teacher
-from engine.folder import find_images, open_image, to_array
 from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config
+from engine.sources import find_images, open_image, to_array
 from report.markdown import escape_markdown, markdown_table, percent
 
 
@@ -27,17 +27,17 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
     resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
     columns = []  # for each model its title, its classes and its probabilities (files, C)
     for model in sorted(config.models(), key=lambda model: config.selected().index(model.name)):
-        state = load_finished(model.path)
-        if not state:
+        checkpoint = load_finished(model.path)
+        if not checkpoint:
             log.info(f"not trained yet, skipped: {model.path}")
             continue
-        check_teacher(model, state)
-        network, size = load_model(state, config.device), state["config"]["image_size"]
+        check_teacher(model, checkpoint)
+        network, size = load_model(checkpoint, config.device), checkpoint.config["image_size"]
         if size not in resized:
             arrays = [to_array(open_image(file), size) for file in files]
             resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         logits = predict(network, resized[size], size, config.precision, title=f"{model} image files")
-        columns.append((str(model), state["classes"], torch.softmax(logits, 1).cpu().numpy()))
+        columns.append((str(model), checkpoint.classes, torch.softmax(logits, 1).cpu().numpy()))
     if not columns:
         return []
 

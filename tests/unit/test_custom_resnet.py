@@ -20,7 +20,7 @@ from torchvision import transforms
 
 import custom_resnet
 import teacher_student_model
-from custom_resnet import build_resnet, train
+from custom_resnet import build_resnet, train_model
 from engine import checkpoints, console, datasets, estimate
 from engine.errors import Diverged, UserError
 from engine.inference import predict
@@ -238,7 +238,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_state(config, digits):
     with pytest.raises(
         UserError, match=r"student seed 0: epoch 3, step 4, lr = 0.01: the hard loss became NaN or infinite.*lower lr"
     ) as error:
-        train(Model("student", 0, config), digits, lambda: loss_fn)
+        train_model(Model("student", 0, config), digits, lambda: loss_fn)
     assert error.value.status == 1
     assert steps < 60
     state = checkpoints.load_checkpoint(Model("student", 0, config).path)
@@ -280,7 +280,7 @@ def test_two_recipes_of_one_architecture_start_from_the_same_weights(config, dig
 
     monkeypatch.setattr(custom_resnet, "fit", look)
     for name, seed in (("student", 0), ("student_kd", 0), ("student", 1)):
-        train(Model(name, seed, config), digits)
+        train_model(Model(name, seed, config), digits)
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
     assert not torch.equal(first[0]["conv1.weight"], first[2]["conv1.weight"])
 

@@ -22,7 +22,7 @@ from engine.fingerprints import training_settings
 from engine.models import Architecture
 from engine.recipes import Recipe
 from engine.settings import Config, Model
-from utils import start_training, unfinished, with_config
+from utils import open_run, unfinished, with_config
 
 RESNET18, RESNET50 = (Architecture(arch, "imagenet") for arch in ("resnet18", "resnet50"))
 RESNET18_BYTES = 11_181_642 * 4
@@ -396,7 +396,7 @@ def test_only_unfinished_epochs_are_estimated(partial, digits):
 def test_a_damaged_checkpoint_is_refused_before_anything_is_trained(partial, digits):
     path = Model("student", 1, partial).path
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"), start_training(students(partial)):
+    with pytest.raises(UserError, match=r"seed1/student\.pt: is damaged"), open_run(students(partial)):
         pass
     again = students(replace(partial, overwrite=True))
     assert Job(again[1], 2) in unfinished(again, digits)[0]
@@ -430,7 +430,7 @@ def test_a_teacher_that_only_leaves_out_is_checked_beforehand(tmp_path, trained,
 def test_sync_batchnorm_is_refused_without_cuda(config):
     with (
         pytest.raises(UserError, match=r"sync_batchnorm = True: .* the device is cpu"),
-        start_training(students(replace(config, sync_batchnorm=True, device="cpu"))),
+        open_run(students(replace(config, sync_batchnorm=True, device="cpu"))),
     ):
         pass
 
@@ -439,7 +439,7 @@ def test_a_run_without_anything_to_train_leaves_the_precision_open(config, bf16,
     """A teacher that is used as it is, alone at first: its students' precision is timed later."""
     bf16(True)
     recipes = {"teacher": replace(config.recipes["teacher"], epochs=0, weights="random")}
-    with start_training(replace(config, recipes=recipes, precision="auto").models()):
+    with open_run(replace(config, recipes=recipes, precision="auto").models()):
         pass
     assert "precision = auto" not in capsys.readouterr().err
 
@@ -447,7 +447,7 @@ def test_a_run_without_anything_to_train_leaves_the_precision_open(config, bf16,
 def test_start_training_keeps_the_runs_precision_and_logs_a_summary(partial, timed, bf16, capsys):
     bf16(True)
     timed_pairs = timed({(RESNET18, "bf16"): 0.5, (RESNET18, "fp32"): 0.1})
-    with start_training(students(partial)) as (models, dataset, estimates):
+    with open_run(students(partial)) as (models, dataset, estimates):
         assert [model.config for model in models] == [replace(partial, precision="bf16")] * 2
         assert timed_pairs == [(RESNET18, "bf16")]
         assert estimates == {models[1]: Estimate(pytest.approx(0.5 * 100), 0.0)}
@@ -461,6 +461,6 @@ def test_a_new_run_uses_the_faster_precision(partial, timed, bf16):
     bf16(True)
     timed({(RESNET18, "bf16"): 0.5, (RESNET18, "fp32"): 0.1})
     recipes = {**partial.recipes, "student": replace(partial.recipes["student"], lr=0.05)}  # not that of the other run
-    with start_training(students(replace(partial, run="new", recipes=recipes))) as (models, _, estimates):
+    with open_run(students(replace(partial, run="new", recipes=recipes))) as (models, _, estimates):
         assert [model.config.precision for model in models] == ["fp32", "fp32"]
         assert list(estimates) == models

@@ -10,7 +10,7 @@ from torch import nn
 
 import evaluate
 import teacher_student_model
-from custom_resnet import build_resnet, train
+from custom_resnet import build_resnet, train_model
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.errors import UserError
 from engine.images import NORMALISATION
@@ -331,7 +331,7 @@ def test_class_folders_that_change_places_are_noticed(tmp_path, image_folder, ca
 def test_an_untrained_teacher_needs_no_file(config, digits):
     untrained = Recipe(arch="resnet18", weights="random", epochs=0)
     config = replace(config, recipes={**config.recipes, "teacher": untrained})
-    train(Model("teacher", 0, config), digits)
+    train_model(Model("teacher", 0, config), digits)
     state = load_checkpoint(Model("teacher", 0, config).path)
     torch.manual_seed(0)
     assert torch.equal(state["model"]["conv1.weight"], build_resnet("resnet18", 10).conv1.weight)

@@ -223,8 +223,10 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], alpha=1.0)}
     config = replace(config, recipes=recipes)
     anything = stored_logits(torch.full((2, 1297, C), 0.5, device=config.device))
-    custom_resnet.train(Model("student", 0, config), digits)
-    custom_resnet.train(Model("student_kd", 0, config), digits, lambda: Distillation(recipes["student_kd"], anything))
+    custom_resnet.train_model(Model("student", 0, config), digits)
+    custom_resnet.train_model(
+        Model("student_kd", 0, config), digits, lambda: Distillation(recipes["student_kd"], anything)
+    )
     states = [checkpoints.load_checkpoint(Model(n, 0, config).path) for n in ("student", "student_kd")]
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name]), name
@@ -233,7 +235,7 @@ def test_with_alpha_1_a_run_is_plain_training_bit_for_bit(config, digits):
 
 
 def test_distillation_leaves_the_teacher_unchanged(config, digits):
-    custom_resnet.train(Model("teacher", 0, config), digits)
+    custom_resnet.train_model(Model("teacher", 0, config), digits)
     before = Model("teacher", 0, config).path.read_bytes()
     teacher = load_teacher(Model("teacher", 0, config), digits)
     state = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
@@ -244,7 +246,7 @@ def test_distillation_leaves_the_teacher_unchanged(config, digits):
         logits = teacher_logits(teacher, config, digits, digits.subset(100))
         return Distillation(config.recipes["student_kd"], stored_logits(logits))
 
-    custom_resnet.train(Model("student_kd", 0, config), digits, make_loss)
+    custom_resnet.train_model(Model("student_kd", 0, config), digits, make_loss)
     for name, tensor in teacher.model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert Model("teacher", 0, config).path.read_bytes() == before
@@ -306,7 +308,7 @@ def test_a_teacher_is_not_shuffled_as_the_first_epoch_is(digits):
 def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, changes):
     recipe = replace(config.recipes["student_kd"], epochs=1, **changes)
     config = replace(config, recipes={**config.recipes, "student_kd": recipe})
-    custom_resnet.train(Model("teacher", 0, config), digits)
+    custom_resnet.train_model(Model("teacher", 0, config), digits)
     model, compared = load_teacher(Model("teacher", 0, config), digits), []
     stored = teacher_logits(model, config, digits, digits.subset(100))
     if recipe.shuffle_teacher:
@@ -322,7 +324,7 @@ def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, chan
         return [{}]
 
     monkeypatch.setattr(custom_resnet, "fit", look)
-    teacher_student_model.train_model(Model("student_kd", 0, config), digits)
+    teacher_student_model.train_with_teacher(Model("student_kd", 0, config), digits)
     assert len(compared) == 4
     for found, expected in compared:
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -340,7 +342,7 @@ def test_labels_are_smoothed_without_a_teacher(config, digits, monkeypatch):
         return [{}, {}]
 
     monkeypatch.setattr(custom_resnet, "fit", look)
-    teacher_student_model.train_model(Model("student", 0, config), digits)
+    teacher_student_model.train_with_teacher(Model("student", 0, config), digits)
     ((loss, expected),) = found
     assert loss == pytest.approx(expected, rel=1e-5)
 

@@ -1,0 +1,70 @@
+"""MODULE:NAME: how a setting names a network, a loss, a data set or the like of the user's.
+
+MODULE is a Python file that lies directly beside the scripts and is not one of ours, so that the checkpoint of a
+stranger can name nothing else. In config.py the object itself may stand in place of its name.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine import reach
+from engine.console import log
+from engine.errors import UserError, locate_errors, suggest
+from engine.reach import OURS, SCRIPTS
+
+Named = Any  # the type of such a setting: a name of ours, MODULE:NAME, or in config.py the object itself
+
+
+def is_named(value: Any) -> bool:
+    """Whether a value has the form MODULE:NAME."""
+    return isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*:[^\W\d]\w*", value) is not None
+
+
+def split(value: str) -> tuple[Path, str]:
+    """The file and the name. Raises UserError if there is no such file of the user's."""
+    module, _, name = value.partition(":")
+    path = reach.ROOT / f"{module}.py"
+    if module in (*OURS, *SCRIPTS) or not path.is_file():
+        raise UserError(f"must name a file of yours that lies beside config.py, and {module}.py is none")
+    return path, name
+
+
+def load(value: str) -> Callable[..., Any]:
+    """What MODULE:NAME names. Raises UserError if it is not there or cannot be called."""
+    path, name = split(value)
+    with locate_errors():
+        module = importlib.import_module(path.stem)
+        reach.reach(path, name)  # reads the files, as they are now
+    if Path(module.__file__ or "").resolve() != path.resolve():
+        raise UserError(f"{path.name} has the name of an installed module; rename it")
+    if not hasattr(module, name):
+        own = [known for known in vars(module) if not known.startswith("_")]
+        raise UserError(f"{path.name} has no {name}; {suggest(name, own)}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise UserError(f"{name} in {path.name} cannot be called")
+    return found
+
+
+def name_of(value: Any) -> str:
+    """MODULE:NAME of an object in config.py. Raises UserError unless a file of the user's defines it."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    named = f"{module}:{name}"
+    if not is_named(named) or module in SCRIPTS or not (reach.ROOT / f"{module}.py").is_file():
+        raise UserError(
+            "must be defined, with a name, in a file of yours beside config.py, such as my_project.py; import it from "
+            "there, or write 'my_project:NAME'"
+        )
+    return named
+
+
+def code_of(value: str) -> str:
+    """The digest of what MODULE:NAME reaches, see engine.reach; an edit of it makes another model."""
+    path, name = split(value)
+    parts, hidden = reach.reach(path, name)
+    for file in sorted(hidden):
+        log.info(f"{value}: {file} looks names up in a way that hides what it uses, so every edit of that file counts")
+    return reach.digest(parts)
