@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -259,3 +260,16 @@ def test_a_checkpoint_says_which_file_it_needs(mine):
     assert status == 2
     assert "my_project.py" in output
     assert "seed0" in output
+
+
+def test_the_example_of_the_documentation_trains(mine):
+    text = (ROOT / "docs/usage.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"    python (teacher_student_model\.py [^\n]* my_project:load(?:[^\n]*\\\n)*[^\n]*)", text)
+    (mine.folder / "my_project.py").write_text(example)
+    words = shlex.split(command.replace("\\\n", " "))[1:]
+    words[words.index("--run") + 1] = "documented"
+    status, output = mine.run("teacher_student_model", *words, "--device", "cpu")
+    assert status == 0, output
+    found = {path.stem for path in (mine.folder / "checkpoints/documented/seed0").glob("*.pt")}
+    assert found == {"teacher", "student", "student_10", "student_kd"}
