@@ -1,10 +1,11 @@
 """Set-up shared by the scripts: errors and signals, settings, device, data, and checks before training starts."""
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -28,11 +29,6 @@ from engine.reach import code_digest
 from engine.settings import Config, Model
 from engine.sweeps import row_of_same_values
 
-with exit_on_error():  # a mistake in an edited config.py is one line, not a traceback
-    check_duplicate_keys(Path(__file__).with_name("config.py"))
-    with locate_errors():
-        import config as settings
-
 
 @contextlib.contextmanager
 def run_script() -> Iterator[None]:
@@ -41,6 +37,13 @@ def run_script() -> Iterator[None]:
     code_digest()  # of the code that runs: the files may be edited later
     with exit_on_error(), handle_signals(exit_on_signal, "SIGTERM", "SIGHUP"), process_group():
         yield
+
+
+def import_config() -> ModuleType:
+    """config.py. Raises UserError, with file and line, for a mistake in it."""
+    check_duplicate_keys(Path(__file__).with_name("config.py"))
+    with locate_errors():
+        return importlib.import_module("config")
 
 
 def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
@@ -54,7 +57,7 @@ def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> C
         by_flag = {word.partition("=")[0] for word in rest}
         recorded = compare_as_in_config_py(recorded, {n for n in recorded.recipes if f"--{n}.baseline" not in by_flag})
         return flags.parse({"recorded": recorded}, argv, script_flags)
-    return settings.parse(argv, script_flags)
+    return import_config().parse(argv, script_flags)
 
 
 def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
@@ -62,7 +65,7 @@ def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
 
     A line in the log names each recorded baseline that differs.
     """
-    preset = settings.ALL_PRESETS.get(recorded.preset)
+    preset = import_config().ALL_PRESETS.get(recorded.preset)
     if not isinstance(preset, Config):
         return recorded
     swept_row = {name: row for row, points in recorded.swept.items() for name in points}
@@ -92,8 +95,12 @@ def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None =
 
 def parse_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:
     """As `load_config`, but the device is not touched yet."""
-    parse = settings.parse if script_flags is None else partial(parse_recorded, script_flags=script_flags)
-    return on_rank0(parse)(argv)
+
+    @on_rank0
+    def parse() -> Config:
+        return import_config().parse(argv) if script_flags is None else parse_recorded(argv, script_flags)
+
+    return parse()
 
 
 def set_up_device(config: Config) -> Config:
