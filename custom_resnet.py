@@ -19,14 +19,14 @@ from torch import nn
 from engine.checkpoints import Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
-from engine.device import environment, explain_device_errors, forward_pass, memory_format
+from engine.device import environment, explain_device_errors, forward_pass, place
 from engine.distributed import all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
 from engine.images import NORMALISATION
 from engine.inference import NotFinite, Stopped, predict
-from engine.models import build_model, initial_model
+from engine.models import build_model, initial_model, shorten
 from engine.named import is_named
 from engine.reach import code_digest
 from engine.recipes import Recipe, is_of_timm
@@ -174,8 +174,7 @@ def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: 
         log.info(
             f"warning: {model} classifies only {accuracy:.0%} correctly. The usual reasons are a different "
             "normalisation (here ImageNet's mean and standard deviation of RGB values from 0 to 1), a different class "
-            f"order (here {', '.join(dataset.classes[:10])}{', ...' * (len(dataset.classes) > 10)}) or a different "
-            f"image size (here {model.config.image_size} px)"
+            f"order (here {shorten(dataset.classes)}) or a different image size (here {model.config.image_size} px)"
         )
 
 
@@ -191,7 +190,6 @@ def differences(checkpoint: Checkpoint, config: Config) -> str:
 
 def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None) -> nn.Module:
     """The network with its initial weights, on the device; those of `checkpoint` are loaded later. Logs a line."""
-
     recipe, config = model.recipe, model.config
 
     def build() -> nn.Module:
@@ -211,14 +209,14 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
         log.info(f"{model}  resumes after epoch {len(checkpoint.history)}, step {step}{changes}")
     else:
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        images = len(dataset.subset(recipe.train_size))
-        log.info(
-            f"{model}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from "
-            + initial_weights(recipe)
-            + f", {recipe.epochs} epoch{'s' * (recipe.epochs > 1)} of {images:,} images" * (recipe.epochs > 0)
-            + (f", distilled from {recipe.teacher}" if recipe.teacher else "")
-        )
-    return network.to(config.device, memory_format=memory_format(config.device))
+        line = f"{model}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from {initial_weights(recipe)}"
+        if recipe.epochs:
+            epochs = f"{recipe.epochs} epochs" if recipe.epochs > 1 else "1 epoch"
+            line += f", {epochs} of {len(dataset.subset(recipe.train_size)):,} images"
+        if recipe.teacher:
+            line += f", distilled from {recipe.teacher}"
+        log.info(line)
+    return place(network, config.device)
 
 
 def initial_weights(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from engine.checkpoints import Checkpoint, load_finished, load_logits, tensors_digest
 from engine.console import log, print_result
@@ -24,7 +25,7 @@ from engine.datasets import Dataset, load_dataset
 from engine.distributed import on_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
-from engine.fingerprints import check_settings, logits_fingerprint, training_settings
+from engine.fingerprints import check_settings, load_teacher_state, logits_fingerprint, training_settings
 from engine.flags import Parser
 from engine.inference import predict
 from engine.models import load_model
@@ -63,32 +64,39 @@ def finished_checkpoints(
         yield model, checkpoint, tensors_digest(checkpoint.weights)
 
 
+def logits_of(network: nn.Module, images: torch.Tensor, config: Config, title: str) -> np.ndarray:
+    """(N, C) float32"""
+    return predict(network, images, config.image_size, config.precision, title=title).cpu().numpy()
+
+
 def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Evaluated], list[Path]]:
     """Every trained model on the test images, in the order of config.recipes, and the paths of the missing ones."""
-    models, missing = {}, []
+    models: dict[str, Evaluated] = {}
+    missing: list[Path] = []
     for model, checkpoint, digest in finished_checkpoints(config, dataset, missing):
         network, seed = load_model(checkpoint, config.device), model.seed
-
-        def logits(split: str, images: torch.Tensor, network=network, model=model) -> np.ndarray:
-            title = f"{model} {split} images"
-            return predict(network, images, config.image_size, config.precision, title=title).cpu().numpy()
-
-        found = models.setdefault(model.name, Evaluated(model.recipe, {}, {}, {}, {}, {}))
-        found.logits[seed], found.history[seed] = logits("test", dataset.test.images), checkpoint.history
-        found.digests[seed], found.environments[seed] = digest, checkpoint.environment
+        found = models.get(model.name, Evaluated(model.recipe, {}, {}))
+        validation = {}
         if dataset.validation:
-            found.validation_logits[seed] = logits("validation", dataset.validation.images)
+            validation[seed] = logits_of(network, dataset.validation.images, config, f"{model} validation images")
+        models[model.name] = found._replace(
+            logits={**found.logits, seed: logits_of(network, dataset.test.images, config, f"{model} test images")},
+            history={**found.history, seed: checkpoint.history},
+            validation_logits={**found.validation_logits, **validation},
+            digests={**found.digests, seed: digest},
+            environments={**found.environments, seed: checkpoint.environment},
+        )
     return {name: models[name] for name in config.recipes if name in models}, missing
 
 
 def logits_for_student(
-    student: Model, digest: str, dataset: Dataset, most: int = 2_000
+    student: Model, teacher: Model, digest: str, dataset: Dataset, most: int = 2_000
 ) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's logits (M, C) on a student's training images, not mirrored, and the labels (M,).
 
     Those of all images if training has stored them for weights with this digest; otherwise at most `most` are computed.
     """
-    config, teacher = student.config, student.teacher
+    config = student.config
     subset, labels = dataset.subset(student.recipe.train_size), dataset.train.labels.cpu()
     fingerprint = logits_fingerprint(digest, config, dataset)
     shape = (2, len(labels), len(dataset.classes))
@@ -98,19 +106,19 @@ def logits_for_student(
     by_class = subset[labels[subset].argsort(stable=True)]  # evenly spaced picks keep the classes in proportion
     chosen = by_class[torch.linspace(0, len(by_class) - 1, min(most, len(by_class))).long()]
     images = dataset.train.images[chosen.to(dataset.train.images.device)]
-    checkpoint = load_finished(teacher.path)
-    assert checkpoint  # whose digest is known
-    network = load_model(checkpoint, config.device)
-    logits = predict(network, images, config.image_size, config.precision, title=f"{teacher} training images")
-    return logits.cpu().numpy(), labels[chosen].numpy()
+    network = load_model(load_teacher_state(teacher, dataset), config.device)
+    return logits_of(network, images, config, f"{teacher} training images"), labels[chosen].numpy()
 
 
 def training_logits(config: Config, dataset: Dataset, models: Models) -> TrainingLogits:
     """The teacher's logits on the training images of each distilled model."""
-    logits = {}
+    logits: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for name, seeds in distilled(models).items():
-        digests = models[models[name].recipe.teacher].digests
-        logits[name] = {s: logits_for_student(Model(name, s, config), digests[t], dataset) for s, t in seeds.items()}
+        logits[name] = {}
+        for student in (Model(name, seed, config) for seed in seeds):
+            if teacher := student.teacher:
+                digest = models[teacher.name].digests[teacher.seed]
+                logits[name][student.seed] = logits_for_student(student, teacher, digest, dataset)
     return logits
 
 

@@ -38,15 +38,7 @@ from engine.reach import code_digest
 from engine.recipes import Recipe
 from engine.settings import Config, Model
 from engine.soft_losses import SoftLoss, find, kd
-from utils import (
-    Estimates,
-    load_training_data,
-    open_run,
-    parse_config,
-    prepare,
-    run_script,
-    set_up_device,
-)
+from utils import Estimates, load_training_data, open_run, parse_config, prepare, run_script, set_up_device
 
 
 def distillation_loss(
@@ -66,7 +58,7 @@ def distillation_loss(
     The sum of `distillation_terms`, which training uses, with `kd` as its soft loss.
     """
     terms = distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss)
-    return sum(terms.values())
+    return terms["hard"] + terms["soft"]
 
 
 def distillation_terms(
@@ -154,7 +146,7 @@ def stored_logits(logits: torch.Tensor) -> Lookup:
     def look_up(batch: Batch) -> torch.Tensor:
         if batch.flipped is None:
             raise ValueError("stored logits are those of an image and its mirror image; use OnlineTeacher")
-        return logits[batch.flipped.long(), batch.index]
+        return logits[batch.flipped.long(), batch.indices]
 
     return look_up
 
@@ -174,10 +166,10 @@ def shuffle_within_classes(logits: torch.Tensor, dataset: Dataset, subset: torch
     return logits[:, index.to(logits.device)]
 
 
-def in_float32(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """forward(x) in float32, also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        return forward(x.float())
+def in_float32(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """A forward hook: the output of a layer, computed in float32 also under autocast."""
+    with torch.autocast(output.device.type, enabled=False):
+        return layer.forward(inputs[0].float())
 
 
 class OnlineTeacher:
@@ -196,7 +188,7 @@ class OnlineTeacher:
         if self.folded is None:
             self.folded = fold_batchnorm(self.teacher, batch.images[:4], self.config.precision)
             for last in layers(self.folded)[-1:]:
-                last.forward = partial(in_float32, last.forward)
+                last.register_forward_hook(in_float32)
         with torch.no_grad(), forward_pass(self.config.device, self.config.precision):
             logits = self.folded(batch.images).float()
         self.nonfinite += ~logits.isfinite().all()
@@ -231,16 +223,19 @@ class Distillation:
 
 def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
     """Train any model, as `train_model` does; its teacher, if any, is loaded only if there is something to train."""
-    recipe, config = model.recipe, model.config
+    recipe, config, of_teacher = model.recipe, model.config, model.teacher
+    if of_teacher is None:
+        train_model(model, dataset, estimate=estimate)
+        return
     online: OnlineTeacher | None = None
 
     def make_loss() -> LossFunction:
         nonlocal online
-        teacher = load_teacher(model.teacher, dataset)
+        teacher = load_teacher(of_teacher, dataset)
         if config.unlimited_views:
             online = OnlineTeacher(teacher.model, config)
             return Distillation(recipe, online)
-        subset, path = dataset.subset(recipe.train_size), model.teacher.logits_path
+        subset, path = dataset.subset(recipe.train_size), of_teacher.logits_path
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
             logits = teacher_logits(teacher, config, dataset, subset, path)
         if recipe.shuffle_teacher:
@@ -248,7 +243,7 @@ def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKN
         return Distillation(recipe, stored_logits(logits))
 
     try:
-        train_model(model, dataset, make_loss if model.teacher else None, estimate)
+        train_model(model, dataset, make_loss, estimate)
     except Diverged:
         if online and all_reduce_max(int(online.nonfinite))[0]:
             raise UserError(
@@ -311,8 +306,10 @@ def main(argv: list[str] | None = None) -> None:
             train_at_the_same_time(config)
         else:
             train_one_by_one(config)
-        elsewhere = f" --checkpoints_path {config.checkpoints_path}" * (config.checkpoints_path != "checkpoints")
-        log.info(f"All selected models are trained. For the report: python evaluate.py --run {config.run}{elsewhere}")
+        command = f"python evaluate.py --run {config.run}"
+        if config.checkpoints_path != "checkpoints":
+            command += f" --checkpoints_path {config.checkpoints_path}"
+        log.info(f"All selected models are trained. For the report: {command}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,7 @@ from engine import flags
 from engine.checkpoints import recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
-from engine.device import (
-    configure_backends,
-    describe_precision,
-    describe_threads,
-    device_name,
-    resolve_device,
-)
+from engine.device import configure_backends, describe_precision, describe_threads, device_name, resolve_device
 from engine.distributed import main_process_first, on_rank0, process_group, world_size
 from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
@@ -65,13 +59,13 @@ def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
 
     A line in the log names each recorded baseline that differs.
     """
-    preset = import_config().ALL_PRESETS.get(recorded.preset)
+    preset = import_config().ALL_PRESETS.get(recorded.preset or "")
     if not isinstance(preset, Config):
         return recorded
     swept_row = {name: row for row, points in recorded.swept.items() for name in points}
     recipes = dict(recorded.recipes)
     for name in names:
-        row = preset.recipes.get(name) or preset.recipes.get(swept_row.get(name))
+        row = preset.recipes.get(name) or preset.recipes.get(swept_row.get(name, name))
         before = recipes[name].baseline
         if row is None:
             continue
@@ -79,7 +73,7 @@ def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
         if baseline != before:
             recipes[name] = replace(recipes[name], baseline=baseline)
             log.info(f"{name}.baseline is {baseline} in config.py, which counts, and {before} in the checkpoint")
-        if baseline in preset.recipes:  # it may not be trained yet
+        if baseline and baseline in preset.recipes:  # it may not be trained yet
             for other in (baseline, *preset.teachers_of(baseline)):
                 recipes.setdefault(other, preset.recipes[other])
     return replace(recorded, recipes=recipes)
@@ -185,8 +179,10 @@ def unfinished(models: list[Model], dataset: Dataset) -> tuple[list[Job], str]:
 
 def log_summary(config: Config, dataset: Dataset) -> None:
     validation = f", {len(dataset.validation.labels):,} validation" if dataset.validation else ""
-    pinned = ", training images in host memory, as they do not fit on the device" * dataset.train.images.is_pinned()
-    several = f", {world_size()} processes" * (world_size() > 1)
+    several = f", {world_size()} processes" if world_size() > 1 else ""
+    pinned = ""
+    if dataset.train.images.is_pinned():
+        pinned = ", training images in host memory, as they do not fit on the device"
     log.info(
         f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "

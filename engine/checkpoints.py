@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_origin, get_type_hints
 
 import torch
 
@@ -100,7 +100,7 @@ class Checkpoint:
     def from_file(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
         """Raises UserError if the dict in a file is not that of a model, or of one that belongs elsewhere."""
         found = {**state, "weights": state.get("model")}
-        types = {field.name: get_origin(field.type) or field.type for field in dataclasses.fields(cls)}
+        types = {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
         del types["progress"]
         wrong = [name for name, type_ in types.items() if not isinstance(found.get(name), type_)]
         if wrong or not isinstance(state.get("finished"), bool):
@@ -191,7 +191,7 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -202,9 +202,7 @@ def weights_digest(path: Path) -> str | None:
 
 @lru_cache
 def digest_of_version(path: Path, modified: int) -> str:
-    checkpoint = load_training(path)
-    assert checkpoint
-    return tensors_digest(checkpoint.weights)
+    return tensors_digest(Checkpoint.from_file(path, load_checkpoint(path)).weights)
 
 
 @on_rank0
@@ -220,8 +218,9 @@ def load_logits(path: Path, fingerprint: dict[str, Any], shape: tuple[int, ...])
         return missing
     logits, found = state.get("logits"), state.get("fingerprint")
     stale = [key for key, value in fingerprint.items() if not isinstance(found, dict) or found.get(key) != value]
-    stale += ["shape"] * (not isinstance(logits, torch.Tensor) or logits.shape != shape)
-    if stale:
-        log.info(f"{path}: do not match (different {' and '.join(stale)}); computing them again")
-        return missing
-    return logits
+    if not isinstance(logits, torch.Tensor) or logits.shape != shape:
+        stale.append("shape")
+    elif not stale:
+        return logits
+    log.info(f"{path}: do not match (different {' and '.join(stale)}); computing them again")
+    return missing

@@ -1,6 +1,7 @@
 """Log lines, progress, and signals: what is shown while a script runs, and what Ctrl-C and SIGTERM do."""
 
 import contextlib
+import io
 import logging
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ def configure_logging() -> None:
 
 def print_result(text: str) -> None:
     """Print to stdout, escaping what its encoding lacks; a closed pipe (`| head`) is no error."""
-    with contextlib.suppress(AttributeError):  # a stdout that is not a file
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
@@ -87,7 +88,7 @@ class Progress:
         elif time.monotonic() - self.logged > 60:
             self.logged = time.monotonic()
             share = self.done / self.bar.total
-            log.info(f"{self.title}  {share:4.0%}  {self.rate:,.1f} images/s" + f"  {text}" * bool(text))
+            log.info(f"{self.title}  {share:4.0%}  {self.rate:,.1f} images/s  {text}".rstrip())
 
 
 Handler = Callable[[int, Any], None]
@@ -128,13 +129,14 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     alone = world_size() == 1 and parent is None
 
     def requested() -> int:
-        orphaned = parent is not None and not parent.is_alive()
-        return received[0] if received else signal.SIGTERM * orphaned
+        if received:
+            return received[0]
+        return signal.SIGTERM if parent and not parent.is_alive() else 0
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
         if len(received) == 1:
-            again = "; a second signal stops at once and loses what is not saved yet" * alone
+            again = "; a second signal stops at once and loses what is not saved yet" if alone else ""
             log.info(f"stopping after this step{again}")
         elif alone and callable(before[number]):
             before[number](number, frame)

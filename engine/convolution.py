@@ -1,6 +1,6 @@
 """Convolutions with small outputs as matrix products: on a CPU faster, and correct in bfloat16."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ class SmallConvolutions(TorchFunctionMode):
         return (convolution if function is torch.conv2d else function)(*args, **(kwargs or {}))
 
 
-def pair(number: int | tuple[int, ...]) -> tuple[int, int]:
-    numbers = (number,) if isinstance(number, int) else tuple(number)
-    return numbers * (2 // len(numbers))
+def pair(number: int | Sequence[int]) -> tuple[int, int]:
+    return (number, number) if isinstance(number, int) else (number[0], number[-1])
 
 
 def convolution(

@@ -17,6 +17,7 @@ from engine.soft_losses import problems_of_two_classes
 from engine.sources import (
     NAMES,
     TORCHVISION,
+    Split,
     is_of_the_user,
     read_digits,
     read_folder,
@@ -24,11 +25,6 @@ from engine.sources import (
     read_torchvision,
     stratified,
 )
-
-
-class Split(NamedTuple):
-    images: torch.Tensor  # (N, 3, H, W) uint8
-    labels: torch.Tensor  # (N,) int64
 
 
 class Dataset(NamedTuple):
@@ -52,7 +48,7 @@ class Dataset(NamedTuple):
 class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, S, S) float32, normalised
     labels: torch.Tensor  # (B,) int64
-    index: torch.Tensor  # (B,) int64, into the training images
+    indices: torch.Tensor  # (B,) int64, into the training images
     flipped: torch.Tensor | None  # (B,) bool; None if the images are augmented in other ways too
 
 
@@ -71,7 +67,7 @@ def batches(
     order = order.to(device)
     flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(device)
     padding = config.crop_padding
-    shifts = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
+    down, right = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
     own = shard(config.batch_size)
     for step in range(first_step, len(subset) // config.batch_size):
         here = slice(step * config.batch_size + own.start, step * config.batch_size + own.stop)
@@ -80,7 +76,7 @@ def batches(
             images = images.pin_memory()  # copies to the GPU are asynchronous only from pinned memory
         images = images.to(device, non_blocking=True)
         if padding:
-            images = shift(images, *shifts[:, here], padding)
+            images = shift(images, down[here], right[here], padding)
         images = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
         view = None if config.unlimited_views else flipped[here]
         yield Batch(prepare(images, config.image_size), split.labels[order[here]], order[here], view)
@@ -114,31 +110,36 @@ def read_dataset(config: Config) -> Dataset:
             f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME"
         )
     classes, train, validation, test = read(config)
-    train, validation, test = (arrays and to_split(*arrays) for arrays in (train, validation, test))
     if test is None:
         train, test = split_off_test_images(train, config)
     if validation and config.validation_size:
         raise UserError(f"validation_size = {config.validation_size}: {config.dataset} has a folder val/ for that")
     digest = hashlib.sha256(repr(classes).encode())
-    for split in filter(None, (train, test, validation)):
-        for tensor in split:
+    for split in (train, test, validation):
+        for tensor in split or ():
             digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
     check_sizes(config, train)
     check_soft_losses(config, len(classes))
     if config.validation_size:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
-        digest.update(held_out.numpy())
-        validation, train = (Split(train.images[index], train.labels[index]) for index in (held_out, kept))
+        digest.update(held_out.numpy().data)
+        validation, train = train.select(held_out), train.select(kept)
     for name, recipe in config.recipes.items():
         if recipe.train_size is not None:
             stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
     check_schedules(config, len(train.labels))
-    splits = [train, validation, test]
-    on_cuda, total = torch.device(config.device).type == "cuda", sum(split.images.nbytes for split in splits if split)
-    on_host = on_cuda and total > torch.cuda.mem_get_info(config.device)[0] / 2
-    splits = [split and to_device(split, config.device, on_host) for split in splits]
-    return Dataset(classes, *splits, digest.hexdigest())
+    on_host = False
+    if torch.device(config.device).type == "cuda":
+        total = sum(split.images.nbytes for split in (train, validation, test) if split)
+        on_host = total > torch.cuda.mem_get_info(config.device)[0] / 2
+    return Dataset(
+        classes,
+        to_device(train, config.device, on_host),
+        to_device(validation, config.device, on_host) if validation else None,
+        to_device(test, config.device, on_host),
+        digest.hexdigest(),
+    )
 
 
 def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
@@ -154,7 +155,7 @@ def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
         f"{config.dataset}: has no folder test/ or val/, so {len(held_out):,} of its {len(train.labels):,} images, "
         "stratified by class, are the test images"
     )
-    return tuple(Split(train.images[index], train.labels[index]) for index in (kept, held_out))
+    return train.select(kept), train.select(held_out)
 
 
 def check_sizes(config: Config, train: Split) -> None:
@@ -164,11 +165,13 @@ def check_sizes(config: Config, train: Split) -> None:
     if available <= 0:
         problems.append(f"validation_size = {config.validation_size}: leaves no training images")
     elif config.batch_size > available:
-        held_out = f", of which validation_size = {config.validation_size} are held out" * bool(config.validation_size)
-        problems.append(
+        problem = (
             f"batch_size = {config.batch_size}: must be at most the number of training images; {config.dataset} has "
-            f"{len(train.labels)}{held_out}"
+            f"{len(train.labels)}"
         )
+        if config.validation_size:
+            problem += f", of which validation_size = {config.validation_size} are held out"
+        problems.append(problem)
     if config.crop_padding >= side:
         problems.append(f"crop_padding = {config.crop_padding}: must be less than the {side} pixels of the images")
     if problems:
@@ -192,23 +195,19 @@ def check_schedules(config: Config, images: int) -> None:
 
 def check_soft_losses(config: Config, classes: int) -> None:
     """Raise UserError for soft losses of the selected recipes that do not work with two classes."""
-    recipes = {name: config.recipes[name] for name in config.selected() if config.recipes[name].teacher}
-    if classes == 2:
-        problems = [
-            f"{name}.{problem}"
-            for name, recipe in recipes.items()
-            for problem in problems_of_two_classes(recipe.soft_loss, recipe.soft_loss_options)
-        ]
-        if problems:
-            raise UserError(*problems)
+    if classes != 2:
+        return
+    problems = []
+    for name in config.selected():
+        recipe = config.recipes[name]
+        if recipe.teacher:
+            found = problems_of_two_classes(recipe.soft_loss, recipe.soft_loss_options)
+            problems += [f"{name}.{problem}" for problem in found]
+    if problems:
+        raise UserError(*problems)
 
 
 def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
     """Labels on the device, and the images too, unless they are too many for it and stay in pinned host memory."""
     images = split.images.pin_memory() if images_on_host else split.images.to(device)
     return Split(images, split.labels.to(device))
-
-
-def to_split(images: np.ndarray, labels: list[int]) -> Split:
-    """From images (N, H, W, 3), as PIL and torchvision have them."""
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels))

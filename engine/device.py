@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +57,11 @@ def supports_bf16(device: str) -> bool:
 def memory_format(device: str | torch.device) -> torch.memory_format:
     """channels_last, the faster one, except on MPS, where PyTorch computes wrong BatchNorm gradients in it."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def place(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The model, moved to a device and into the memory format that suits it."""
+    return model.to(device).to(memory_format=memory_format(device))
 
 
 @contextlib.contextmanager
@@ -115,7 +120,7 @@ def configure_backends(config: Config) -> None:
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
 
 
-def compiled(model: nn.Module, config: Config, seconds: float) -> nn.Module:
+def compiled(model: nn.Module, config: Config, seconds: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """torch.compile, if `compile` is on, or if it is auto and the `seconds` of training that are expected repay it.
 
     On CUDA, fused BatchNorm is estimated to save about a fifth of a step, by its memory traffic (not measured), and
@@ -136,8 +141,11 @@ def explain_device_errors(config: Config) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA and MPS; CPU
-            on_cuda = torch.device(config.device).type == "cuda"
-            other = "fewer --jobs, or " if config.jobs > 1 else "more processes, or " * on_cuda
+            other = ""
+            if config.jobs > 1:
+                other = "fewer --jobs, or "
+            elif torch.device(config.device).type == "cuda":
+                other = "more processes, or "
             raise RankError(
                 f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
                 f"use {other}a smaller --batch_size (with --overwrite)"

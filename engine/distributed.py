@@ -101,9 +101,9 @@ def on_rank0(function: Callable[..., T]) -> Callable[..., T]:
             finally:
                 on_rank0_now = False
         dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        result, error = outcome
-        if error:
-            raise error
+        result, raised = outcome
+        if raised:
+            raise raised
         return result
 
     return everywhere
@@ -116,8 +116,8 @@ def main_process_first(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
-    result = error = None
     for first in (True, False):
+        error: UserError | SystemExit | None = None
         if (local_rank() == 0) == first:
             try:
                 result = function()

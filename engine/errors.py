@@ -105,4 +105,4 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def at_most_ten(messages: list[str]) -> list[str]:
-    return messages[:10] + [f"and {len(messages) - 10} more"] * (len(messages) > 10)
+    return [*messages[:10], f"and {len(messages) - 10} more"] if len(messages) > 10 else messages

@@ -11,13 +11,7 @@ import torch.nn.functional as F
 
 from engine.console import duration, log
 from engine.datasets import Dataset
-from engine.device import (
-    explain_device_errors,
-    forward_pass,
-    memory_format,
-    supports_bf16,
-    synchronize,
-)
+from engine.device import explain_device_errors, forward_pass, place, supports_bf16, synchronize
 from engine.distributed import world_size
 from engine.errors import UserError
 from engine.images import prepare
@@ -57,7 +51,7 @@ def time_training(
     images, labels = prepare(images, config.image_size), dataset.train.labels[:count]
     fastest: dict[tuple[Architecture, str], float] = {}
     for arch in archs:
-        model = arch.build(len(dataset.classes)).to(config.device, memory_format=memory_format(config.device))
+        model = place(arch.build(len(dataset.classes)), config.device)
         started = time.perf_counter()
         for turn in range(10):
             for precision in precisions:
@@ -83,7 +77,7 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     training = [job for job in jobs if job.epochs]
     asked = teachers_asked(training, config, dataset)
     archs = [Architecture.of(job.model.recipe) for job in training]
-    archs += [Architecture.of(job.model.teacher.recipe) for job in training if job in asked]
+    archs += [teacher for teacher, _ in asked.values()]
     with explain_device_errors(config):
         per_image = time_training(dict.fromkeys(archs), config, dataset, precisions)
     torch.cuda.empty_cache()  # with --jobs, other processes need the memory
@@ -97,8 +91,8 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
         steps = job.epochs * len(dataset.subset(recipe.train_size)) * step
         total = steps + job.epochs * len(dataset.held_out[1].labels) * step / 3
         if job in asked:
-            teacher = Architecture.of(config.recipes[recipe.teacher])
-            total += asked[job] * per_image[teacher, precision] / 3
+            teacher, images = asked[job]
+            total += images * per_image[teacher, precision] / 3
         return steps / world_size(), total / world_size()
 
     chosen = min(precisions, key=lambda precision: sum(seconds(job, precision)[1] for job in jobs))
@@ -120,26 +114,27 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     return replace(config, precision=chosen), estimates
 
 
-def teachers_asked(jobs: list[Job], config: Config, dataset: Dataset) -> dict[Job, int]:
-    """For each job that needs its teacher's logits, the number of images that the teacher classifies for it.
+def teachers_asked(jobs: list[Job], config: Config, dataset: Dataset) -> dict[Job, tuple[Architecture, int]]:
+    """For each job that needs its teacher's logits: the teacher, and the number of images that it classifies.
 
     Logits that are stored are computed for the first student of a teacher, on the images that all of them need, unless
     there is a file of them already.
     """
-    distilled = [job for job in jobs if job.model.teacher]
-    subsets = {job: dataset.subset(job.model.recipe.train_size) for job in distilled}
-    if config.unlimited_views:
-        return {job: job.epochs * len(subset) for job, subset in subsets.items()}
-    views = (config.horizontal_flip < 1) + (config.horizontal_flip > 0)
     students: dict[Model, list[Job]] = {}
-    for job in distilled:
-        students.setdefault(job.model.teacher, []).append(job)
+    for job in jobs:
+        if teacher := job.model.teacher:
+            students.setdefault(teacher, []).append(job)
+    views = (config.horizontal_flip < 1) + (config.horizontal_flip > 0)
     trained = {job.model for job in jobs}
-    return {
-        taught[0]: views * len(torch.cat([subsets[job] for job in taught]).unique())
-        for teacher, taught in students.items()
-        if teacher in trained or not teacher.logits_path.exists()
-    }
+    asked: dict[Job, tuple[Architecture, int]] = {}
+    for teacher, taught in students.items():
+        arch = Architecture.of(teacher.recipe)
+        subsets = [dataset.subset(job.model.recipe.train_size) for job in taught]
+        if config.unlimited_views:
+            asked |= {job: (arch, job.epochs * len(subset)) for job, subset in zip(taught, subsets, strict=True)}
+        elif teacher in trained or not teacher.logits_path.exists():
+            asked[taught[0]] = arch, views * len(torch.cat(subsets).unique())
+    return asked
 
 
 def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Fingerprints: every input that a model or stored logits depend on, and what follows if they differ or agree."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
@@ -7,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from engine import named
-from engine.checkpoints import Checkpoint, load_finished, load_training, read_metadata, tensors_digest, weights_digest
+from engine.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    load_finished,
+    load_training,
+    read_metadata,
+    tensors_digest,
+    weights_digest,
+)
 from engine.console import log
 from engine.datasets import Dataset
 from engine.distributed import on_rank0
 from engine.errors import UserError
+from engine.fields import settings_of
 from engine.files import write_durably
 from engine.models import read_weights
 from engine.reach import code_digest
@@ -21,11 +31,24 @@ from engine.soft_losses import code_of_soft_loss
 from engine.sources import is_of_the_user
 from engine.sweeps import Grid
 
-# The fields of Config that no weights depend on; the images of the data set have a digest of their own. Precision is
+# The settings of Config that no weights depend on; the images of the data set have a digest of their own. Precision is
 # recorded in the environment, as the device and the number of threads are.
 IRRELEVANT = {
-    *("recipes", "run", "dataset", "seeds", "only", "overwrite", "checkpoint_minutes", "device", "compile"),
-    *("deterministic", "sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path", "precision"),
+    "run",
+    "dataset",
+    "seeds",
+    "only",
+    "sweep",
+    "overwrite",
+    "jobs",
+    "checkpoint_minutes",
+    "device",
+    "precision",
+    "compile",
+    "deterministic",
+    "data_path",
+    "checkpoints_path",
+    "imgs_path",
 }
 CODE = "{} (its code)"  # the key of a digest of code in a fingerprint
 
@@ -38,13 +61,13 @@ def training_settings(model: Model, dataset: Dataset) -> dict[str, Any]:
     starts from, or of its teacher's, is left out if there is no such file.
     """
     recipe, config, subset = model.recipe, model.config, dataset.subset(model.recipe.train_size)
-    settings = {"seed": model.seed, "recipe": recipe_settings(recipe, len(subset)), "config": {}}
+    settings: dict[str, Any] = {"seed": model.seed, "recipe": recipe_settings(recipe, len(subset)), "config": {}}
     if recipe.epochs:  # otherwise the weights are used as they are
-        relevant = [field.name for field in fields(Config) if field.name not in IRRELEVANT]
+        relevant = [field.name for field in settings_of(Config) if field.name not in IRRELEVANT]
         settings["config"] = {field: getattr(config, field) for field in relevant}
         if named.is_named(config.augment):
             settings["config"][CODE.format("augment")] = named.code_of(config.augment)
-        settings["selected training images"] = hashlib.sha256(subset.numpy()).hexdigest()
+        settings["selected training images"] = hashlib.sha256(subset.numpy().data).hexdigest()
     settings["images of the data set"] = dataset.digest
     if is_of_the_user(config.dataset):
         settings[CODE.format("dataset")] = named.code_of(config.dataset)
@@ -163,9 +186,8 @@ def load_or_copy(model: Model, dataset: Dataset) -> Checkpoint | None:
     """
     settings = training_settings(model, dataset)
     checkpoint = load_matching(model.path, settings, model.config.overwrite)
-    if checkpoint is None and (source := find_identical_model(model, settings)):
-        found = load_training(source)
-        assert found
+    if checkpoint is None and (identical := find_identical_model(model, settings)):
+        source, found = identical
         checkpoint = replace(found, name=model.name, config=asdict(model.config))
         checkpoint.save(model.path)
         logits = source.with_suffix(".logits")
@@ -175,7 +197,7 @@ def load_or_copy(model: Model, dataset: Dataset) -> Checkpoint | None:
     return checkpoint
 
 
-def find_identical_model(model: Model, settings: dict[str, Any]) -> Path | None:
+def find_identical_model(model: Model, settings: dict[str, Any]) -> tuple[Path, Checkpoint] | None:
     """A finished model with these settings, by this code and in this precision, in any run under `checkpoints_path`.
 
     One of the same name is preferred; damaged ones are passed over. With precision = auto either one will do.
@@ -187,11 +209,8 @@ def find_identical_model(model: Model, settings: dict[str, Any]) -> Path | None:
             continue
         if found.environment.get("code") != code_digest() or model.config.precision not in ("auto", found.precision):
             continue
-        try:
-            load_training(path)
-        except UserError:
-            continue
-        return path
+        with contextlib.suppress(UserError):
+            return path, Checkpoint.from_file(path, load_checkpoint(path))
     return None
 
 
@@ -232,14 +251,14 @@ def recorded_config(folder: Path) -> Config:
                     recipes[name] = Recipe(**known(Recipe, values))
                 except UserError as error:
                     raise UserError(*(f"{path}: {name}.{message}" for message in error.messages)) from None
-    shared = known(Config, found[described.get(None) or next(iter(found))].config)
     seeds = {checkpoint.seed for checkpoint in found.values()}
     asked = {seed for checkpoint in found.values() for seed in checkpoint.config["seeds"]}
-    trained = {"recipes": recipes, "seeds": tuple(sorted(seeds & asked or seeds))}
-    trained |= {"sweep": (), "swept": all_swept(found.values())}
-    here = {"run": folder.name, "checkpoints_path": str(folder.parent), "imgs_path": "imgs"}
-    here |= {"only": (), "overwrite": False, "device": "auto", "jobs": 1}
-    return Config(**{**shared, **trained, **here})
+    values = known(Config, found[described.get(None) or next(iter(found))].config)
+    values |= {"recipes": recipes, "seeds": tuple(sorted(seeds & asked or seeds))}
+    values |= {"sweep": (), "swept": all_swept(found.values())}
+    values |= {"run": folder.name, "checkpoints_path": str(folder.parent), "imgs_path": "imgs"}
+    values |= {"only": (), "overwrite": False, "device": "auto", "jobs": 1}
+    return Config(**values)
 
 
 def known(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.console import log
 from engine.errors import UserError, closest, suggest
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.register("action", None, StoreOnce)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 

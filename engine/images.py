@@ -50,11 +50,14 @@ def resize_axis(images: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     """One pass of Pillow's resize over int32 images, in its fixed-point arithmetic."""
     if images.shape[axis] == size:
         return images
-    total = None
-    for index, weight in resize_taps(images.shape[axis], size, images.device):
-        weight = weight.view([-1 if a == axis else 1 for a in range(images.ndim)])
-        product = images.index_select(axis, index).mul_(weight)
-        total = product.add_(1 << PRECISION_BITS - 1) if total is None else total.add_(product)  # one half, to round
+    shape = [-1 if a == axis else 1 for a in range(images.ndim)]
+    products = (
+        images.index_select(axis, index).mul_(weight.view(shape))
+        for index, weight in resize_taps(images.shape[axis], size, images.device)
+    )
+    total = next(products).add_(1 << PRECISION_BITS - 1)  # one half, to round
+    for product in products:
+        total.add_(product)
     return total.bitwise_right_shift_(PRECISION_BITS)
 
 

@@ -20,17 +20,23 @@ from engine.settings import Model
 T = TypeVar("T")
 
 
+def start(method: str, function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Call a function in a process of its own."""
+    context = multiprocessing.get_context(method)
+    process = context.Process(target=function, args=arguments)  # type: ignore[attr-defined]  # its stub lacks Process
+    process.start()
+    return process
+
+
 def call_in_process(function: Callable[[], T], method: str) -> T:
     """The result of `function`, called in a process of its own. Raises SystemExit with its status if it fails."""
-    context, result = multiprocessing.get_context(method), None
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_result, args=(function, sender))
-    process.start()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = start(method, send_result, function, sender)
     sender.close()
     try:
         result = receiver.recv()
-    except EOFError:  # it has ended without a result
-        process.join()
+    except EOFError:  # it has failed, and its status says how
+        result = None
     except BaseException:
         stop([process])
         raise
@@ -52,20 +58,15 @@ def run_in_processes(
     signal arrives, the others are asked to stop, which saves their state. Raises SystemExit with the status of the
     first process that failed.
     """
-    context, threads = multiprocessing.get_context(method), max(1, torch.get_num_threads() // jobs)
-    waiting, running = dict(models), {}
-
-    def start(model: Model) -> BaseProcess:
-        process = context.Process(target=work, args=(model, threads))
-        process.start()
-        return process
-
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting = dict(models)
+    running: dict[BaseProcess, Model] = {}
     try:
         while waiting or running:
             unfinished = {*waiting, *running.values()}
             ready = [model for model, teacher in waiting.items() if teacher not in unfinished]
             for model in ready[: jobs - len(running)]:
-                running[start(model)] = model
+                running[start(method, work, model, threads)] = model
                 del waiting[model]
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
@@ -76,12 +77,12 @@ def run_in_processes(
 
 def check_exit(process: BaseProcess, what: str) -> None:
     """Raise SystemExit with the status of a process that has failed. One that was killed is named in the log."""
-    code = process.exitcode
-    if code < 0:
-        memory = ", as when memory runs out: try fewer --jobs" if code == -signal.SIGKILL else ""
-        log.info(f"{what}  was killed by signal {-code}{memory}; the same command resumes it")
-    if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+    status = process.exitcode or 0
+    if status < 0:
+        memory = ", as when memory runs out: try fewer --jobs" if status == -signal.SIGKILL else ""
+        log.info(f"{what}  was killed by signal {-status}{memory}; the same command resumes it")
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def stop(processes: Iterable[BaseProcess]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine import named
 from engine.checkpoints import RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
-from engine.device import memory_format
+from engine.device import place
 from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.images import NORMALISATION
 from engine.recipes import ARCHS, Recipe, is_of_timm
@@ -30,7 +30,7 @@ class Architecture(NamedTuple):
         return build_model(self.arch, num_classes, stem=self.stem)
 
     def __str__(self) -> str:
-        return self.arch + f" ({self.stem} stem)" * (self.stem != "imagenet")
+        return self.arch if self.stem == "imagenet" else f"{self.arch} ({self.stem} stem)"
 
 
 def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str = "imagenet") -> nn.Module:
@@ -61,19 +61,19 @@ def build_model(arch: str, num_classes: int, pretrained: bool = False, stem: str
         new = nn.Conv2d(last.in_channels, num_classes, kernel_size=1)
     model.set_submodule(name, new)
     if stem == "cifar":
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-        model.maxpool = nn.Identity()
+        first = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+        model.conv1, model.maxpool = first, nn.Identity()
     return model
 
 
-def last_layer(model: nn.Module) -> tuple[str, nn.Module]:
+def last_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     """Name and module of the layer that computes the logits, in a model of torchvision or timm."""
     last = layers(model)[-1]
-    return next((name, module) for name, module in model.named_modules() if module is last)
+    return next(name for name, module in model.named_modules() if module is last), last
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
+def layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     """Its linear layers and convolutions, in order."""
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
@@ -132,12 +132,13 @@ def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
 
 def usual_size(model: nn.Module, arch: str) -> str:
     """The images that a model was made for, where that is known."""
+    attributes = vars(model)
     if is_of_timm(arch):
-        size = model.default_cfg["input_size"][-1]
+        size = attributes["default_cfg"]["input_size"][-1]
     elif named.is_named(arch):
         return ""
-    elif hasattr(model, "image_size"):  # vision transformers
-        size = model.image_size
+    elif "image_size" in attributes:  # vision transformers
+        size = attributes["image_size"]
     else:
         (size,) = torchvision.models.get_model_weights(arch).DEFAULT.transforms().crop_size
     return f"; it is made for {size} px"
@@ -151,7 +152,7 @@ def initial_model(recipe: Recipe, classes: Sequence[str], note: Callable[[str], 
     """
     model = build_model(recipe.arch, len(classes), recipe.imagenet_weights, recipe.stem)
     if recipe.weights_file:
-        load_weights(model, recipe, classes, note)
+        load_weights(model, recipe.weights_file, recipe, classes, note)
     return model
 
 
@@ -192,14 +193,15 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     return state_dict_of(read_file(path), path)
 
 
-def load_weights(model: nn.Module, recipe: Recipe, classes: Sequence[str], note: Callable[[str], None]) -> None:
-    """Load `recipe.weights_file` into a model. A recipe that trains gets a new last layer if the classes differ.
+def load_weights(
+    model: nn.Module, path: str, recipe: Recipe, classes: Sequence[str], note: Callable[[str], None]
+) -> None:
+    """Load a file of weights into a model. A recipe that trains gets a new last layer if the classes differ.
 
     A checkpoint of this program knows its classes; of any other file, only their number is known. Raises UserError if
     the weights belong to another architecture, to other classes and are not trained, or to a checkpoint that is not
     finished or was trained with another normalisation.
     """
-    path = recipe.weights_file
     found = read_file(path)
     weights = state_dict_of(found, path)
     of_last = {}
@@ -262,4 +264,4 @@ def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
         model.load_state_dict(checkpoint.weights)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{title}: the weights in its checkpoint do not fit a {checkpoint.arch} ({error})") from None
-    return model.to(device, memory_format=memory_format(device)).eval()
+    return place(model, device).eval()

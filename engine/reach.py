@@ -17,6 +17,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 OURS = ("benchmarks", "diagnose", "engine", "experiments", "report", "tests")
 SCRIPTS = ("config", "custom_resnet", "evaluate", "teacher_student_model", "utils")
+DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 DYNAMIC = {"getattr", "globals", "locals", "vars", "eval", "exec", "__import__", "importlib"}  # hide what is reached
 
 
@@ -35,6 +36,12 @@ class Source(NamedTuple):
         return "\n".join(line for line in lines if line)
 
 
+def blank(lines: list[str], statement: ast.stmt) -> None:
+    """Empty the lines of a statement."""
+    span = slice(statement.lineno - 1, statement.end_lineno)
+    lines[span] = [""] * len(lines[span])
+
+
 @cache
 def read_source(path: Path) -> Source:
     text = path.read_text(encoding="utf-8")
@@ -44,10 +51,8 @@ def read_source(path: Path) -> Source:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            docstring = node.body[0]
-            lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            blank(lines, node.body[0])
     return Source(tree.body, [line.rstrip() for line in lines])
 
 
@@ -146,18 +151,26 @@ def digest(parts: Iterable[str]) -> str:
 
 # Our code that weights depend on.
 TRAINING = (
-    *("custom_resnet.py", "teacher_student_model.py", "engine/convolution.py", "engine/datasets.py"),
-    *("engine/device.py", "engine/distributed.py", "engine/images.py", "engine/inference.py"),
-    *("engine/models.py", "engine/soft_losses.py", "engine/sources.py", "engine/training.py"),
+    "custom_resnet.py",
+    "teacher_student_model.py",
+    "engine/convolution.py",
+    "engine/datasets.py",
+    "engine/device.py",
+    "engine/distributed.py",
+    "engine/images.py",
+    "engine/inference.py",
+    "engine/models.py",
+    "engine/soft_losses.py",
+    "engine/sources.py",
+    "engine/training.py",
 )
 
 
 def is_message(node: ast.AST) -> bool:
     """Whether a statement only tells something: `raise`, log.info(...)."""
-    if isinstance(node, ast.Raise):
-        return True
-    call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and ast.unparse(call.func).startswith("log.")
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return ast.unparse(node.value.func).startswith("log.")
+    return isinstance(node, ast.Raise)
 
 
 @cache
@@ -169,6 +182,6 @@ def code_digest() -> str:
         lines = list(source.lines)
         for node in (inner for statement in source.statements for inner in ast.walk(statement)):
             if isinstance(node, ast.stmt) and is_message(node):
-                lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+                blank(lines, node)
         parts.append("\n".join(line for line in lines if line))
     return digest(parts)[:12]

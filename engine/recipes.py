@@ -107,7 +107,7 @@ class Recipe:
         "number of training images, a stratified subset that is the same for every seed; none: all",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         invalid = invalid_fields(self)
         # Conflicts between fields are checked with the default in place of a value that is itself wrong.
         problems = conflicts({**vars(self), **{field: DEFAULTS[field] for field in invalid}})
@@ -120,6 +120,10 @@ class Recipe:
     def soft_loss_options(self) -> dict[str, float]:
         """All parameters of the soft loss: `loss_options`, and its defaults for the others."""
         return {**soft_losses.options(self.soft_loss), **self.loss_options}
+
+    def seed_of_teacher(self, seed: int) -> int:
+        """The seed of the teacher of a student with this seed."""
+        return seed if self.teacher_seed is None else self.teacher_seed
 
     @property
     def weight_of_soft_loss(self) -> float:
@@ -143,7 +147,13 @@ class Recipe:
 
 # These have no effect without a teacher.
 DISTILLATION_FIELDS = (
-    *("alpha", "soft_weight", "soft_loss", "loss_options", "temperature", "scale_soft_loss", "teacher_seed"),
+    "alpha",
+    "soft_weight",
+    "soft_loss",
+    "loss_options",
+    "temperature",
+    "scale_soft_loss",
+    "teacher_seed",
     "shuffle_teacher",
 )
 DEFAULTS = {field.name: default_of(field) for field in dataclasses.fields(Recipe)}

@@ -58,8 +58,7 @@ class Model:
     def teacher(self) -> "Model | None":
         if self.recipe.teacher is None:
             return None
-        seed = self.seed if self.recipe.teacher_seed is None else self.recipe.teacher_seed
-        return Model(self.recipe.teacher, seed, self.config)
+        return Model(self.recipe.teacher, self.recipe.seed_of_teacher(self.seed), self.config)
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Config:
     preset: str | None = dataclasses.field(default=None, compare=False)
     swept: Grid = dataclasses.field(default_factory=dict, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         invalid = invalid_fields(self)
         # Conflicts between fields are checked with the default in place of a value that is itself wrong.
         values = {field.name: getattr(self, field.name) for field in settings_of(Config)}
@@ -221,9 +220,11 @@ class Config:
 
     def teachers_of(self, name: str) -> list[str]:
         """The teacher of a recipe, the teacher's teacher and so on; ends where a cycle closes."""
-        chain = []
-        while (name := self.recipes[name].teacher if name in self.recipes else None) and name not in chain:
-            chain.append(name)
+        chain: list[str] = []
+        teacher = self.recipes[name].teacher
+        while teacher and teacher not in chain:
+            chain.append(teacher)
+            teacher = self.recipes[teacher].teacher if teacher in self.recipes else None
         return chain
 
     def selected(self) -> list[str]:
@@ -239,12 +240,13 @@ class Config:
         students = [other for other, recipe in self.recipes.items() if recipe.teacher == name]
         if not students or name in [baseline_of(other, self.recipes) for other in self.recipes]:
             return list(self.seeds)
-        used = [Model(student, seed, self).teacher.seed for student in students for seed in self.seeds_of(student)]
+        used = [self.recipes[other].seed_of_teacher(seed) for other in students for seed in self.seeds_of(other)]
         return list(dict.fromkeys(used))
 
     def models(self) -> list[Model]:
         """Every selected model, seed by seed, each teacher before its students."""
-        names, ordered = self.selected(), {}
+        names = self.selected()
+        ordered: dict[Model, None] = {}
 
         def add(model: Model) -> None:
             if model.teacher and model.teacher.name in names:

@@ -1,11 +1,11 @@
 """Where images come from: a folder, torchvision's data sets, scikit-learn's digits, a data set of the user's.
 
-Each is read once into uint8 arrays.
+Each is read once into uint8 tensors.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +21,32 @@ from engine.console import Progress, log
 from engine.errors import UserError, at_most_ten, first_line
 from engine.settings import Config
 
-Arrays = tuple[np.ndarray, list[int]]  # images (N, H, W, 3) uint8, labels (N)
+
+class Split(NamedTuple):
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+
+    def select(self, indices: torch.Tensor) -> "Split":
+        return Split(self.images[indices], self.labels[indices])
+
+
+# The classes; the training, validation and test images, None for those that there are not
+Contents = tuple[tuple[str, ...], Split, Split | None, Split | None]
 
 # Formats that Pillow decodes itself; for some others it starts a program, such as Ghostscript for EPS.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-def read_folder(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays | None, Arrays | None]:
-    """The classes, and the training, validation and test images of a folder; None for those that it does not have.
+def to_split(images: np.ndarray, labels: list[int]) -> Split:
+    """From images (N, H, W, 3), as PIL and torchvision have them."""
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels))
 
-    It holds train/CLASS/*, test/CLASS/* and val/CLASS/*; without test/, val/ is the test set; without train/ it holds
-    CLASS/*. Files in formats other than IMAGE_FORMATS are skipped and logged; hidden files are skipped silently.
+
+def read_folder(config: Config) -> Contents:
+    """The images in train/CLASS/*, test/CLASS/* and val/CLASS/*; without test/, val/ is the test set.
+
+    Without train/ the folder holds CLASS/*. Files in formats other than IMAGE_FORMATS are skipped and logged; hidden
+    files are skipped silently.
     """
     root = Path(config.dataset)
     folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
@@ -97,11 +112,12 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...], size: int) -> Arrays:
+def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...], size: int) -> Split:
     """Images larger than `size` are resized while reading; if the sizes still differ, all of them are."""
     paths = [path for name in classes for path in files[name]]
     labels = [label for label, name in enumerate(classes) for _ in files[name]]
-    arrays, unreadable = [], []
+    arrays: list[np.ndarray] = []
+    unreadable: list[str] = []
     with Progress(f"reading {folder}", len(paths)) as progress:
         for path in paths:
             try:
@@ -113,7 +129,7 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
                 progress.describe()
     if unreadable:
         raise UserError(*at_most_ten(unreadable), "repair or remove these files")
-    return stack(arrays, size), labels
+    return to_split(stack(arrays, size), labels)
 
 
 def stack(arrays: list[np.ndarray], size: int) -> np.ndarray:
@@ -133,10 +149,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             raise OSError("not a file" if Path(path).exists() else "no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.mode[0] in "IF":  # PIL would clip 16 bits to 8, which makes such an image white
+            with Image.open(path, formats=IMAGE_FORMATS) as file:
+                if file.mode[0] in "IF":  # PIL would clip 16 bits to 8, which makes such an image white
                     raise OSError("more than 8 bits per channel; save it with 8")
-                image = ImageOps.exif_transpose(image)
+                image = ImageOps.exif_transpose(file)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -153,7 +169,7 @@ def to_array(image: Image.Image, size: int | None) -> np.ndarray:
 class Source(NamedTuple):
     """A data set of torchvision: how to open a part of it, the files that it downloads, and its classes."""
 
-    open: Callable[[str, bool], Iterable[tuple[Image.Image, int]]]  # (root, train) -> images and labels
+    open: Callable[[str, bool], Any]  # (root, train) -> a map-style data set of (image, label)
     files: list[tuple[str, str, str]]  # name, md5, URL
     classes: tuple[str, ...] | None = None  # None: as torchvision names them
 
@@ -176,11 +192,11 @@ TORCHVISION = {
 NAMES = (*TORCHVISION, "digits")
 
 
-def read_torchvision(config: Config) -> tuple[tuple[str, ...], Arrays, None, Arrays]:
+def read_torchvision(config: Config) -> Contents:
     """A data set of torchvision, which downloads it once and verifies it. Raises UserError if it cannot."""
     source = TORCHVISION[config.dataset]
     try:
-        splits = [source.open(config.data_path, train) for train in (True, False)]
+        parts = [source.open(config.data_path, train) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # OSError: no network, space or permission; RuntimeError: damaged
         files = " and ".join(f"{name} (md5 {md5}, from {url})" for name, md5, url in source.files)
         raise UserError(
@@ -188,21 +204,18 @@ def read_torchvision(config: Config) -> tuple[tuple[str, ...], Arrays, None, Arr
             f"{config.data_path}/ and run this again, or run the demo, which needs no download: "
             "python teacher_student_model.py --preset demo"
         ) from None
-    train, test = (list(zip(*split, strict=True)) for split in splits)  # images, labels
-    train, test = (
-        (stack([np.asarray(image.convert("RGB")) for image in images], config.image_size), list(labels))
-        for images, labels in (train, test)
-    )
-    return source.classes or tuple(splits[0].classes), train, None, test
+    read = [read_items(part, config.dataset) for part in parts]
+    train, test = (to_split(stack(images, config.image_size), labels) for images, labels in read)
+    return source.classes or tuple(parts[0].classes), train, None, test
 
 
-def read_digits(config: Config) -> tuple[tuple[str, ...], Arrays, None, Arrays]:
+def read_digits(config: Config) -> Contents:
     """The 1,797 handwritten digits, 8 x 8 pixels of 0 to 16, that come with scikit-learn; 500 are the test set."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)  # (N, 8, 8, 3)
-    parts = stratified(torch.as_tensor(digits.target), 1_297, "train_size")
-    train, test = ((images[index], digits.target[index].tolist()) for index in parts)
-    return tuple("0123456789"), train, None, test
+    split = to_split(images, digits.target.tolist())
+    training, test = stratified(split.labels, 1_297, "train_size")
+    return tuple("0123456789"), split.select(training), None, split.select(test)
 
 
 def is_of_the_user(dataset: str) -> bool:
@@ -210,7 +223,7 @@ def is_of_the_user(dataset: str) -> bool:
     return named.is_named(dataset) and not Path(dataset).is_dir()
 
 
-def read_named(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays | None, Arrays]:
+def read_named(config: Config) -> Contents:
     """What a function of the user's returns: a training, perhaps a validation, and a test set.
 
     Each is a map-style data set of (image, label): a PIL image or a uint8 tensor (3, H, W), and an int from 0. The
@@ -231,7 +244,7 @@ def read_named(config: Config) -> tuple[tuple[str, ...], Arrays, Arrays | None, 
             f"{len(classes)} classes with labels from {found[0]} to {found[-1]}; needs images in each set, two classes "
             "or more, and labels from 0"
         )
-    train, *validation, test = ((stack(images, config.image_size), labels) for images, labels in read)
+    train, *validation, test = (to_split(stack(images, config.image_size), labels) for images, labels in read)
     return classes, train, validation[0] if validation else None, test
 
 
@@ -241,7 +254,8 @@ def is_data_set(part: Any) -> bool:
 
 def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
     """The images (H, W, 3) uint8 and the labels of a map-style data set, each item read once."""
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[int] = []
     for number in range(len(part)):
         image, label = part[number]
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
@@ -265,18 +279,18 @@ def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Ten
 
     Raises UserError, naming the setting, if one of them would have no image of some class.
     """
-    labels = labels.cpu().numpy()
-    if size == len(labels):
+    classes = labels.cpu().numpy()
+    if size == len(classes):
         return torch.arange(size), torch.arange(0)
-    images_of_class = np.unique(labels, return_counts=True)[1]
+    images_of_class = np.unique(classes, return_counts=True)[1]
     try:
-        parts = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=0)
+        chosen, others = train_test_split(np.arange(len(classes)), train_size=size, stratify=classes, random_state=0)
     except ValueError:  # so few images, or of a class, that scikit-learn does not try
-        parts = ()
-    if not parts or any(len(np.unique(labels[part])) < len(images_of_class) for part in parts):
+        chosen = others = np.arange(0)
+    if min(len(np.unique(classes[part])) for part in (chosen, others)) < len(images_of_class):
         raise UserError(
             f"{setting} = {size}: must select and leave at least one image of each class; there are {len(labels)} "
             f"images of {len(images_of_class)} classes, {images_of_class.min()} of the rarest. Choose another size or "
             "add images"
         )
-    return tuple(torch.from_numpy(np.sort(part)) for part in parts)
+    return torch.from_numpy(np.sort(chosen)), torch.from_numpy(np.sort(others))

@@ -33,10 +33,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim
     """The recipe's optimizer; one of the user's is called with the parameters and the learning rate."""
     if is_named(recipe.optimizer):
         return named.load(recipe.optimizer)(model.parameters(), recipe.lr)
-    shared = {"weight_decay": recipe.weight_decay, "fused": torch.device(device).type in ("cpu", "cuda") or None}
+    parameters, decay = model.parameters(), recipe.weight_decay
+    fused = True if torch.device(device).type in ("cpu", "cuda") else None
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), recipe.lr, **shared)
-    return torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.nesterov, **shared)
+        return torch.optim.AdamW(parameters, recipe.lr, weight_decay=decay, fused=fused)
+    return torch.optim.SGD(
+        parameters, recipe.lr, recipe.momentum, weight_decay=decay, nesterov=recipe.nesterov, fused=fused
+    )
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
@@ -48,6 +51,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     if recipe.schedule == "onecycle":
         return OneCycleLR(optimizer, recipe.lr, total_steps=steps, cycle_momentum=False)
     return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss: the sum of its terms."""
+    return torch.stack(list(terms.values())).sum()
 
 
 class Meter:
@@ -62,7 +70,7 @@ class Meter:
     @torch.no_grad()
     def update(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:
         """Add a step: logits (B, C), labels (B,), the terms of their loss, and their share of the whole batch."""
-        self.sums[:2] += torch.stack([sum(terms.values()) * share, (logits.argmax(1) == labels).sum()])
+        self.sums[:2] += torch.stack([total(terms) * share, (logits.argmax(1) == labels).sum()])
         self.names = ["logits", *(f"{name} loss" for name in terms)]
         self.nonfinite = self.nonfinite + ~torch.stack([logits.float().sum(), *terms.values()]).isfinite()
 
@@ -144,9 +152,10 @@ class Training:
             self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"model": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return {
-            **{name: part.state_dict() for name, part in parts.items()},
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
             "history": list(self.history),
             "step": self.step,
             "totals": all_reduce_sum(self.meter.sums).cpu(),
@@ -191,7 +200,7 @@ class Training:
         if "soft" in terms and self.step % max(1, self.steps // 50) == 0:
             self.meter.measure_gradients(logits, terms)
         self.meter.update(logits, labels, terms, self.share)
-        return sum(terms.values()) * (self.share * world_size())
+        return total(terms) * (self.share * world_size())
 
     def step_done(self) -> bool:
         """Count a step; show the progress and save when that is due. Returns whether to stop, after saving."""

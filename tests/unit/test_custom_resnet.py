@@ -136,7 +136,7 @@ def test_fit_agrees_with_a_plain_loop(config, digits, model):
     losses, correct = [], 0
     for batch in datasets.batches(digits.train, digits.subset(75), config, seed=5, epoch=0):
         images = []
-        for index, flipped in zip(batch.index, batch.flipped, strict=True):
+        for index, flipped in zip(batch.indices, batch.flipped, strict=True):
             image = Image.fromarray(digits.train.images[index].permute(1, 2, 0).cpu().contiguous().numpy())
             images.append(transform(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image))
         logits = plain(torch.stack(images).to(config.device, memory_format=torch.channels_last))

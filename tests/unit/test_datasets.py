@@ -32,12 +32,12 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(config, digits):
     assert len(whole) == 1297 // 25
     for one, other in zip(whole[40:], again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    orders = {tuple(epoch_of(config, digits, seed, epoch)[0].index.tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {tuple(epoch_of(config, digits, seed, epoch)[0].indices.tolist()) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
 
 
 def test_an_epoch_has_each_image_at_most_once_and_drops_different_ones(config, digits):
-    shown = [torch.cat([b.index for b in epoch_of(config, digits, epoch=epoch)]).tolist() for epoch in (0, 1)]
+    shown = [torch.cat([b.indices for b in epoch_of(config, digits, epoch=epoch)]).tolist() for epoch in (0, 1)]
     for indices in shown:
         assert len(indices) == len(set(indices)) == 1297 // 25 * 25
     assert set(shown[0]) != set(shown[1])
@@ -45,8 +45,8 @@ def test_an_epoch_has_each_image_at_most_once_and_drops_different_ones(config, d
 
 def test_a_batch_holds_the_images_of_its_index(config, digits):
     for batch in epoch_of(config, digits)[:3]:
-        assert torch.equal(batch.labels, digits.train.labels[batch.index])
-        for image, index, flipped in zip(batch.images, batch.index, batch.flipped, strict=True):
+        assert torch.equal(batch.labels, digits.train.labels[batch.indices])
+        for image, index, flipped in zip(batch.images, batch.indices, batch.flipped, strict=True):
             source = digits.train.images[index]
             source = torch.flip(source, dims=[-1]) if flipped else source
             torch.testing.assert_close(image, prepare(source[None], 16)[0], atol=0, rtol=0)
@@ -55,7 +55,7 @@ def test_a_batch_holds_the_images_of_its_index(config, digits):
 def test_crop_padding_shifts_images_and_changes_nothing_else(config, digits):
     plain, shifted = (epoch_of(replace(config, crop_padding=p), digits)[0] for p in (0, 2))
     assert torch.equal(plain.labels, shifted.labels)
-    assert torch.equal(plain.index, shifted.index)
+    assert torch.equal(plain.indices, shifted.indices)
     assert shifted.flipped is None  # so that no logits stored for two views are looked up
     different = (plain.images != shifted.images).flatten(1).any(1).float().mean()
     assert different > 0.7  # one in 25 is not shifted, and some have nothing at the edge to lose
@@ -65,7 +65,7 @@ def test_the_order_of_the_images_is_numpys_for_seed_and_epoch(config, digits):
     """Pinned: the stream of NumPy's generator for (3, 2), of which ten drawn numbers are 7 4 1 8 6 0 2 9 3 5."""
     subset = torch.arange(100, 110)
     shown = torch.cat(
-        [b.index for b in epoch_of(replace(config, batch_size=2), digits, subset=subset, seed=3, epoch=2)]
+        [b.indices for b in epoch_of(replace(config, batch_size=2), digits, subset=subset, seed=3, epoch=2)]
     )
     assert shown.tolist() == [107, 104, 101, 108, 106, 100, 102, 109, 103, 105]
 
@@ -89,7 +89,7 @@ def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each
     }[name]
     changed = 0
     for number, (index, flipped, image) in enumerate(
-        zip(plain[1].index, plain[1].flipped, first[1].images, strict=True), 10
+        zip(plain[1].indices, plain[1].flipped, first[1].images, strict=True), 10
     ):
         seed_torch(AUGMENTATION, 1, 2, number)
         original = digits.train.images[index]
@@ -126,7 +126,7 @@ def test_a_subset_is_stratified_and_always_the_same(config, digits):
     counts = torch.bincount(digits.train.labels[subset])
     share = torch.bincount(digits.train.labels) * 200 / 1297
     assert (counts - share).abs().max() < 1
-    shown = torch.cat([batch.index for batch in epoch_of(config, digits, subset=subset)])
+    shown = torch.cat([batch.indices for batch in epoch_of(config, digits, subset=subset)])
     assert set(shown.tolist()) == set(subset.tolist())
 
 

@@ -139,7 +139,7 @@ def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         assert loss_fn(expected, batch)["soft"].item() == pytest.approx(0, abs=1e-5)
         assert loss_fn(expected, batch._replace(flipped=~batch.flipped))["soft"] > 1e-3
-        assert loss_fn(expected, batch._replace(index=batch.index.roll(1)))["soft"] > 1e-3
+        assert loss_fn(expected, batch._replace(indices=batch.indices.roll(1)))["soft"] > 1e-3
 
 
 def computed(capsys) -> int:
@@ -317,7 +317,7 @@ def test_a_recipe_is_trained_with_its_own_loss(config, digits, monkeypatch, chan
     def look(training, dataset, loss_fn):
         for batch in datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0):
             z = torch.randn(len(batch.labels), C, device=config.device)
-            v = stored[batch.flipped.long(), batch.index]
+            v = stored[batch.flipped.long(), batch.indices]
             hard = F.cross_entropy(z, batch.labels, label_smoothing=recipe.label_smoothing)
             soft = distillation_loss(z, v, batch.labels, 0.0, recipe.temperature)
             compared.append((sum(loss_fn(z, batch).values()), 0.25 * hard + 0.75 * soft))

@@ -125,19 +125,20 @@ def small(trained, *more: str):
 def test_soft_targets_are_computed_without_matching_stored_logits(trained, tmp_path):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     config, dataset = small(tmp_path)
-    path = Model("teacher", 0, config).path
+    student, teacher = Model("student_kd", 0, config), Model("teacher", 0, config)
+    path = teacher.path
     digest = checkpoints.tensors_digest(checkpoints.load_checkpoint(path)["model"])
-    read, labels = evaluate.logits_for_student(Model("student_kd", 0, config), digest, dataset)
+    read, labels = evaluate.logits_for_student(student, teacher, digest, dataset)
     assert sorted(labels) == sorted(dataset.train.labels[dataset.subset(100)].tolist())
     file = path.with_suffix(".logits")
     state = checkpoints.load_checkpoint(file)
     foreign = {**state, "fingerprint": {**state["fingerprint"], "teacher": "another"}, "logits": state["logits"] + 1}
     for spoil in (lambda: checkpoints.save_checkpoint(file, foreign), lambda: file.write_bytes(b"junk"), file.unlink):
         spoil()
-        computed, computed_labels = evaluate.logits_for_student(Model("student_kd", 0, config), digest, dataset)
+        computed, computed_labels = evaluate.logits_for_student(student, teacher, digest, dataset)
         order, computed_order = np.lexsort((*read.T, labels)), np.lexsort((*computed.T, computed_labels))
         np.testing.assert_allclose(computed[computed_order], read[order], atol=1e-4)
-    some, of_some = evaluate.logits_for_student(Model("student_kd", 0, config), digest, dataset, most=30)
+    some, of_some = evaluate.logits_for_student(student, teacher, digest, dataset, most=30)
     assert len(some) == 30
     assert max(Counter(of_some).values()) - min(Counter(of_some).values()) <= 2
 
