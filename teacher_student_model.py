@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +31,12 @@ from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
 from engine.fingerprints import load_teacher_state, logits_fingerprint
 from engine.inference import fold_batchnorm, predict
-from engine.jobs import call_in_process, run_in_processes
+from engine.jobs import Worker, run_in_workers, start_workers
 from engine.models import layers, load_model
-from engine.reach import code_digest
 from engine.recipes import Recipe
 from engine.settings import Config, Model
-from engine.soft_losses import SoftLoss, find, kd
-from utils import Estimates, load_training_data, open_run, parse_config, prepare, run_script, set_up_device
+from engine.soft_losses import find
+from utils import load_training_data, open_run, parse_config, prepare, run_script, set_up_device
 
 
 def distillation_loss(
@@ -55,48 +53,40 @@ def distillation_loss(
     loss. The gradients of the soft loss scale as 1/T^2, which the factor T^2 compensates for (Hinton, Vinyals, Dean
     2015, arXiv 1503.02531, section 2); scale_soft_loss=False omits it. No gradient flows to the teacher.
 
-    The sum of `distillation_terms`, which training uses, with `kd` as its soft loss.
+    It is the sum of `distillation_terms`, which training uses.
     """
-    terms = distillation_terms(student_logits, teacher_logits, labels, alpha, temperature, scale_soft_loss)
+    recipe = Recipe(teacher="teacher", alpha=alpha, temperature=temperature, scale_soft_loss=scale_soft_loss)
+    terms = distillation_terms(student_logits, teacher_logits, labels, recipe)
     return terms["hard"] + terms["soft"]
 
 
 def distillation_terms(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    alpha: float,
-    temperature: float,
-    scale_soft_loss: bool = True,
-    soft_loss: SoftLoss = kd,
-    soft_weight: float | None = None,
-    label_smoothing: float = 0.0,
-    **parameters: float,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """The weighted hard loss and the weighted soft loss, by name.
+    """The terms of the loss by name, each with its weight and averaged over the batch.
 
-    The weight of the soft loss is 1 - alpha, unless `soft_weight` is given; `parameters` are its own.
+    With the soft loss `kd` they are alpha * CE(z, y) and (1 - alpha) * T^2 * KL(softmax(v / T) || softmax(z / T)).
     """
-    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-    soft = soft_loss(student_logits, teacher_logits.detach(), labels, temperature, **parameters)
-    if not scale_soft_loss:
-        soft = soft / temperature**2
-    weight = 1 - alpha if soft_weight is None else soft_weight
-    return {"hard": alpha * hard, "soft": weight * soft}
+    z, v = student_logits, teacher_logits.detach()  # (B, C)
+    hard = F.cross_entropy(z, labels, label_smoothing=recipe.label_smoothing)
+    soft_loss = find(recipe.soft_loss)  # includes the factor T^2 where it has one
+    soft = soft_loss(z, v, labels, recipe.temperature, **recipe.soft_loss_options)
+    if not recipe.scale_soft_loss:
+        soft = soft / recipe.temperature**2
+    return {"hard": recipe.alpha * hard, "soft": recipe.weight_of_soft_loss * soft}
 
 
 class Teacher(NamedTuple):
-    name: str
+    title: str
     model: nn.Module  # frozen, in evaluation mode
     digest: str  # of its weights
-    seed: int = 0
 
 
 def load_teacher(model: Model, dataset: Dataset) -> Teacher:
     """A finished teacher. Raises UserError if it is not trained yet, or with different settings."""
     checkpoint = load_teacher_state(model, dataset)
     network = load_model(checkpoint, model.config.device).requires_grad_(False)
-    return Teacher(model.name, network, tensors_digest(checkpoint.weights), model.seed)
+    return Teacher(str(model), network, tensors_digest(checkpoint.weights))
 
 
 def teacher_logits(
@@ -122,7 +112,7 @@ def teacher_logits(
         for index in missing.split(10_000) if needed else ():
             images = dataset.train.images[index.to(dataset.train.images.device)]
             images = images.flip(3) if view else images
-            title = f"teacher {teacher.name} seed {teacher.seed} training images"
+            title = f"teacher {teacher.title} training images"
             logits[view, index] = predict(teacher.model, images, config.image_size, title=title).cpu()
             computed += len(index)
             if all_reduce_max(time.monotonic() - saved > 60 * config.checkpoint_minutes)[0]:
@@ -130,7 +120,7 @@ def teacher_logits(
                 saved = time.monotonic()
     if computed:
         save()
-    log.info(f"logits of {teacher.name}  " + (f"{computed:,} computed" if computed else f"read from {path}"))
+    log.info(f"logits of {teacher.title}  " + (f"{computed:,} computed" if computed else f"read from {path}"))
     return logits.to(config.device)
 
 
@@ -206,19 +196,7 @@ class Distillation:
     teacher: Lookup
 
     def __call__(self, student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        recipe = self.recipe
-        return distillation_terms(
-            student_logits,
-            self.teacher(batch),
-            batch.labels,
-            recipe.alpha,
-            recipe.temperature,
-            recipe.scale_soft_loss,
-            find(recipe.soft_loss),
-            recipe.soft_weight,
-            recipe.label_smoothing,
-            **recipe.soft_loss_options,
-        )
+        return distillation_terms(student_logits, self.teacher(batch), batch.labels, self.recipe)
 
 
 def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
@@ -253,44 +231,23 @@ def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKN
         raise
 
 
-# A script that has only been imported can be forked: all models are then trained by the code of its start. A process in
-# which PyTorch has used threads or a GPU cannot, and macOS and Windows have no safe fork.
+# A script that has only been imported can be forked; macOS and Windows have no safe fork.
 START_METHOD = "fork" if __name__ == "__main__" and sys.platform == "linux" else "spawn"
 
 
-def check_code(digest: str) -> None:
-    """Raise UserError if this process has imported other code than the one that started it."""
-    if code_digest() != digest:
-        raise UserError(
-            "the code was edited while this run was training, and its remaining models would be trained by other code; "
-            "undo the edit, or choose another name for this experiment (--run NAME)"
-        )
-
-
-def prepare_in_process(config: Config, code: str) -> tuple[list[Model], Estimates]:
-    """What a process does before others train the models: `code` is the digest of the code that started it."""
+def train_in_worker(model: Model, estimate: Estimate, threads: int) -> None:
     with run_script():
-        check_code(code)
-        config = set_up_device(config)
-        return prepare(config.models(), load_training_data(config))
-
-
-def train_in_process(estimates: Estimates, code: str, model: Model, threads: int) -> None:
-    """Train a model in a process that `run_in_processes` has started."""
-    with run_script():
-        check_code(code)
         torch.set_num_threads(threads)
         configure_backends(model.config)
-        train_with_teacher(model, load_dataset(model.config), estimates[model]._replace(later=0.0))
+        train_with_teacher(model, load_dataset(model.config), estimate)
 
 
-def train_at_the_same_time(config: Config) -> None:
-    """Train `jobs` models at a time. All that uses the device happens in other processes, so that this one can fork."""
-    code = code_digest()
+def train_at_the_same_time(config: Config, workers: list[Worker]) -> None:
+    config, threads = set_up_device(config), max(1, torch.get_num_threads() // config.jobs)
     with lock(Path(config.checkpoints_path, config.run)):
-        models, estimates = call_in_process(partial(prepare_in_process, config, code), START_METHOD)
+        models, estimates = prepare(config.models(), load_training_data(config))
         teachers = {model: model.teacher for model in models if model in estimates}
-        run_in_processes(partial(train_in_process, estimates, code), teachers, config.jobs, START_METHOD)
+        run_in_workers(workers, teachers, lambda model: (model, estimates[model]._replace(later=0.0), threads))
 
 
 def train_one_by_one(config: Config) -> None:
@@ -303,7 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     with run_script():
         config = parse_config(argv)
         if config.jobs > 1 and world_size() == 1:
-            train_at_the_same_time(config)
+            with start_workers(train_in_worker, config.jobs, START_METHOD) as workers:
+                train_at_the_same_time(config, workers)
         else:
             train_one_by_one(config)
         command = f"python evaluate.py --run {config.run}"

@@ -182,7 +182,7 @@ class Benchmark:
         labels = torch.zeros(shape[0], dtype=torch.long, device=device)
         started = time.perf_counter()
         for _ in range(self.steps):
-            terms = distillation_terms(logits, torch.randn(shape, device=device), labels, 0.25, 5.0)
+            terms = distillation_terms(logits, torch.randn(shape, device=device), labels, Recipe(teacher="teacher"))
             meter.measure_gradients(logits, terms)
         synchronize(device)
         return {"seconds": time.perf_counter() - started}

@@ -1,94 +1,91 @@
-"""Several models at the same time, each in a process with its share of the CPU's threads.
+"""Several models at the same time, each in a worker: a process that trains one model after another.
 
-With the start method "fork" a process goes on with the code that its parent has imported, with "spawn" it imports the
-files as they are by then. A parent may fork as long as PyTorch has used neither threads nor a GPU in it.
+Workers are started before anything is computed and keep the code that they have imported then, so that an edit during
+the run changes nothing. A fork is safe as long as PyTorch has used neither threads nor a GPU.
 """
 
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
-
-import torch
+from typing import Any, NamedTuple
 
 from engine.console import log
 from engine.settings import Model
 
-T = TypeVar("T")
+
+class Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
 
 
-def start(method: str, function: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Call a function in a process of its own."""
-    context = multiprocessing.get_context(method)
-    process = context.Process(target=function, args=arguments)  # type: ignore[attr-defined]  # its stub lacks Process
-    process.start()
-    return process
+@contextlib.contextmanager
+def start_workers(work: Callable[..., None], jobs: int, method: str) -> Iterator[list[Worker]]:
+    """Start processes that call `work` with the arguments that they are sent. When the context ends, they end, too.
 
-
-def call_in_process(function: Callable[[], T], method: str) -> T:
-    """The result of `function`, called in a process of its own. Raises SystemExit with its status if it fails."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = start(method, send_result, function, sender)
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:  # it has failed, and its status says how
-        result = None
-    except BaseException:
-        stop([process])
-        raise
-    process.join()
-    check_exit(process, "the preparation")
-    return result
-
-
-def send_result(function: Callable[[], Any], sender: Connection) -> None:
-    sender.send(function())
-
-
-def run_in_processes(
-    work: Callable[[Model, int], None], models: dict[Model, Model | None], jobs: int, method: str = "spawn"
-) -> None:
-    """Call work(model, threads) for each model, each in a process of its own, at most `jobs` at a time.
-
-    `models` maps each to its teacher, which must finish first if it is among them. If a process fails, or a
-    signal arrives, the others are asked to stop, which saves their state. Raises SystemExit with the status of the
-    first process that failed.
+    Those that are at work are asked to stop, which saves their state.
     """
-    threads = max(1, torch.get_num_threads() // jobs)
-    waiting = dict(models)
-    running: dict[BaseProcess, Model] = {}
+    context, workers = multiprocessing.get_context(method), []
     try:
-        while waiting or running:
-            unfinished = {*waiting, *running.values()}
-            ready = [model for model, teacher in waiting.items() if teacher not in unfinished]
-            for model in ready[: jobs - len(running)]:
-                running[start(method, work, model, threads)] = model
-                del waiting[model]
-            wait([process.sentinel for process in running])
-            for process in [process for process in running if not process.is_alive()]:
-                check_exit(process, str(running.pop(process)))
+        for _ in range(jobs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(work, theirs))
+            process.start()
+            theirs.close()
+            workers.append(Worker(process, ours))
+        yield workers
     finally:
-        stop(running)
+        for worker in workers:
+            with contextlib.suppress(OSError):
+                worker.process.terminate()
+        for worker in workers:
+            worker.process.join()
 
 
-def check_exit(process: BaseProcess, what: str) -> None:
-    """Raise SystemExit with the status of a process that has failed. One that was killed is named in the log."""
-    status = process.exitcode or 0
-    if status < 0:
-        memory = ", as when memory runs out: try fewer --jobs" if status == -signal.SIGKILL else ""
-        log.info(f"{what}  was killed by signal {-status}{memory}; the same command resumes it")
-    if status:
-        raise SystemExit(status if status > 0 else 128 - status)
+def serve(work: Callable[..., None], pipe: Connection) -> None:
+    """What a worker does until it is stopped, or until its parent has died."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too; training handles it by itself
+    parent = multiprocessing.parent_process()
+    while parent and parent.is_alive():
+        if pipe.poll(1):
+            work(*pipe.recv())
+            pipe.send(None)
 
 
-def stop(processes: Iterable[BaseProcess]) -> None:
-    """Ask processes to stop, and wait until they have."""
-    for process in processes:
-        with contextlib.suppress(OSError):
-            process.terminate()
-    for process in processes:
-        process.join()
+def run_in_workers(
+    workers: list[Worker], models: dict[Model, Model | None], arguments: Callable[[Model], tuple[Any, ...]]
+) -> None:
+    """Send the arguments for each model to a worker that is free. `models` maps each to its teacher, or None.
+
+    A teacher that is among them must finish first. Raises SystemExit with the status of the first worker that fails.
+    """
+    waiting, free = dict(models), list(workers)
+    busy: dict[Worker, Model] = {}
+    while waiting or busy:
+        unfinished = {*waiting, *busy.values()}
+        ready = [model for model, teacher in waiting.items() if teacher not in unfinished]
+        for model in ready[: len(free)]:
+            worker = free.pop(0)
+            worker.pipe.send(arguments(model))
+            busy[worker] = model
+            del waiting[model]
+        done = wait([worker.pipe for worker in busy])
+        for worker in [worker for worker in busy if worker.pipe in done]:
+            model = busy.pop(worker)
+            try:
+                worker.pipe.recv()
+            except (EOFError, OSError):
+                worker.process.join()
+                raise_status(worker.process, str(model))
+            free.append(worker)
+
+
+def raise_status(process: BaseProcess, what: str) -> None:
+    """Raise SystemExit with the status of a process that has ended. One that was killed is named in the log."""
+    code = process.exitcode or 0
+    if code < 0:
+        memory = ", as when memory runs out: try fewer --jobs" if code == -signal.SIGKILL else ""
+        log.info(f"{what}  was killed by signal {-code}{memory}; the same command resumes it")
+    raise SystemExit(code if code > 0 else 128 - code)

@@ -7,6 +7,7 @@ stranger can name nothing else. In config.py the object itself may stand in plac
 import importlib
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def split(value: str) -> tuple[Path, str]:
     return path, name
 
 
+@cache
 def load(value: str) -> Callable[..., Any]:
     """What MODULE:NAME names. Raises UserError if it is not there or cannot be called."""
     path, name = split(value)

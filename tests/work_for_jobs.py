@@ -5,12 +5,11 @@ import signal
 import time
 
 
-def note(model, threads):
+def note(name, folder):
     """Write into a file when the work began and ended; models named "fails" and "is killed" do that instead.
 
     The one named "teacher" waits for that named "alone".
     """
-    name, folder = model
     began = time.time()
     if name == "fails":
         raise SystemExit(7)
@@ -19,12 +18,4 @@ def note(model, threads):
     while name == "teacher" and not os.path.exists(os.path.join(folder, "alone")):
         time.sleep(0.01)
     with open(os.path.join(folder, name), "w") as file:
-        file.write(f"{began} {time.time()} {threads}")
-
-
-def large_result():
-    return list(range(100_000))
-
-
-def fail():
-    raise SystemExit(7)
+        file.write(f"{began} {time.time()}")

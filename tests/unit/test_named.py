@@ -73,6 +73,7 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "evaluate.py").write_text("def main(number):\n    raise SystemExit(99)\n")
     yield
     sys.modules.pop("mine", None)
+    named.load.cache_clear()
     reach.read_source.cache_clear()
 
 
