@@ -12,8 +12,8 @@ from work_for_jobs import fail, large_result, note
 
 import teacher_student_model
 from engine.checkpoints import load_checkpoint
-from engine.device import code_digest
 from engine.jobs import call_in_process, run_in_processes
+from engine.reach import code_digest
 from engine.settings import Model
 
 

@@ -368,7 +368,8 @@ def partial(config, trained, digits):
     for seed in (0, 1):
         path = Model("student", seed, config).path
         state = copy.deepcopy(load_checkpoint(trained / "checkpoints" / "demo" / f"seed{seed}" / "student.pt"))
-        state["settings"] = training_settings(Model("student", seed, replace(config, precision="bf16")), digits)
+        state["settings"] = training_settings(Model("student", seed, config), digits)
+        state["environment"]["precision"] = "bf16"
         if seed == 1:
             state["history"], state["finished"] = state["history"][:1], False
         save_checkpoint(path, state)
