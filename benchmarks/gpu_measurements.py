@@ -36,7 +36,7 @@ from engine.models import Architecture
 from engine.recipes import Recipe
 from engine.settings import Config
 from report.metrics import kl_divergence
-from teacher_student_model import Teacher, online_logits, stored_logits, teacher_logits
+from teacher_student_model import OnlineTeacher, Teacher, stored_logits, teacher_logits
 
 ROOT = Path(__file__).parent.parent
 ARCHS = ("resnet50", "resnet18")
@@ -163,7 +163,7 @@ def stored_against_online(options: Options) -> dict[str, Any]:
     model.eval()
     subset = dataset.subset(None)
     stored = stored_logits(teacher_logits(Teacher("teacher", model, ""), config, dataset, subset))
-    online = online_logits(model, config)
+    online = OnlineTeacher(model, config)
     pairs = [(stored(b), online(b)) for b in batches(dataset.train, subset, config, 0, 0)]
     first, second = (torch.cat(side).float().cpu().numpy() for side in zip(*pairs, strict=True))
     return {

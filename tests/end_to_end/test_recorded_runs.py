@@ -132,11 +132,11 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
         config["recipes"]["student_kd"]["baseline"] = "teacher"
         rewrite(path, config=config)
     assert baseline() is None  # as config.py's demo has it
-    monkeypatch.setattr(utils.settings, "PRESETS", {})
+    monkeypatch.setattr(utils.settings, "ALL_PRESETS", {})
     assert baseline() == "teacher"
     edited = replace(PRESETS["demo"].recipes["student_kd"], baseline="student")
     recipes = {**PRESETS["demo"].recipes, "student_kd": edited}
-    monkeypatch.setattr(utils.settings, "PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
+    monkeypatch.setattr(utils.settings, "ALL_PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
     assert baseline() == "student"
     parse_recorded(["--run=demo", *paths(tmp_path)], {})
     assert "student_kd.baseline is student in config.py, which counts, and teacher in the checkpoint" in (
@@ -144,11 +144,11 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
     )
     assert baseline("--student_kd.baseline", "teacher") == "teacher"
     swept = replace(PRESETS["demo"], recipes=recipes, sweep=("student.lr=0.01",))  # in config.py, not by a flag
-    monkeypatch.setattr(utils.settings, "PRESETS", {"demo": swept})
+    monkeypatch.setattr(utils.settings, "ALL_PRESETS", {"demo": swept})
     assert baseline() == "student-lr-0_01"
     new = replace(PRESETS["demo"].recipes["student"], lr=0.5)
     recipes |= {"unborn": new, "student_kd": replace(edited, baseline="unborn")}
-    monkeypatch.setattr(utils.settings, "PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
+    monkeypatch.setattr(utils.settings, "ALL_PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
     assert baseline() == "unborn"  # the report says that it is not trained yet
 
 

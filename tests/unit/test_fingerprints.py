@@ -76,7 +76,7 @@ def test_a_renamed_row_is_copied_and_evaluated_under_its_new_name(tmp_path, trai
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     recipes = dict(config_module.PRESETS["demo"].recipes)
     recipes["renamed"] = recipes.pop("student")
-    monkeypatch.setitem(config_module.PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
+    monkeypatch.setitem(config_module.ALL_PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
     words = [word.replace("--student.", "--renamed.") for word in flags(tmp_path)]
     custom_resnet.main(override(words, "--only=renamed"))
     assert "copied from" in capsys.readouterr().err

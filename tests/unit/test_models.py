@@ -236,6 +236,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
 
 def test_other_weights_at_the_same_path_are_noticed(tmp_path, capsys):
     path = tmp_path / "teacher.pth"
+    torch.manual_seed(1)  # training seeds with 0
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
     words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--only=teacher")
     teacher_student_model.main(words)
