@@ -70,9 +70,9 @@ def measure(config: Config, repeats: int, skip: Container[str] = ()) -> Iterator
     dataset = load_dataset(config)
     for model in config.models():
         title = f"{model.name}/seed{model.seed}"
-        if title in skip or not (state := load_finished(model.path)):
+        if title in skip or not (checkpoint := load_finished(model.path)):
             continue
-        network = load_model(state, config.device)
+        network = load_model(checkpoint, config.device)
 
         def accuracy(how: dict, repeat: int, network=network) -> float:
             return faulty_accuracy(

@@ -106,7 +106,10 @@ def accepts_options(options: Any) -> bool:
 
 
 def convert_options(words: list[str]) -> dict[str, float]:
-    return {name: float(number) for name, number in (word.split("=") for word in words)}
+    options = {name: float(number) for name, number in (word.split("=") for word in words)}
+    if len(options) < len(words):
+        raise ValueError("an option is given twice")
+    return options
 
 
 OPTIONS = Kind(

@@ -267,7 +267,7 @@ def main(argv):
 
 
 def test_a_lock_is_held_by_one_process_at_a_time(tmp_path):
-    """Each makes a file that must not exist yet while it holds the lock, which is deleted at each release."""
+    """Each makes a file that must not exist yet while it holds the lock."""
     code = """
 import contextlib, os, sys, time
 from pathlib import Path

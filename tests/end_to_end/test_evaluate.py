@@ -192,7 +192,7 @@ def test_export_without_a_checkpoint_is_an_error(tmp_path, capsys):
 def test_a_script_is_refused_while_its_folder_is_locked(exported, capsys, main, more, where):
     folder = exported / where
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"), pytest.raises(SystemExit) as exit:
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")), pytest.raises(SystemExit) as exit:
         main(flags(exported, *more))
     assert exit.value.code == 2
     assert f"{folder}: another process is writing there" in capsys.readouterr().err

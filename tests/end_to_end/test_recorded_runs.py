@@ -82,7 +82,7 @@ def test_settings_of_the_same_effect_do_not_contradict_one_another(trained, tmp_
     for seed, teacher_seed in ((0, None), (1, 1)):
         path = folder / f"seed{seed}/student_kd.pt"
         config = load_checkpoint(path)["config"]
-        del config["recipes"]["student_kd"]["target_weight"]
+        del config["recipes"]["student_kd"]["label_smoothing"]
         config["recipes"]["student_kd"]["teacher_seed"] = teacher_seed
         rewrite(path, config=config)
     path = folder / "seed0/teacher.pt"  # weights that are used as they are depend on no config

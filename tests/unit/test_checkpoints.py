@@ -11,13 +11,21 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from engine import checkpoints, datasets, fingerprints
+from engine.checkpoints import Checkpoint
 from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.recipes import Recipe
 from engine.settings import Config, Model
-from engine.soft_losses import SOFT_LOSSES, parameters
+from engine.soft_losses import SOFT_LOSSES, options
 
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
+
+
+def checkpoint_of(name: str, settings: dict, **changes) -> Checkpoint:
+    """A model with these settings as its fingerprint."""
+    about = {"name": name, "seed": 0, "arch": "resnet18", "stem": "imagenet", "classes": [], "normalisation": {}}
+    about |= {"settings": settings, "config": {}, "environment": {}, "history": [], "weights": {}}
+    return Checkpoint(**{**about, **changes})
 
 
 def test_checkpoint_round_trip_also_through_torch_load(tmp_path):
@@ -115,56 +123,72 @@ def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wro
         checkpoints.load_finished(path)
 
 
+@pytest.mark.parametrize("progress", [None, {"step": 3, "optimizer": {"lr": 0.5}}], ids=["finished", "unfinished"])
+def test_a_model_round_trip(tmp_path, progress):
+    path, weights = tmp_path / "seed0/student.pt", {"w": torch.arange(3.0)}
+    saved = checkpoint_of("student", {"seed": 0}, weights=weights, history=[{"loss": 0.5}], progress=progress)
+    assert checkpoints.load_training(path) is None
+    saved.save(path)
+    loaded = checkpoints.load_training(path)
+    assert torch.equal(loaded.weights["w"], weights["w"])
+    assert replace(loaded, weights=weights) == saved
+    state = {"model": weights, "history": [{"loss": 0.5}], **(progress or {})}
+    assert {**loaded.training_state, "model": weights} == state
+    assert (checkpoints.load_finished(path) is None) == (progress is not None)
+
+
 def test_an_unknown_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    monkeypatch.setattr(checkpoints, "FORMAT", 4)
+    monkeypatch.setattr(checkpoints, "FORMAT", 5)
     checkpoints.save_checkpoint(path, STATE)
     monkeypatch.undo()
-    assert "has format 4, and this program reads format 3" in refused(path, path.read_bytes())
+    assert "has format 5, and this program reads format 4" in refused(path, path.read_bytes())
 
 
 def test_differing_settings_are_refused_by_name(config, digits, monkeypatch):
     path = Path("model.pt")
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "a" * 64)
     settings = fingerprints.training_settings(Model("student_kd", 0, config), digits)
-    fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, settings)
+    checkpoint = checkpoint_of("student_kd", settings)
+    fingerprints.check_settings(path, checkpoint, settings)
     recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], temperature=4.0)}
     changed = replace(config, recipes=recipes, batch_size=20)
     monkeypatch.setattr(fingerprints, "weights_digest", lambda path: "b" * 64)
     other = fingerprints.training_settings(Model("student_kd", 0, changed), digits)
     with pytest.raises(UserError) as error:
-        fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, other)
+        fingerprints.check_settings(path, checkpoint, other)
     output = str(error.value)
     assert "student_kd.temperature was 5.0, is now 4.0; batch_size was 25, is now 20" in output
     assert "weights of the teacher was aaaaaaaaaaaa..., is now bbbbbbbbbbbb..." in output
     assert "--overwrite" in output
     with pytest.raises(UserError, match="seed was 0, is now 1"):
-        fingerprints.check_settings(path, {"name": "student_kd", "settings": settings}, {**settings, "seed": 1})
+        fingerprints.check_settings(path, checkpoint, {**settings, "seed": 1})
 
 
-def test_a_parameter_of_a_soft_loss_may_have_the_name_of_a_setting(config, digits, monkeypatch):
-    """The names of the config's fields, "seed", and the names that a fingerprint itself uses."""
-    refused, names = [], ("batch_size", "seed", "precision", "distilled", "weights of the teacher")
-    for name in names:
-        fingerprints_by_value = []
-        for value in (1, 7):
-            monkeypatch.setattr(Recipe, "loss_parameters", lambda self, value=value, name=name: {name: value})
-            fingerprints_by_value.append(fingerprints.training_settings(Model("student_kd", 0, config), digits))
-        before, now = fingerprints_by_value
-        assert before["config"]["batch_size"] == 25
-        with pytest.raises(UserError, match=rf"student_kd\.{name} was 1, is now 7") as error:
-            fingerprints.check_settings(Path("model.pt"), {"name": "student_kd", "settings": before}, now)
-        refused.append(str(error.value).count(" was "))
-    assert refused == [2] * len(names)  # "was trained with", and one difference
+def test_more_epochs_of_a_finished_model_are_refused_with_what_to_do(config, digits):
+    path = Path("demo/seed0/student.pt")
+    recipes = {"student": replace(config.recipes["student"], epochs=3)}
+    before, longer = (
+        fingerprints.training_settings(Model("student", 0, replace(config, **changes)), digits)
+        for changes in ({}, {"recipes": recipes})
+    )
+    for progress, from_its_weights in ((None, True), ({"step": 1}, False)):
+        with pytest.raises(UserError, match=r"student\.epochs was 2, is now 3") as error:
+            fingerprints.check_settings(path, checkpoint_of("student", before, progress=progress), longer)
+        assert "--run" in str(error.value)
+        assert "--overwrite" in str(error.value)
+        assert (f"--student.weights {path}" in str(error.value)) == from_its_weights
 
 
-def test_the_parameters_of_other_losses_are_not_in_the_fingerprint(config, digits):
-    """So that a new soft loss with parameters of its own changes no other model."""
-    recipe = fingerprints.training_settings(Model("student_kd", 0, config), digits)["recipe"]
-    assert recipe["parameters of the soft loss"] == {}
-    recipes = {**config.recipes, "student_kd": replace(config.recipes["student_kd"], soft_loss="dkd")}
-    recipe = fingerprints.training_settings(Model("student_kd", 0, replace(config, recipes=recipes)), digits)["recipe"]
-    assert recipe["parameters of the soft loss"] == {"target_weight": 1.0, "nontarget_weight": 8.0}
+@pytest.mark.parametrize("name", ["batch_size", "seed", "temperature", "distilled", "weights of the teacher"])
+def test_an_option_of_a_soft_loss_may_have_the_name_of_a_setting(config, digits, monkeypatch, name):
+    """The names of fields, "seed", and the names that a fingerprint itself uses."""
+    found = []
+    for value in (1, 7):
+        monkeypatch.setattr(Recipe, "soft_loss_options", {name: value})
+        found.append(fingerprints.training_settings(Model("student_kd", 0, config), digits))
+    differences = list(fingerprints.compare(*found, "student_kd"))
+    assert differences == [(f"student_kd.loss_options.{name}", 1, 7)]
 
 
 @pytest.mark.parametrize(
@@ -218,9 +242,8 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
     changes |= {"weight_decay": 0.1, "nesterov": True, "schedule": "cosine", "label_smoothing": 0.1}
     changes |= {"pretrained": True, "alpha": 0.5, "soft_weight": 2.0, "soft_loss": "dist", "temperature": 2.0}
     changes |= {"scale_soft_loss": False, "shuffle_teacher": True, "train_size": 50}
-    other_losses = {name: loss for loss in SOFT_LOSSES for name in parameters(loss)}
     elsewhere = {"weights", "teacher", "teacher_seed", "baseline"}  # digests of weights; and the last has no effect
-    assert {field.name for field in fields(Recipe)} == {*changes, *other_losses} | elsewhere
+    assert {field.name for field in fields(Recipe)} == {*changes, "loss_options"} | elsewhere
 
     def settings(row):
         recipes = {**config.recipes, "student_kd": row}
@@ -228,12 +251,14 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
 
     for field, value in changes.items():
         assert settings(replace(row, **{field: value})) != settings(row), field
-    for field, loss in other_losses.items():
+    for loss in SOFT_LOSSES:
         of_loss = replace(row, soft_loss=loss)
-        assert settings(replace(of_loss, **{field: 3.5})) != settings(of_loss), field
+        for option, default in options(loss).items():
+            assert settings(replace(of_loss, loss_options={option: default + 1})) != settings(of_loss), option
+            assert settings(replace(of_loss, loss_options={option: default})) == settings(of_loss), option
 
     harmless = {"recipes", "run", "only", "overwrite", "checkpoint_minutes", "device", "compile", "deterministic"}
-    harmless |= {"sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path"}
+    harmless |= {"precision", "sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path"}
     others = {field.name for field in fields(Config)} - harmless - {"dataset", "seeds"}  # a digest, and "seed"
     assert set(settings(row)["config"]) == others
 
@@ -264,7 +289,7 @@ def test_the_fingerprint_says_which_images_were_drawn(config, digits, monkeypatc
     monkeypatch.setattr(datasets, "stratified", draw)  # of these draws, not of the digits' test images
     for settings, now in zip(before, found(), strict=True):
         with pytest.raises(UserError, match=r"images .*was .*, is now"):
-            fingerprints.check_settings(Path("model.pt"), {"name": "student", "settings": settings}, now)
+            fingerprints.check_settings(Path("model.pt"), checkpoint_of("student", settings), now)
     assert fingerprints.logits_fingerprint("digest", held_out, load_dataset(held_out)) != logits
 
 
@@ -274,8 +299,9 @@ def test_the_recorded_precision_is_that_of_the_first_readable_checkpoint(trained
     folder.mkdir(parents=True)
     (folder / "a.pt").write_bytes(b"damaged")
     assert checkpoints.recorded_precision(config) is None
-    state = checkpoints.load_checkpoint(trained / "checkpoints/demo/seed0/student.pt")
-    checkpoints.save_checkpoint(folder / "b.pt", {**state, "settings": {"config": {}}})  # weights used as they are
+    student = checkpoints.load_training(trained / "checkpoints/demo/seed0/student.pt")
+    environment = {**student.environment, "precision": "bf16"}
+    replace(student, name="b", history=[]).save(folder / "b.pt")  # weights that are used as they are
     assert checkpoints.recorded_precision(config) is None
-    checkpoints.save_checkpoint(folder / "c.pt", {**state, "settings": {"config": {"precision": "bf16"}}})
+    replace(student, name="c", environment=environment).save(folder / "c.pt")
     assert checkpoints.recorded_precision(config) == "bf16"

@@ -56,11 +56,12 @@ def test_missing_and_damaged_imagenet_weights_are_reported(hub):
 
 
 def test_a_checkpoint_is_a_plain_torchvision_model(trained):
-    state = torch.load(trained / "checkpoints/demo/seed0/student.pt", weights_only=True)
+    path = trained / "checkpoints/demo/seed0/student.pt"
+    state, ours = torch.load(path, weights_only=True), load_model(checkpoints.load_training(path), "cpu")
     theirs = torchvision.models.resnet18(num_classes=10)
     theirs.load_state_dict(state["model"], strict=True)
     images = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(theirs.eval()(images), predict(load_model(state, "cpu"), images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs.eval()(images), predict(ours, images), atol=1e-5, rtol=0)
     assert state["classes"] == list("0123456789")
     assert state["settings"]["recipe"]["lr"] == 0.01
     assert len(state["history"]) == 2
@@ -433,8 +434,7 @@ def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):
     custom_resnet.main(override(words, "--only=student"))
     assert "precision = auto" not in capsys.readouterr().err
     for name in ("teacher", "student"):
-        state = checkpoints.load_checkpoint(tmp_path / f"checkpoints/demo/seed0/{name}.pt")
-        assert state["settings"]["config"]["precision"] == "bf16"
+        assert checkpoints.load_training(tmp_path / f"checkpoints/demo/seed0/{name}.pt").precision == "bf16"
 
 
 def test_errors_are_found_before_training_starts(tmp_path, capsys):

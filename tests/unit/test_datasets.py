@@ -109,7 +109,7 @@ def test_augmented_batches_have_no_view_and_leave_the_generator_alone(config, di
     batch = epoch_of(replace(config, augment=name), digits)[0]
     assert torch.equal(torch.rand(3), expected)
     assert batch.flipped is None
-    with pytest.raises(ValueError, match="use online_logits"):
+    with pytest.raises(ValueError, match="use OnlineTeacher"):
         stored_logits(torch.zeros(2, 1297, 10))(batch)
 
 

@@ -5,21 +5,25 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, fit, flags, override, paths, start_training
+from conftest import SMALL, fit, flags, override, paths, start_training
 from torch import nn
 
 import config as config_module
 import custom_resnet
 import evaluate
 import teacher_student_model
-from engine import device as engine_device
-from engine.checkpoints import load_checkpoint
+from config import parse
+from engine.checkpoints import load_checkpoint, load_training, save_checkpoint
+from engine.fingerprints import find_identical_model, training_settings
 from engine.models import build_model
+from engine.reach import code_digest
 from engine.recipes import Recipe
+from engine.settings import Model
 
 
 def test_a_second_run_with_the_same_teacher_trains_one_model_only(tmp_path, trained, capsys):
@@ -61,15 +65,18 @@ def test_a_run_has_one_precision_whatever_it_copies(tmp_path, trained, capsys):
     teacher_student_model.main(
         override(words, "--run=auto", "--precision=auto")
     )  # finds the student in both, a16 first
-    paths = [tmp_path / f"checkpoints/auto/seed0/{name}.pt" for name in ("teacher", "student")]
-    assert [load_checkpoint(path)["settings"]["config"]["precision"] for path in paths] == ["fp32", "fp32"]
+    found = [
+        load_training(tmp_path / f"checkpoints/{run}/seed0/{name}.pt").precision
+        for run, name in (("a16", "student"), ("auto", "teacher"), ("auto", "student"))
+    ]
+    assert found == ["bf16", "fp32", "fp32"]
 
 
 def test_a_renamed_row_is_copied_and_evaluated_under_its_new_name(tmp_path, trained, monkeypatch, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     recipes = dict(config_module.PRESETS["demo"].recipes)
     recipes["renamed"] = recipes.pop("student")
-    monkeypatch.setitem(config_module.PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
+    monkeypatch.setitem(config_module.ALL_PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
     words = [word.replace("--student.", "--renamed.") for word in flags(tmp_path)]
     custom_resnet.main(override(words, "--only=renamed"))
     assert "copied from" in capsys.readouterr().err
@@ -197,33 +204,80 @@ def test_evaluate_needs_only_the_name_of_a_run(tmp_path, capsys):
     assert "checkpoints/nowhere: holds no checkpoints; train first" in capsys.readouterr().err
 
 
-def test_models_trained_by_other_code_are_named(tmp_path, monkeypatch, capsys):
-    words = flags(tmp_path, "--only=student", "--student.epochs=1")
-    monkeypatch.setattr(engine_device, "code_digest", lambda: "other")
-    monkeypatch.setattr(custom_resnet, "code_digest", lambda: "other")
-    teacher_student_model.main(words)
-    teacher_student_model.main(words)
-    assert "other code" not in capsys.readouterr().err
-    monkeypatch.undo()
-    teacher_student_model.main(words)
-    assert "it was trained with another version" in capsys.readouterr().err
+# The code and the precision are environment
+
+
+def rewrite_environment(path: Path, **changes) -> None:
+    """As if the model had been trained by other code, or in another precision."""
+    state = load_checkpoint(path)
+    save_checkpoint(path, {**state, "environment": {**state["environment"], **changes}})
+
+
+def test_a_model_of_other_code_is_kept_in_its_run_named_and_trained_again_by_overwrite(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    path, words = tmp_path / "checkpoints/demo/seed0/student.pt", flags(tmp_path, "--only=student")
+
+    def train(*more: str) -> str:
+        capsys.readouterr()
+        custom_resnet.main(override(words, *more))
+        return capsys.readouterr().err
+
+    assert "--overwrite" not in train("--overwrite")  # of this code
+    rewrite_environment(path, code="other")
+    before = path.read_bytes()
+    output = train()
+    assert "is finished" in output
+    assert "--overwrite" in output
+    assert path.read_bytes() == before
     evaluate.main(words)
-    assert "Trained with another version of the code: all models" in (tmp_path / "imgs/demo/results.md").read_text()
+    report = (tmp_path / "imgs/demo/results.md").read_text()
+    assert "another version of the code: all models" in report
+    assert train("--overwrite").count("student seed 0  epoch") == 2
+    assert load_training(path).environment["code"] == code_digest()
 
 
-def test_the_code_digest_changes_with_the_loss_but_not_with_the_settings(monkeypatch, tmp_path):
-    engine_device.code_digest.cache_clear()
-    before = engine_device.code_digest()
-    for name in ("custom_resnet.py", "teacher_student_model.py", "config.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "engine", tmp_path / "engine")
-    monkeypatch.setattr(engine_device, "__file__", str(tmp_path / "engine/device.py"))
-    digests = []
-    for name in ("config.py", "teacher_student_model.py", "engine/training.py"):
-        with open(tmp_path / name, "a") as file:
-            file.write("\n# edited\n")
-        engine_device.code_digest.cache_clear()
-        digests.append(engine_device.code_digest())
-    engine_device.code_digest.cache_clear()
-    assert digests[0] == before
-    assert len({before, *digests}) == 3
+def test_a_model_of_another_precision_is_kept_in_its_run_and_named(tmp_path, trained, capsys):
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    before = path.read_bytes()
+    custom_resnet.main(flags(tmp_path, "--only=student", "--precision=bf16", "--overwrite"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is finished" in line]
+    assert "fp32" in line
+    assert "bf16" in line
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "precision", "found"),
+    [
+        ({}, "fp32", True),
+        ({}, "auto", True),
+        ({}, "bf16", False),
+        ({"precision": "bf16"}, "bf16", True),
+        ({"precision": "bf16"}, "auto", True),
+        ({"precision": "bf16"}, "fp32", False),
+        ({"precision": "fp32 (convolutions in TF32)"}, "fp32", True),
+        ({"code": "other"}, "fp32", False),
+        ({"code": "other"}, "auto", False),
+    ],
+    ids=str,
+)
+def test_a_model_is_copied_only_if_it_is_of_this_code_and_precision(
+    tmp_path, trained, digits, environment, precision, found
+):
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(trained / "checkpoints/demo/seed0/student.pt", path)
+    rewrite_environment(path, **environment)
+    model = Model("student", 0, parse(flags(tmp_path, "--run=other", f"--precision={precision}")))
+    settings = training_settings(model, digits)
+    assert find_identical_model(model, settings) == (path if found else None)
+    assert find_identical_model(model, {**settings, "seed": 1}) is None
+    assert find_identical_model(replace(model, seed=1), settings) is None
+
+
+def test_an_unfinished_model_is_not_copied(tmp_path, trained, digits):
+    path = tmp_path / "checkpoints/demo/seed0/student.pt"
+    replace(load_training(trained / "checkpoints/demo/seed0/student.pt"), progress={"step": 1}).save(path)
+    model = Model("student", 0, parse(flags(tmp_path, "--run=other")))
+    assert find_identical_model(model, training_settings(model, digits)) is None

@@ -11,7 +11,7 @@ from torch import nn
 import evaluate
 import teacher_student_model
 from custom_resnet import build_resnet, train_model
-from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.checkpoints import load_checkpoint, load_training, save_checkpoint
 from engine.errors import UserError
 from engine.images import NORMALISATION
 from engine.inference import predict
@@ -97,7 +97,7 @@ def distil_evaluate_and_export(tmp_path, teacher: str, student: str, image_size:
     assert f"arch={student!r}" in results["not_compared"]["student_kd"]  # the row that would be its baseline
     evaluate.main(override(words, "--export"))
     assert (tmp_path / "checkpoints/demo/seed0/student_kd.pt2").exists()
-    model = load_model(load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt"), "cpu")
+    model = load_model(load_training(tmp_path / "checkpoints/demo/seed0/student_kd.pt"), "cpu")
     assert not any(module.training for module in model.modules())
 
 
@@ -236,6 +236,7 @@ def test_a_teacher_from_a_file_teaches_and_is_reported(tmp_path, capsys, digits)
 
 def test_other_weights_at_the_same_path_are_noticed(tmp_path, capsys):
     path = tmp_path / "teacher.pth"
+    torch.manual_seed(1)  # training seeds with 0
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path)
     words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--only=teacher")
     teacher_student_model.main(words)
@@ -332,9 +333,10 @@ def test_an_untrained_teacher_needs_no_file(config, digits):
     untrained = Recipe(arch="resnet18", weights="random", epochs=0)
     config = replace(config, recipes={**config.recipes, "teacher": untrained})
     train_model(Model("teacher", 0, config), digits)
-    state = load_checkpoint(Model("teacher", 0, config).path)
+    checkpoint = load_training(Model("teacher", 0, config).path)
     torch.manual_seed(0)
-    assert torch.equal(state["model"]["conv1.weight"], build_resnet("resnet18", 10).conv1.weight)
-    assert state["history"] == []
+    assert torch.equal(checkpoint.weights["conv1.weight"], build_resnet("resnet18", 10).conv1.weight)
+    assert checkpoint.finished
+    assert checkpoint.history == []
     images = random_images(2, 8, 8)
-    assert predict(load_model(state, "cpu"), images, 16).shape == (2, 10)
+    assert predict(load_model(checkpoint, "cpu"), images, 16).shape == (2, 10)

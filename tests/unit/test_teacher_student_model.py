@@ -18,10 +18,10 @@ from engine.images import prepare
 from engine.settings import Model
 from teacher_student_model import (
     Distillation,
+    OnlineTeacher,
     Teacher,
     distillation_loss,
     load_teacher,
-    online_logits,
     shuffle_within_classes,
     stored_logits,
     teacher_logits,
@@ -131,7 +131,7 @@ def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits
     """The stored logits teach as the teacher itself would on the student's very batch; any others do not."""
     subset = digits.subset(100)
     lookup = stored_logits(teacher_logits(teacher, config, digits, subset))
-    online = online_logits(teacher.model, config)
+    online = OnlineTeacher(teacher.model, config)
     loss_fn = Distillation(replace(config.recipes["student_kd"], alpha=0.0), lookup)
     for batch in datasets.batches(digits.train, subset, config, seed=0, epoch=0):
         expected = teacher.model(batch.images)
@@ -191,7 +191,7 @@ def test_logits_are_in_float32_whatever_the_precision_of_training(config, digits
 def test_the_online_teachers_last_layer_is_in_float32(config, digits, teacher):
     config = replace(config, precision="bf16", crop_padding=2)
     (batch, *_) = datasets.batches(digits.train, digits.subset(100), config, seed=0, epoch=0)
-    logits, exact = online_logits(teacher.model, config)(batch), teacher.model(batch.images)
+    logits, exact = OnlineTeacher(teacher.model, config)(batch), teacher.model(batch.images)
     with torch.autocast(config.device, dtype=torch.bfloat16):
         rounded = teacher.model(batch.images).float()
     assert (rounded == rounded.bfloat16()).all()
@@ -254,7 +254,7 @@ def test_distillation_leaves_the_teacher_unchanged(config, digits):
 
 def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
     folder = trained / "checkpoints"
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if path.is_file())  # no locks
     names = ("student.pt", "student_kd.pt", "teacher.logits", "teacher.pt")
     assert files == [f"demo/seed{seed}/{name}" for seed in (0, 1) for name in names]
     times = {path: (folder / path).stat().st_mtime_ns for path in files}
@@ -274,7 +274,7 @@ def test_the_teacher_sees_the_very_pixels_of_the_student(config, digits, teacher
         (batch, *_) = datasets.batches(digits.train, digits.subset(100), other, seed=0, epoch=0)
         shown = []
         teacher.model.register_forward_pre_hook(lambda _, images, shown=shown: shown.append(images[0]))
-        logits = online_logits(teacher.model, other)(batch)
+        logits = OnlineTeacher(teacher.model, other)(batch)
         teacher.model._forward_pre_hooks.clear()
         assert not logits.is_inference()  # a loss may need them for its gradient
         assert other.unlimited_views
@@ -423,7 +423,7 @@ def test_online_and_stored_logits_train_the_same_student(config, digits, teacher
     recipe, weights = config.recipes["student_kd"], []
     for lookup in (
         stored_logits(teacher_logits(teacher, config, digits, digits.subset(100))),
-        online_logits(teacher.model, config),
+        OnlineTeacher(teacher.model, config),
     ):
         torch.manual_seed(0)
         model = custom_resnet.build_resnet("resnet18", C, pretrained=False).to(config.device)

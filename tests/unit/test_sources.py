@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms
 
 from config import PRESETS
-from engine import datasets, folder
+from engine import datasets, sources
 from engine.errors import UserError
 
 
@@ -119,13 +119,13 @@ def test_pipes_and_postscript_files_are_refused(config, image_folder, capsys):
         datasets.load_dataset(replace(config, dataset=str(root)))
     assert "program.eps" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"program.eps: cannot be read as an image"):
-        folder.open_image(root / "train" / "a" / "program.eps")
+        sources.open_image(root / "train" / "a" / "program.eps")
 
 
 def test_an_image_of_16_bits_is_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match="more than 8 bits per channel"):  # PIL would make all of it white
-        folder.open_image(tmp_path / "deep.png")
+        sources.open_image(tmp_path / "deep.png")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
@@ -177,6 +177,6 @@ def test_transparent_pixels_become_white(tmp_path, mode):
         image.save(tmp_path / "image.png", transparency=1)
     else:
         image.convert(mode).save(tmp_path / "image.png")
-    read = folder.open_image(tmp_path / "image.png")
+    read = sources.open_image(tmp_path / "image.png")
     assert read.getpixel((1, 0)) == (255, 255, 255)
     assert read.getpixel((0, 0)) != (255, 255, 255)
