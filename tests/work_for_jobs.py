@@ -18,8 +18,9 @@ def note(model, threads):
         os.kill(os.getpid(), signal.SIGKILL)
     while name == "teacher" and not os.path.exists(os.path.join(folder, "alone")):
         time.sleep(0.01)
+    ended = time.time()  # the others see the file from here on
     with open(os.path.join(folder, name), "w") as file:
-        file.write(f"{began} {time.time()} {threads}")
+        file.write(f"{began} {ended} {threads}")
 
 
 def large_result():
