@@ -17,5 +17,6 @@ def note(name, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     while name == "teacher" and not os.path.exists(os.path.join(folder, "alone")):
         time.sleep(0.01)
+    ended = time.time()  # the others see the file from here on
     with open(os.path.join(folder, name), "w") as file:
-        file.write(f"{began} {time.time()}")
+        file.write(f"{began} {ended}")

@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, override
-from conftest import flags as small_flags
+from conftest import ROOT, SMALL_FLAGS, flags, override
 from PIL import Image
 
 import custom_resnet
@@ -35,7 +34,12 @@ from engine.errors import UserError
 pytestmark = pytest.mark.chaos
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 MODELS = ("teacher", "student", "student_kd")
+RESNETS = [f"--{name}.arch=resnet18" for name in MODELS]  # files and times as in real runs
 LONGER = [f"--{name}.{setting}" for name in MODELS for setting in ("epochs=12", "schedule=onecycle")]
+
+
+def small_flags(folder: Path, *more: str) -> list[str]:
+    return override(flags(folder), *RESNETS, *more)
 
 
 def run(main: Callable[[list[str]], None], *words) -> tuple[int, str]:

@@ -55,7 +55,7 @@ def check_experiment(folder, output: str) -> None:
         assert load_checkpoint(folder / f"checkpoints/demo/seed0/{name}.pt")["finished"]
     assert output.count("epoch  1/1") == 3
     assert sorted(re.findall(r"logits of teacher seed 0  (\w+ \w+)", output)) == ["100 computed", "read from"]
-    started = [output.index(f"student_kd-temperature-{t} seed 0  resnet18") for t in (1, 4)]
+    started = [output.index(f"student_kd-temperature-{t} seed 0  timm:test_resnet") for t in (1, 4)]
     assert max(started) < output.index("epoch  1/1", min(started))
 
 

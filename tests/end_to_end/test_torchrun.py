@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from conftest import flags as small_flags
 
 from config import DEMO
@@ -28,7 +28,7 @@ def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config
     assert found["environment"]["processes"] == "2"
 
     torch.manual_seed(0)
-    model = build_resnet("resnet18", 10, pretrained=False).to(memory_format=torch.channels_last).train()
+    model = build_resnet(SMALL["arch"], 10, pretrained=False).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, replace(DEMO["student"], lr=0.01, schedule="constant"), config.device)
     scheduler = make_scheduler(optimizer, replace(DEMO["student"], lr=0.01, schedule="constant"), 2)
     losses = []

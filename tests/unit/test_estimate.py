@@ -38,8 +38,9 @@ SIZES = {"student": RESNET18_BYTES, "student_kd": RESNET18_BYTES}
 
 @pytest.fixture
 def config(config):
-    """The small experiment at a size at which bfloat16 can train on a CPU too."""
-    return replace(config, image_size=32)
+    """The small experiment with ResNets, at a size at which bfloat16 can train on a CPU too."""
+    recipes = {name: replace(recipe, arch="resnet18") for name, recipe in config.recipes.items()}
+    return replace(config, image_size=32, recipes=recipes)
 
 
 @pytest.fixture
@@ -310,7 +311,7 @@ def test_disk_space_is_checked_before_training(tmp_path, config, digits, capsys,
     assert 6 * RESNET18_BYTES < needed < 6.1 * RESNET18_BYTES
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
     with pytest.raises(SystemExit) as exit:
-        custom_resnet.main(small_flags(tmp_path, "--only", "student", device=config.device))
+        custom_resnet.main(small_flags(tmp_path, "--only", "student", "--student.arch=resnet18", device=config.device))
     assert exit.value.code == 2
     assert "checkpoints: this run needs 224 MB, and 10 MB are free there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".demo.lock"]

@@ -1,8 +1,8 @@
-"""The study: its presets, the comparison of a reproduction with it, and the numbers that the documents state."""
+"""The study: its presets, the comparison of a reproduction with it, and the generated tables of the documents."""
 
-import itertools
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,16 +11,14 @@ from scipy import stats
 
 from config import PRESETS
 from engine.errors import UserError
-from engine.recipes import baseline_of
 from experiments import answer, archive, predictions
 from experiments import compare as compare_module
 from experiments.capacity_gap import accuracies, table
 from experiments.compare import compare, p_value, published
 from experiments.presets import STUDY
 from report.comparisons import differing_settings
-from report.markdown import interval, summary
 from report.metrics import Evaluated
-from report.statistics import detectable_difference, holm, mcnemar_p, paired_p
+from report.statistics import paired_p
 
 
 def entry(values) -> dict:
@@ -163,102 +161,25 @@ def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
     assert shown == pytest.approx(sorted(100 * kept[name, s].mean() for name in ("kd", "student") for s in range(3)))
 
 
-# The numbers in the documents
+# The documents
+
+TABLES = {run: partial(answer.table, run) for run in STUDY}
+TABLES |= {"gains": answer.gains, "moved": answer.moved, "faults": answer.faults}
+TABLES |= {"predictions": predictions.table, "capacity_gap": table}
 
 
-def compared() -> dict[tuple[str, str], dict]:
-    return predictions.comparisons("ablation")
+def marked_tables() -> list[tuple[str, str, str]]:
+    """The page, the name, and the text of each table below a comment such as <!-- table: gains -->."""
+    return [
+        (page.name, *found)
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for found in re.findall(r"<!-- table: (\w+) -->\n\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"))
+    ]
 
 
-def points(model: str, baseline: str = "student") -> str:
-    return f"{100 * compared()[model, baseline]['difference']:+.1f}"
-
-
-def bounds(model: str, baseline: str = "student") -> str:
-    return interval(compared()[model, baseline]["ci95"], 1, signed=True)
-
-
-@pytest.mark.parametrize("run", STUDY)
-def test_the_documented_tables_are_those_of_the_kept_predictions(run):
-    assert answer.table(run) in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-
-
-def words(path: str) -> str:
-    return " ".join((ROOT / path).read_text(encoding="utf-8").replace("\n> ", "\n").split())
-
-
-README, ANSWER = words("README.md"), words("docs/answer.md")
-
-
-def test_the_readmes_table_is_that_of_the_kept_predictions():
-    assert answer.gains() in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_readmes_answer_is_that_of_the_kept_predictions():
-    kd, without = compared()["kd", "student"], compared()["kd_without_t2", "student"]
-    assert (kd["verdict"], without["verdict"]) == ("better", "indistinguishable")
-    gain, none = (f"{points(model)} ({bounds(model)})" for model in ("kd", "kd_without_t2"))
-    assert f"gains {points('kd')} percentage points of test accuracy" in README
-    assert f"over the same student alone (95% interval {bounds('kd')}, {len(kd['seeds'])} seeds)" in README
-    published = f"{points('original', 'student_2x')} ({bounds('original', 'student_2x')})"
-    assert f"and without it {none}; as published, for twice the epochs, {published} over a student alone that" in README
-    assert f"gains {gain} with it and {none} without it" in ANSWER
-
-
-def test_the_documented_costs_are_those_of_the_kept_predictions():
-    c = compared()["kd_without_t2", "kd"]
-    lost, low, high = (f"{-100 * x:.1f}" for x in (c["difference"], *reversed(c["ci95"])))
-    gain = points("kd").lstrip("+")
-    interval_and_p = f"(95% interval {low} to {high}, p = {c['p_holm']:.2g} after Holm)"
-    assert f"**{lost} of the {gain} points** at equal epochs {interval_and_p}" in README
-    step = points("small_step").lstrip("-")
-    assert f"a student alone loses {step} points by it" in README
-    ratio = 1 / (0.25 + 0.75 / 25)
-    assert f"1 / (0.25 + 0.75 / 25) = {ratio:.1f} times the learning rate" in README
-    assert STUDY["ablation"].recipes["kd_without_t2_lr"].lr == pytest.approx(0.05 * round(ratio, 1))
-    regained = compared()["kd_without_t2_lr", "kd"]["difference"] - c["difference"]
-    assert f"recovers {100 * regained:.1f} of the {lost}: more than half is the step" in README
-    assert regained > -c["difference"] / 2
-    assert f"with it {100 * regained:.1f} of the {lost} points come back" in ANSWER
-    alone = "a student alone**: with 3.6 times as much it gains {} points ({}, p = {:.2g} after Holm's correction)"
-    assert (
-        alone.format(points("student_lr"), bounds("student_lr"), compared()["student_lr", "student"]["p_holm"])
-        in ANSWER
-    )
-    above = compared()["kd", "student"]["difference"] - compared()["student_lr", "student"]["difference"]
-    assert f"is {100 * above:.1f} points above that" in ANSWER
-    gained = points("student_lr").lstrip("+")
-    assert f"with 3.6 times as much, a student alone gains {gained} points" in README
-    higher = compared()["kd_without_t2_lr", "student"]["difference"] - compared()["student_lr", "student"]["difference"]
-    ahead = f"without T² is {100 * higher:.1f} ahead of it, and with T² at the usual rate {100 * above:.1f}."
-    assert f"Distillation at that rate {ahead}" in README
-    returned = compared()["kd_without_t2", "student"]["difference"] - compared()["small_step", "student"]["difference"]
-    assert f"what is left of the teacher brings {100 * returned:.1f} back." in README
-    assert f"costs {step} points (`small_step`); what is left of the teacher brings {100 * returned:.1f} back" in ANSWER
-    published = points("original"), points("original", "student_2x"), bounds("original", "student_2x")
-    assert compared()["original", "student_2x"]["verdict"] == "indistinguishable"
-    apparent = "apparent gain: {} over a student alone of 15 epochs, but {} ({}, undecided) over one of as many"
-    assert apparent.format(*published) in README
-    assert "gains {} points here, of which {} ({}) remain against a student alone".format(*published) in ANSWER
-
-
-def test_the_documented_corrections_are_those_of_the_kept_predictions():
-    assert answer.moved() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-    tied, of = answer.ties()
-    assert f"{tied:,} of {of:,} predictions ({tied / of:.2%})" in ANSWER
-    changed = [line for line in answer.moved().splitlines() if ", now " in line]
-    assert [line.split("|")[2].strip() for line in changed] == ["`dkd`"]
-
-
-def test_how_often_two_seeds_of_a_recipe_differ_is_documented():
-    correct: dict[tuple[str, str], list[np.ndarray]] = {}
-    for path in [path for run in STUDY for path in archive.FOLDER.glob(f"{run}/seed*.npz")]:
-        with np.load(path) as arrays:
-            for name in arrays.keys() - {"labels"}:
-                correct.setdefault((path.parent, name), []).append(arrays[name][0] == arrays["labels"])
-    pairs = [pair for of_seeds in correct.values() for pair in itertools.combinations(of_seeds, 2)]
-    differ = [stats.binomtest(int((a & ~b).sum()), int((a != b).sum())).pvalue < 0.05 for a, b in pairs]
-    assert f"with p < 0.05 in {sum(differ)} of {len(pairs)} pairs" in words("docs/statistics.md")
+@pytest.mark.parametrize(("page", "name", "written"), marked_tables(), ids=lambda text: text.split("\n")[0][:20])
+def test_a_marked_table_is_that_of_the_kept_predictions(page, name, written):
+    assert written == TABLES[name]()
 
 
 def test_the_order_of_the_classes_decides_no_verdict():
@@ -269,270 +190,6 @@ def test_the_order_of_the_classes_decides_no_verdict():
         assert [c["verdict"] for c in found] == [c["verdict"] for c in reverse]
 
 
-def test_the_outcome_of_each_prediction_is_that_of_the_kept_predictions():
-    assert predictions.table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-    number, counts = len(list(predictions.predicted())), predictions.counts()
-    assert counts["tested"] == number
-    assert f"Of [{number} predictions](docs/predictions.md) made beforehand, {counts['failed']} have failed" in README
-
-
-def test_every_row_of_a_prediction_is_one_of_its_preset():
-    for prediction in predictions.predicted():
-        recipes = STUDY[prediction.run].recipes
-        planned = {(name, baseline_of(name, recipes)) for name in recipes} | set(answer.FURTHER.get(prediction.run, ()))
-        assert prediction.rows
-        assert prediction.rows.items() <= planned
-        assert prediction.number in predictions.HOLDS
-
-
-@pytest.mark.parametrize(
-    ("number", "row", "difference", "verdict", "held"),
-    [
-        (1, "kd", 0.02, "better", True),
-        (1, "kd", 0.019, "better", False),
-        (1, "kd", 0.02, "indistinguishable", False),
-        (4, "small_step", -0.01, "indistinguishable", True),
-        (5, "student_2x", 0.01, "better", True),
-        (5, "student_2x", 0.004, "better", False),
-        (5, "student_2x", 0.009, "better", False),  # less than the published loss
-        (4, "small_step", -0.011, "indistinguishable", False),
-        (4, "small_step", 0.001, "better", False),
-        (7, "kd_t1", -0.001, "worse", True),
-        (7, "kd_t1", -0.05, "indistinguishable", False),
-        (8, "kd_t2", 0.005, "indistinguishable", True),
-        (8, "kd_t10", -0.006, "indistinguishable", False),
-        (9, "kd_alpha_0", -0.01, "indistinguishable", True),
-        (9, "kd_alpha_0", -0.01, "worse", False),
-        (11, "label_smoothing", -0.05, "worse", True),
-        (11, "label_smoothing", 0.01, "better", False),
-        (12, "kd_untrained", -0.05, "worse", True),
-        (14, "kd_self", -0.05, "indistinguishable", False),
-        (19, "student_lr", 0.01, "indistinguishable", True),
-        (19, "student_lr", 0.011, "indistinguishable", False),
-        (10, "kd_alpha_50", 0.05, "indistinguishable", True),
-        (10, "kd_alpha_90", 0.05, "indistinguishable", False),
-        (10, "kd_alpha_90", -0.01, "worse", True),
-        (18, "ttm", -0.05, "worse", True),
-        (18, "ttm", 0.05, "better", False),
-    ],
-)
-def test_when_a_prediction_holds(monkeypatch, number, row, difference, verdict, held):
-    comparison = {"difference": difference, "verdict": verdict}
-    found = {(row, b): comparison for b in ("student", "kd")} | {("original", "student"): {"difference": 0.01}}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
-    assert predictions.HOLDS[number]("a run", row) == held
-
-
-LABELS = {"kd_2": 0.1, "kd": 0.06, "kd_20": 0.03, "kd_100": 0.001}
-
-
-@pytest.mark.parametrize(
-    ("row", "difference", "verdict", "held"),
-    [
-        ("kd_2", 0.1, "better", True),
-        ("kd_2", 0.05, "better", False),
-        ("kd_20", 0.03, "better", True),
-        ("kd_20", 0.07, "better", False),
-        ("kd_100", 0.01, "indistinguishable", True),
-        ("kd_100", 0.01, "better", False),
-    ],
-)
-def test_when_the_prediction_on_labels_holds(monkeypatch, row, difference, verdict, held):
-    found = {
-        (name, name.replace("kd", "student")): {"difference": gain, "verdict": "better"}
-        for name, gain in LABELS.items()
-    }
-    found[row, row.replace("kd", "student")] = {"difference": difference, "verdict": verdict}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
-    assert predictions.HOLDS[15]("low_data", row) == held
-
-
-@pytest.mark.parametrize(
-    ("row", "differences", "verdict", "held"),
-    [
-        ("kd_d", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "better", True),
-        ("kd_d", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.05}, "better", False),  # less than with a worse teacher
-        ("kd_a", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "worse", True),
-        ("kd_a", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "indistinguishable", False),  # does no harm
-    ],
-)
-def test_when_the_prediction_on_teachers_holds(monkeypatch, row, differences, verdict, held):
-    found = {(name, "student"): {"difference": gain, "verdict": verdict} for name, gain in differences.items()}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
-    labels = np.arange(100) % 10
-    right = {"student": 60, "teacher": 70, "teacher_a": 50, "teacher_d": 75}
-    recipes = STUDY["teachers"].recipes
-    models = {}
-    for name in [*right, *differences]:
-        predicted = np.where(np.arange(100) < right.get(name, 0), labels, labels + 1) % 10
-        models[name] = Evaluated(recipes[name], {0: np.eye(10)[predicted]}, {})
-    monkeypatch.setattr(predictions, "load", lambda run: (models, labels))
-    assert predictions.HOLDS[16]("teachers", row) == held
-
-
-@pytest.mark.parametrize(("cropped", "held"), [(0.07, True), (0.05, False)])
-def test_when_the_prediction_on_views_holds(monkeypatch, cropped, held):
-    gains = {"views": cropped, "methods": 0.06}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: {("kd", "student"): {"difference": gains[run]}})
-    assert predictions.HOLDS[17]("views", "kd") == held
-
-
-def test_the_gain_with_unlimited_views_is_compared_with_that_of_stored_views():
-    seeds, gains = (2, 3, 4), {}
-    for run in ("views", "ablation"):
-        models, labels = archive.load(run)
-        kd, student = (models[name].correct(labels, seeds).mean(1) for name in ("kd", "student"))
-        gains[run] = 100 * (kd - student)
-    assert (gains["views"] > gains["ablation"]).all()
-    larger, p = gains["views"] - gains["ablation"], stats.ttest_rel(gains["views"], gains["ablation"]).pvalue
-    assert f"by {larger.mean():.1f} points on average (paired t-test over seeds, p = {p:.2g})" in ANSWER
-
-
-def test_what_doubling_the_epochs_gains():
-    c = compared()["kd_2x", "student_2x"]
-    assert f"gains {points('kd_2x', 'student_2x')} points on a student alone of as many epochs" in ANSWER
-    assert f"({bounds('kd_2x', 'student_2x')}, p = {c['p_holm']:.2g} after Holm's correction)" in ANSWER
-
-
-def test_what_temperature_and_alpha_change():
-    for row, verdict, words_of_row in (
-        (
-            "kd_t1",
-            "indistinguishable",
-            "T = 1 loses {} (p = {:.2g}, {:.2g} after it), which three seeds leave undecided",
-        ),
-        ("kd_alpha_90", "worse", "alpha = 0.9 loses {} points (p = {:.2g}, {:.2g} after Holm's correction)"),
-        ("kd_alpha_90", "worse", "at the full step, and loses {}."),
-    ):
-        c = compared()[row, "kd"]
-        assert c["verdict"] == verdict
-        assert words_of_row.format(points(row, "kd").lstrip("-"), c["p_value"], c["p_holm"]) in ANSWER
-    assert all(abs(compared()[f"kd_{row}", "kd"]["difference"]) < 0.006 for row in ("t2", "t10", "alpha_0", "alpha_50"))
-
-
-def test_what_the_number_of_labels_changes():
-    found = predictions.comparisons("low_data")
-    few, plain, more, every = (found[row, row.replace("kd", "student")] for row in ("kd_2", "kd", "kd_20", "kd_100"))
-    assert [c["verdict"] for c in (few, plain, more, every)] == ["better", "better", "better", "worse"]
-    gained = [f"{100 * c['difference']:+.1f} points ({interval(c['ci95'], 1, signed=True)})" for c in (few, more)]
-    assert f"A student of 1,000 images gains {gained[0]}, one of 10,000 {gained[1].replace(' points', '')}" in README
-    lost, *bounds_of_loss = (f"{-100 * x:.1f}" for x in (every["difference"], *reversed(every["ci95"])))
-    models, labels = archive.load("low_data")
-    alone, teacher = (f"{models[name].correct(labels).mean():.1%}" for name in ("student_100", "teacher"))
-    assert f"loses {lost} ({' to '.join(bounds_of_loss)}): alone it reaches {alone}, more than this teacher" in README
-    few, plain, more = (f"{100 * c['difference']:+.1f}" for c in (few, plain, more))
-    assert f"{few} points with 1,000 images, {plain} with 5,000 and {more} with 10,000" in ANSWER
-    assert f"loses {lost} points. Alone, a ResNet18 reaches {alone} after 3 epochs on them" in ANSWER
-    assert f"the ResNet50 after 4 ({teacher})" in ANSWER
-
-
-def test_what_better_and_worse_teachers_change():
-    found, (models, labels) = predictions.comparisons("teachers"), archive.load("teachers")
-    verdicts = {row: found[row, "student"]["verdict"] for row in ("kd_a", "kd_b", "kd_c", "kd", "kd_d")}
-    assert verdicts == {"kd_a": "worse", "kd_b": "better", "kd_c": "worse", "kd": "better", "kd_d": "better"}
-    accuracy = {name: f"{model.correct(labels).mean():.1%}" for name, model in models.items()}
-    gained = {row: f"{100 * found[row, 'student']['difference']:+.1f}" for row in verdicts}
-    lost = {row: points.lstrip("-") for row, points in gained.items()}
-    bounds_of = {row: interval(found[row, "student"]["ci95"], 1, signed=True) for row in verdicts}
-    low, high = reversed(bounds_of["kd_c"].replace("-", "").split(" to "))
-    better = f"A teacher of {accuracy['teacher_d']} brings {gained['kd_d']} points ({bounds_of['kd_d']})"
-    assert f"{better}, one of {accuracy['teacher_c']} costs {lost['kd_c']} ({low} to {high})" in README
-    helps = f"one of {accuracy['teacher_b']}, trained on just the students' images, still brings {gained['kd_b']}"
-    assert f"{helps} ({bounds_of['kd_b']}; one teacher each" in README
-    of_better = f"{gained['kd_d']} points with one of {accuracy['teacher_d']}, {gained['kd']} with those of"
-    assert f"{of_better} {accuracy['teacher']}. The two poor ones ({accuracy['teacher_a']} and" in ANSWER
-    assert f"{accuracy['teacher_c']}) do harm: {lost['kd_a']} and {lost['kd_c']} points" in ANSWER
-    less_accurate = f"reaches {accuracy['teacher_b']} where the student alone reaches {accuracy['student']}"
-    assert f"{less_accurate}; still it brings {gained['kd_b']} points ({bounds_of['kd_b']})" in ANSWER
-
-
-def test_what_a_teacher_like_its_student_brings():
-    c, kd = predictions.comparisons("controls")["kd_self", "student"], compared()["kd", "student"]
-    brought = f"{100 * c['difference']:+.1f} points ({interval(c['ci95'], 1, signed=True)})"
-    assert f"self-distillation, from the student alone, {brought.replace(' points', '')}" in README
-    assert f"on the same 5,000 images, brings {brought}: a third of the gain" in ANSWER
-    assert c["difference"] / kd["difference"] == pytest.approx(1 / 3, abs=0.05)
-    assert c["verdict"] == "better"
-
-
-def test_what_the_repetition_of_24_models_changed():
-    (models, labels), (replaced, _) = archive.load("ablation"), archive.load("ablation", "replaced")
-    assert [len(model.logits) for model in replaced.values()] == 8 * [3]
-    first = {name: m._replace(logits={**models[name].logits, **m.logits}) for name, m in replaced.items()}
-
-    def gain(kept, seeds=None):
-        kd, student = (kept[name].correct(labels, seeds).mean() for name in ("kd", "student"))
-        return f"{100 * (kd - student):+.1f}"
-
-    three = f"was {gain(replaced)} points there and is {gain(models, (0, 1, 2))} here"
-    assert f"the gain of `kd` {three}; in all five, {gain(first)} became {gain(models)}" in ANSWER
-    kd_2x = models["kd_2x"]._replace(logits={seed: models["kd_2x"].logits[seed] for seed in (2, 3, 4)})  # all that ran
-    found = answer.compared("ablation", models | first | {"kd_2x": kd_2x}, labels)
-    p = {(c["model"], c["baseline"]): p for c, p in zip(found, holm([c["t_test_p"] for c in found]), strict=True)}
-    lr, alpha = (f"{p[pair]:.2g}" for pair in (("student_lr", "student"), ("kd_alpha_90", "kd")))
-    assert lr == alpha
-    assert f"had been undecided (both p = {lr} after Holm's correction, by the t-test over seeds)" in ANSWER
-
-
-def test_the_faults_of_evaluation_are_those_that_were_measured():
-    assert answer.faults() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-    measured = archive.evaluation_faults()["models"].values()
-    each = f"({len(measured)} checkpoints, {len(next(iter(measured))['both'])} evaluations each)"
-    for fault, sentence in (
-        ("training mode", f"{{:+.1f}} points on average, from {{:+.1f}} to {{:+.1f}} {each}"),
-        ("flips", "{:+.1f} points on average, from {:+.1f} to {:+.1f} (same checkpoints)"),
-    ):
-        moved = [100 * (accuracy - model["none"][0]) for model in measured for accuracy in model[fault]]
-        assert sentence.format(np.mean(moved), min(moved), max(moved)) in README
-    varied = 100 * np.sqrt(np.mean([np.var(model["both"], ddof=1) for model in measured]))  # within a checkpoint
-    for text in (README, ANSWER):
-        assert f"evaluations of one checkpoint have a standard deviation of {varied:.1f} points" in text
-
-
-def test_the_readmes_numbers_of_other_studies():
-    assert "| resnet18 | resnet50 | logit | +0.06 | -0.06 to +0.17 | 0.23 | 1.00 |" in " ".join(table().split())
-    assert "from a ResNet50 to a ResNet18 +0.06 points (-0.06 to +0.17, five seeds)" in README
-    assert all(float(line.split("|")[-2]) > 0.05 for line in table().splitlines()[2:])
-
-
-def test_the_readmes_speeds_are_those_of_the_page_on_speed():
-    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
-    plain = re.search(r"\| ResNet18 training \| ([\d.]+)", page)[1]
-    original, ours = re.search(r"\| distilled ResNet18, .*? \| ([\d.]+) \(\d+\) \| ([\d.]+)", page).groups()
-    ours_plain = re.search(r"\| ResNet18 training \| [\d.]+ \(\d+\) \| ([\d.]+)", page)[1]
-    assert f"{original} images/s ({plain} without the teacher)" in README
-    assert f"its mirror image: {ours} images/s ({ours_plain} without the teacher;" in README
-
-
-def test_the_hours_of_the_whole_experiment_follow_from_the_speeds():
-    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
-    rate = {
-        what: float(re.search(rf"\| {what}[^|]*\| [\d.]+ \(\d+\) \| ([\d.]+)", page)[1])
-        for what in ("distilled", *(f"ResNet{n} {work}" for n in (18, 50) for work in ("training", "evaluation")))
-    }
-    seconds = 0.0
-    for recipe in PRESETS["cifar10"].recipes.values():
-        name = {"resnet50": "ResNet50", "resnet18": "ResNet18"}[recipe.arch]
-        trains = rate["distilled" if recipe.teacher else f"{name} training"]
-        seconds += recipe.epochs * (50_000 / trains + 10_000 / rate[f"{name} evaluation"])
-    for text in (README, words("docs/speed.md")):
-        assert f"about {seconds / 3600:.0f} hours" in text
-
-
-def test_what_small_convolutions_save_is_what_was_measured():
-    ratios = [
-        recorded(f"docs/data/speed-{size}px.json")["variation_over_ours"][
-            f"{arch} training, ours with conv2d alone (alternating)"
-        ]
-        for size in (64, 32)
-        for arch in ("ResNet50", "ResNet18")
-    ]
-    sentence = (
-        "{:.2f} (ResNet50) and {:.2f} times (ResNet18) the time at 64 px in bfloat16, and {:.2f} and {:.2f} times at"
-    )
-    assert sentence.format(*ratios) in words("docs/speed.md")
-
-
 def test_make_reproduce_trains_the_rows_of_the_readmes_table():
     rows = re.search(r"MAIN_ROWS := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split()
     shown = {name for run, name in answer.SHOWN.values() if run == "ablation"}
@@ -541,37 +198,6 @@ def test_make_reproduce_trains_the_rows_of_the_readmes_table():
 
 def recorded(path: str) -> dict:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
-
-
-def percent(accuracy: dict) -> str:
-    return f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f}"
-
-
-def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
-    results = recorded("docs/example/results.json")
-    models = {name: model["accuracy"] for name, model in results["models"].items()}
-    assert f"One teacher trained on 1,200 digits: {100 * models['teacher']['mean']:.2f}%" in README
-    assert f"alone {percent(models['student'])}%, distilled {percent(models['student_kd'])}%" in README
-    assert summary(results).splitlines()[-1] in README
-    for file, sentence in (
-        ("demo-xeon", "{:+.2f}, p = {:.2g}, on that Xeon"),
-        ("demo-conv2d", "{:+.2f}, p = {:.2g}, and, on an AMD EPYC"),
-        ("demo-amd", "{:+.2f}, p = {:.2g}: indistinguishable."),
-    ):
-        (earlier,) = recorded(f"docs/data/{file}.json")["comparisons"]
-        assert sentence.format(100 * earlier["difference"], earlier["p_value"]) in README
-        assert earlier["verdict"] == ("indistinguishable" if file == "demo-amd" else "better")
-
-
-def test_the_readmes_arithmetic_on_the_original():
-    least = f"{100 * detectable_difference(400 / 10_000, 10_000):.2f}"
-    assert f"with 400 such images, one seed detects {least} points with 80% power" in README
-    assert mcnemar_p(5, 15) < 0.05 < mcnemar_p(6, 16)
-    assert "is significant only if at most 20 of the 10,000 images are right in just one of the models" in README
-
-
-def test_the_answer_holds_the_table_of_the_nearest_study():
-    assert table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_the_nearest_study_is_that_of_scipy():

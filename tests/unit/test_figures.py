@@ -1,6 +1,5 @@
 import numpy as np
 import sklearn.metrics
-from conftest import DRAW
 from synthetic import probabilities_of, some_logits
 
 from config import PRESETS
@@ -29,7 +28,7 @@ def test_figures_accept_any_names():
         figures.reliability_figure(by_model, np.arange(30) % 4, colours, by_model),
         figures.gallery_figure(np.zeros((7, 3, 9, 3), np.uint8), np.arange(7) % 4, probabilities, HOSTILE, colours),
     ):
-        assert DRAW(figure).startswith(b"\x89PNG")
+        assert figures.png(figure).startswith(b"\x89PNG")
 
 
 def test_figures_of_many_classes_have_a_bounded_size():

@@ -81,10 +81,11 @@ def test_batchnorm_is_folded_in_other_convolutional_models(arch):
     torch.testing.assert_close(folded(images), model(images), atol=1e-4, rtol=1e-4)
 
 
-def test_folded_weights_equal_pytorchs_fuse_conv_bn_eval(model):
-    conv = torch.nn.utils.fusion.fuse_conv_bn_eval(copy.deepcopy(model.conv1).eval(), copy.deepcopy(model.bn1).eval())
+def test_folded_weights_equal_pytorchs_fuse_conv_bn_eval(resnet18):
+    first, norm = copy.deepcopy(resnet18.conv1).eval(), copy.deepcopy(resnet18.bn1).eval()
+    conv = torch.nn.utils.fusion.fuse_conv_bn_eval(first, norm)
     images = torch.randn(2, 3, 16, 16, device=conv.weight.device)
-    assert torch.equal(fold_batchnorm(model, images).conv1.weight, conv.weight)
+    assert torch.equal(fold_batchnorm(resnet18, images).conv1.weight, conv.weight)
 
 
 def test_an_untraceable_model_is_not_folded():
