@@ -18,7 +18,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -102,11 +101,6 @@ def load(run: str, part: str = "") -> tuple[dict[str, Evaluated], np.ndarray]:
         if logits:
             models[name] = Evaluated(recipe, logits, {seed: [] for seed in logits})
     return models, labels
-
-
-def evaluation_faults() -> dict[str, Any]:
-    """What `benchmarks.evaluation_faults` has measured and written."""
-    return json.loads((FOLDER / "evaluation_faults.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
+from dataclasses import replace
+
 import matplotlib.colors
 import numpy as np
 import pytest
+from synthetic import example_results
 
-from report.effects import effects_figure, sweep_figure
-from report.figures import model_colours, png
+from report.figures import effects_figure, model_colours, png, sweep_figure
 
 
-def comparison(model, difference, verdict, baseline="student"):
+def comparison(model, difference, p_holm, baseline="student"):
+    """Of the example report, with other numbers."""
+    (example,) = example_results()["comparisons"]
     interval = (difference - 0.01, difference + 0.01)
-    return {"model": model, "baseline": baseline, "difference": difference, "ci95": interval, "verdict": verdict}
+    return replace(example, model=model, baseline=baseline, difference=difference, ci95=interval, p_holm=p_holm)
 
 
 def test_effects_are_sorted_with_their_intervals_and_hollow_if_indistinguishable():
     rows = [
-        comparison("a", 0.005, "indistinguishable"),
-        comparison("b", -0.02, "worse"),
-        comparison("c", 0.03, "better"),
+        comparison("a", 0.005, p_holm=0.3),
+        comparison("b", -0.02, p_holm=0.01),
+        comparison("c", 0.03, p_holm=0.001),
     ]
     axes = effects_figure(rows).axes[0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
@@ -26,7 +30,7 @@ def test_effects_are_sorted_with_their_intervals_and_hollow_if_indistinguishable
     hollow = [matplotlib.colors.to_hex(line.get_markerfacecolor()) == "#ffffff" for line in points]
     assert hollow == [False, True, False]
     assert "accuracy minus that of student" in axes.get_xlabel()
-    both = effects_figure([*rows, comparison("d", 0.1, "better", baseline="other")]).axes[0]
+    both = effects_figure([*rows, comparison("d", 0.1, 0.01, baseline="other")]).axes[0]
     assert [tick.get_text() for tick in both.get_yticklabels()][-1] == "d − other"
 
 

@@ -1,31 +1,26 @@
 """The study: its presets, the comparison of a reproduction with it, and the numbers that the documents state."""
 
+import csv
 import itertools
 import json
 import re
+from functools import cache
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from scipy import stats
+from synthetic import example_results
 
 from config import PRESETS
 from engine.errors import UserError
-from engine.recipes import baseline_of
-from experiments import answer, archive, predictions
-from experiments import compare as compare_module
-from experiments.capacity_gap import accuracies, table
-from experiments.compare import compare, p_value, published
+from experiments import answer, archive, compare
+from experiments.compare import p_value, published
 from experiments.presets import STUDY
-from report.comparisons import differing_settings
-from report.markdown import interval, summary
-from report.metrics import Evaluated
+from report.comparisons import Comparison, differing_settings
+from report.markdown import interval, verdict
+from report.metrics import Evaluated, count_ties
 from report.statistics import detectable_difference, holm, mcnemar_p, paired_p
-
-
-def entry(values) -> dict:
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "seeds": dict(enumerate(values))}
 
 
 def write_report(folder, labels, arrays) -> None:
@@ -40,51 +35,49 @@ def write_report(folder, labels, arrays) -> None:
 
 
 def results(**models) -> dict:
-    return {"n_test": 10_000, "models": {name: {"accuracy": entry(values)} for name, values in models.items()}}
+    """What of a results.json is compared."""
+    seeds = {name: {"accuracy": {"seeds": dict(enumerate(values))}} for name, values in models.items()}
+    return {"n_test": 10_000, "models": seeds}
 
 
 def test_a_reproduction_is_compared_by_welchs_test_if_seeds_vary_more_than_images():
-    first, second = [0.60, 0.63, 0.62, 0.64], [0.65, 0.68, 0.64]
-    p = p_value(entry(first), entry(second), 10**9)
+    first, second = np.array([0.60, 0.63, 0.62, 0.64]), np.array([0.65, 0.68, 0.64])
+    p = p_value(first, second, 10**9)
     assert p == pytest.approx(stats.ttest_ind(first, second, equal_var=False).pvalue)
 
 
 def test_a_reproduction_of_few_seeds_is_not_excused():
-    published = entry([0.617, 0.618, 0.620])
+    published = np.array([0.617, 0.618, 0.620])
     for accuracy, agrees in ((0.615, True), (0.625, True), (0.60, False), (0.45, False)):
-        assert (p_value(published, entry([accuracy]), 10_000) > 0.05 / 8) == agrees
+        assert (p_value(published, np.array([accuracy]), 10_000) > 0.05 / 8) == agrees
 
 
 def test_a_reproduction_with_one_seed_allows_for_the_sampling_of_images():
-    assert p_value(entry([0.9]), entry([0.903]), 10_000) > 0.4
-    assert p_value(entry([0.9, 0.9, 0.9]), entry([0.7, 0.7, 0.7]), 10_000) < 0.01
-
-
-def test_models_of_only_one_side_are_left_out():
-    found = compare(results(a=[0.5, 0.6], b=[0.7]), results(a=[0.5, 0.6], c=[0.7]))
-    assert [line.split()[0] for line, _ in found] == ["a"]
-    assert found[0][1] == pytest.approx(1.0)
+    assert p_value(np.array([0.9]), np.array([0.903]), 10_000) > 0.4
+    assert p_value(np.full(3, 0.9), np.full(3, 0.7), 10_000) < 0.01
 
 
 def test_what_is_published_is_what_was_kept(kept_predictions):
     path, arrays, labels = kept_predictions
     archive.keep("ablation", path)
-    (name, model), *others = published()["models"].items()
-    assert (name, others, published()["n_test"]) == ("student", [], 20)
+    accuracies, n = published()
+    assert (list(accuracies), n) == (["student"], 20)
     each = [(arrays[f"student/seed{seed}"].argmax(1) == labels).mean() for seed in (0, 1)]
-    assert model["accuracy"].pop("seeds") == pytest.approx(dict(zip("01", each, strict=True)))
-    assert model["accuracy"] == pytest.approx({"mean": np.mean(each), "std": np.std(each, ddof=1)})
+    assert accuracies["student"].tolist() == pytest.approx(each)
 
 
 @pytest.mark.parametrize(("other", "status"), [([0.6, 0.61, 0.62], 0), ([0.1, 0.11, 0.12], 1)])
 def test_the_comparison_as_a_program(tmp_path, monkeypatch, capsys, other, status):
-    (tmp_path / "reproduced.json").write_text(json.dumps(results(student=other)))
-    monkeypatch.setattr(compare_module, "published", lambda: results(student=[0.6, 0.61, 0.62]))
+    (tmp_path / "reproduced.json").write_text(json.dumps(results(student=other, only_here=[0.5])))
+    here = {"student": np.array([0.6, 0.61, 0.62]), "only_published": np.array([0.5])}
+    monkeypatch.setattr(compare, "published", lambda: (here, 10_000))
     monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "reproduced.json")])
     with pytest.raises(SystemExit) as ended:
-        compare_module.main()
+        compare.main()
     assert ended.value.code == status
-    assert ("differs" in capsys.readouterr().out) == bool(status)
+    _, row, _ = capsys.readouterr().out.splitlines()
+    assert row.split()[0] == "student"
+    assert row.endswith("differs") == bool(status)
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
@@ -94,7 +87,7 @@ def test_a_comparison_of_missing_or_foreign_files_is_one_error(tmp_path, monkeyp
         path.write_text(content)
     monkeypatch.setattr("sys.argv", ["compare", str(path)])
     with pytest.raises(SystemExit) as ended:
-        compare_module.main()
+        compare.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {path}: ")
 
@@ -143,17 +136,17 @@ def test_a_model_is_compared_with_each_of_its_baselines_in_one_family(kept):
     models, labels = archive.load("ablation")
     models["kd_without_t2"] = Evaluated(STUDY["ablation"].recipes["kd_without_t2"], models["teacher"].logits, {})
     found = answer.compared("ablation", models, labels)
-    assert [(c["model"], c["baseline"]) for c in found] == [
+    assert [(c.model, c.baseline) for c in found] == [
         ("kd", "student"),
         ("kd_without_t2", "kd"),
         ("kd_without_t2", "student"),
     ]
     compared_with_baselines = sum(bool(r.teacher or r.baseline) for r in STUDY["ablation"].recipes.values())
     planned = compared_with_baselines + len(answer.FURTHER["ablation"])  # including what has not been run
-    p_values = sorted(c["p_value"] for c in found)
-    first, second, third = sorted(found, key=lambda c: c["p_value"])
+    p_values = sorted(c.p_value for c in found)
+    first, second, third = sorted(found, key=lambda c: c.p_value)
     steps = [min(1.0, (planned - place) * p) for place, p in enumerate(p_values)]
-    assert [c["p_holm"] for c in (first, second, third)] == pytest.approx(np.maximum.accumulate(steps))
+    assert [c.p_holm for c in (first, second, third)] == pytest.approx(np.maximum.accumulate(steps))
 
 
 def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
@@ -166,16 +159,18 @@ def test_the_figure_shows_each_kept_row_and_its_seeds(kept):
 # The numbers in the documents
 
 
-def compared() -> dict[tuple[str, str], dict]:
-    return predictions.comparisons("ablation")
+@cache
+def compared(run: str = "ablation") -> dict[tuple[str, str], Comparison]:
+    """The comparisons of a run's kept models, by model and baseline."""
+    return {(c.model, c.baseline): c for c in answer.compared(run, *archive.load(run))}
 
 
 def points(model: str, baseline: str = "student") -> str:
-    return f"{100 * compared()[model, baseline]['difference']:+.1f}"
+    return f"{100 * compared()[model, baseline].difference:+.1f}"
 
 
 def bounds(model: str, baseline: str = "student") -> str:
-    return interval(compared()[model, baseline]["ci95"], 1, signed=True)
+    return interval(compared()[model, baseline].ci95, 1, signed=True)
 
 
 @pytest.mark.parametrize("run", STUDY)
@@ -196,10 +191,10 @@ def test_the_readmes_table_is_that_of_the_kept_predictions():
 
 def test_the_readmes_answer_is_that_of_the_kept_predictions():
     kd, without = compared()["kd", "student"], compared()["kd_without_t2", "student"]
-    assert (kd["verdict"], without["verdict"]) == ("better", "indistinguishable")
+    assert (kd.verdict, without.verdict) == ("better", "indistinguishable")
     gain, none = (f"{points(model)} ({bounds(model)})" for model in ("kd", "kd_without_t2"))
     assert f"gains {points('kd')} percentage points of test accuracy" in README
-    assert f"over the same student alone (95% interval {bounds('kd')}, {len(kd['seeds'])} seeds)" in README
+    assert f"over the same student alone (95% interval {bounds('kd')}, {len(kd.seeds)} seeds)" in README
     published = f"{points('original', 'student_2x')} ({bounds('original', 'student_2x')})"
     assert f"and without it {none}; as published, for twice the epochs, {published} over a student alone that" in README
     assert f"gains {gain} with it and {none} without it" in ANSWER
@@ -207,47 +202,44 @@ def test_the_readmes_answer_is_that_of_the_kept_predictions():
 
 def test_the_documented_costs_are_those_of_the_kept_predictions():
     c = compared()["kd_without_t2", "kd"]
-    lost, low, high = (f"{-100 * x:.1f}" for x in (c["difference"], *reversed(c["ci95"])))
+    lost, low, high = (f"{-100 * x:.1f}" for x in (c.difference, *reversed(c.ci95)))
     gain = points("kd").lstrip("+")
-    interval_and_p = f"(95% interval {low} to {high}, p = {c['p_holm']:.2g} after Holm)"
+    interval_and_p = f"(95% interval {low} to {high}, p = {c.p_holm:.2g} after Holm)"
     assert f"**{lost} of the {gain} points** at equal epochs {interval_and_p}" in README
     step = points("small_step").lstrip("-")
     assert f"a student alone loses {step} points by it" in README
     ratio = 1 / (0.25 + 0.75 / 25)
     assert f"1 / (0.25 + 0.75 / 25) = {ratio:.1f} times the learning rate" in README
     assert STUDY["ablation"].recipes["kd_without_t2_lr"].lr == pytest.approx(0.05 * round(ratio, 1))
-    regained = compared()["kd_without_t2_lr", "kd"]["difference"] - c["difference"]
+    regained = compared()["kd_without_t2_lr", "kd"].difference - c.difference
     assert f"recovers {100 * regained:.1f} of the {lost}: more than half is the step" in README
-    assert regained > -c["difference"] / 2
+    assert regained > -c.difference / 2
     assert f"with it {100 * regained:.1f} of the {lost} points come back" in ANSWER
     alone = "a student alone**: with 3.6 times as much it gains {} points ({}, p = {:.2g} after Holm's correction)"
     assert (
-        alone.format(points("student_lr"), bounds("student_lr"), compared()["student_lr", "student"]["p_holm"])
-        in ANSWER
+        alone.format(points("student_lr"), bounds("student_lr"), compared()["student_lr", "student"].p_holm) in ANSWER
     )
-    above = compared()["kd", "student"]["difference"] - compared()["student_lr", "student"]["difference"]
+    above = compared()["kd", "student"].difference - compared()["student_lr", "student"].difference
     assert f"is {100 * above:.1f} points above that" in ANSWER
     gained = points("student_lr").lstrip("+")
     assert f"with 3.6 times as much, a student alone gains {gained} points" in README
-    higher = compared()["kd_without_t2_lr", "student"]["difference"] - compared()["student_lr", "student"]["difference"]
+    higher = compared()["kd_without_t2_lr", "student"].difference - compared()["student_lr", "student"].difference
     ahead = f"without T² is {100 * higher:.1f} ahead of it, and with T² at the usual rate {100 * above:.1f}."
     assert f"Distillation at that rate {ahead}" in README
-    returned = compared()["kd_without_t2", "student"]["difference"] - compared()["small_step", "student"]["difference"]
+    returned = compared()["kd_without_t2", "student"].difference - compared()["small_step", "student"].difference
     assert f"what is left of the teacher brings {100 * returned:.1f} back." in README
     assert f"costs {step} points (`small_step`); what is left of the teacher brings {100 * returned:.1f} back" in ANSWER
     published = points("original"), points("original", "student_2x"), bounds("original", "student_2x")
-    assert compared()["original", "student_2x"]["verdict"] == "indistinguishable"
+    assert compared()["original", "student_2x"].verdict == "indistinguishable"
     apparent = "apparent gain: {} over a student alone of 15 epochs, but {} ({}, undecided) over one of as many"
     assert apparent.format(*published) in README
     assert "gains {} points here, of which {} ({}) remain against a student alone".format(*published) in ANSWER
 
 
-def test_the_documented_corrections_are_those_of_the_kept_predictions():
-    assert answer.moved() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-    tied, of = answer.ties()
+def test_how_many_logits_tie_is_documented():
+    kept = [m for run in STUDY for name, m in archive.load(run)[0].items() if archive.owner(run, name) == run]
+    tied, of = sum(map(count_ties, kept)), sum(len(z) for model in kept for z in model.logits.values())
     assert f"{tied:,} of {of:,} predictions ({tied / of:.2%})" in ANSWER
-    changed = [line for line in answer.moved().splitlines() if ", now " in line]
-    assert [line.split("|")[2].strip() for line in changed] == ["`dkd`"]
 
 
 def test_how_often_two_seeds_of_a_recipe_differ_is_documented():
@@ -261,120 +253,21 @@ def test_how_often_two_seeds_of_a_recipe_differ_is_documented():
     assert f"with p < 0.05 in {sum(differ)} of {len(pairs)} pairs" in words("docs/statistics.md")
 
 
+def ties_to_the_last_class(models: dict[str, Evaluated], labels: np.ndarray) -> tuple[dict[str, Evaluated], np.ndarray]:
+    """The models and labels with the classes in reverse order, so that argmax breaks ties the other way."""
+    reverse = {
+        name: model._replace(logits={seed: logits[:, ::-1] for seed, logits in model.logits.items()})
+        for name, model in models.items()
+    }
+    return reverse, 9 - labels
+
+
 def test_the_order_of_the_classes_decides_no_verdict():
     for run in STUDY:
         models, labels = archive.load(run)
         found = answer.compared(run, models, labels)
-        reverse = answer.compared(run, *answer.ties_to_the_last_class(models, labels))
-        assert [c["verdict"] for c in found] == [c["verdict"] for c in reverse]
-
-
-def test_the_outcome_of_each_prediction_is_that_of_the_kept_predictions():
-    assert predictions.table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-    number, counts = len(list(predictions.predicted())), predictions.counts()
-    assert counts["tested"] == number
-    assert f"Of [{number} predictions](docs/predictions.md) made beforehand, {counts['failed']} have failed" in README
-
-
-def test_every_row_of_a_prediction_is_one_of_its_preset():
-    for prediction in predictions.predicted():
-        recipes = STUDY[prediction.run].recipes
-        planned = {(name, baseline_of(name, recipes)) for name in recipes} | set(answer.FURTHER.get(prediction.run, ()))
-        assert prediction.rows
-        assert prediction.rows.items() <= planned
-        assert prediction.number in predictions.HOLDS
-
-
-@pytest.mark.parametrize(
-    ("number", "row", "difference", "verdict", "held"),
-    [
-        (1, "kd", 0.02, "better", True),
-        (1, "kd", 0.019, "better", False),
-        (1, "kd", 0.02, "indistinguishable", False),
-        (4, "small_step", -0.01, "indistinguishable", True),
-        (5, "student_2x", 0.01, "better", True),
-        (5, "student_2x", 0.004, "better", False),
-        (5, "student_2x", 0.009, "better", False),  # less than the published loss
-        (4, "small_step", -0.011, "indistinguishable", False),
-        (4, "small_step", 0.001, "better", False),
-        (7, "kd_t1", -0.001, "worse", True),
-        (7, "kd_t1", -0.05, "indistinguishable", False),
-        (8, "kd_t2", 0.005, "indistinguishable", True),
-        (8, "kd_t10", -0.006, "indistinguishable", False),
-        (9, "kd_alpha_0", -0.01, "indistinguishable", True),
-        (9, "kd_alpha_0", -0.01, "worse", False),
-        (11, "label_smoothing", -0.05, "worse", True),
-        (11, "label_smoothing", 0.01, "better", False),
-        (12, "kd_untrained", -0.05, "worse", True),
-        (14, "kd_self", -0.05, "indistinguishable", False),
-        (19, "student_lr", 0.01, "indistinguishable", True),
-        (19, "student_lr", 0.011, "indistinguishable", False),
-        (10, "kd_alpha_50", 0.05, "indistinguishable", True),
-        (10, "kd_alpha_90", 0.05, "indistinguishable", False),
-        (10, "kd_alpha_90", -0.01, "worse", True),
-        (18, "ttm", -0.05, "worse", True),
-        (18, "ttm", 0.05, "better", False),
-    ],
-)
-def test_when_a_prediction_holds(monkeypatch, number, row, difference, verdict, held):
-    comparison = {"difference": difference, "verdict": verdict}
-    found = {(row, b): comparison for b in ("student", "kd")} | {("original", "student"): {"difference": 0.01}}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
-    assert predictions.HOLDS[number]("a run", row) == held
-
-
-LABELS = {"kd_2": 0.1, "kd": 0.06, "kd_20": 0.03, "kd_100": 0.001}
-
-
-@pytest.mark.parametrize(
-    ("row", "difference", "verdict", "held"),
-    [
-        ("kd_2", 0.1, "better", True),
-        ("kd_2", 0.05, "better", False),
-        ("kd_20", 0.03, "better", True),
-        ("kd_20", 0.07, "better", False),
-        ("kd_100", 0.01, "indistinguishable", True),
-        ("kd_100", 0.01, "better", False),
-    ],
-)
-def test_when_the_prediction_on_labels_holds(monkeypatch, row, difference, verdict, held):
-    found = {
-        (name, name.replace("kd", "student")): {"difference": gain, "verdict": "better"}
-        for name, gain in LABELS.items()
-    }
-    found[row, row.replace("kd", "student")] = {"difference": difference, "verdict": verdict}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
-    assert predictions.HOLDS[15]("low_data", row) == held
-
-
-@pytest.mark.parametrize(
-    ("row", "differences", "verdict", "held"),
-    [
-        ("kd_d", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "better", True),
-        ("kd_d", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.05}, "better", False),  # less than with a worse teacher
-        ("kd_a", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "worse", True),
-        ("kd_a", {"kd_a": -0.02, "kd": 0.06, "kd_d": 0.07}, "indistinguishable", False),  # does no harm
-    ],
-)
-def test_when_the_prediction_on_teachers_holds(monkeypatch, row, differences, verdict, held):
-    found = {(name, "student"): {"difference": gain, "verdict": verdict} for name, gain in differences.items()}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: found)
-    labels = np.arange(100) % 10
-    right = {"student": 60, "teacher": 70, "teacher_a": 50, "teacher_d": 75}
-    recipes = STUDY["teachers"].recipes
-    models = {}
-    for name in [*right, *differences]:
-        predicted = np.where(np.arange(100) < right.get(name, 0), labels, labels + 1) % 10
-        models[name] = Evaluated(recipes[name], {0: np.eye(10)[predicted]}, {})
-    monkeypatch.setattr(predictions, "load", lambda run: (models, labels))
-    assert predictions.HOLDS[16]("teachers", row) == held
-
-
-@pytest.mark.parametrize(("cropped", "held"), [(0.07, True), (0.05, False)])
-def test_when_the_prediction_on_views_holds(monkeypatch, cropped, held):
-    gains = {"views": cropped, "methods": 0.06}
-    monkeypatch.setattr(predictions, "comparisons", lambda run: {("kd", "student"): {"difference": gains[run]}})
-    assert predictions.HOLDS[17]("views", "kd") == held
+        reverse = answer.compared(run, *ties_to_the_last_class(models, labels))
+        assert [c.verdict for c in found] == [c.verdict for c in reverse]
 
 
 def test_the_gain_with_unlimited_views_is_compared_with_that_of_stored_views():
@@ -391,11 +284,11 @@ def test_the_gain_with_unlimited_views_is_compared_with_that_of_stored_views():
 def test_what_doubling_the_epochs_gains():
     c = compared()["kd_2x", "student_2x"]
     assert f"gains {points('kd_2x', 'student_2x')} points on a student alone of as many epochs" in ANSWER
-    assert f"({bounds('kd_2x', 'student_2x')}, p = {c['p_holm']:.2g} after Holm's correction)" in ANSWER
+    assert f"({bounds('kd_2x', 'student_2x')}, p = {c.p_holm:.2g} after Holm's correction)" in ANSWER
 
 
 def test_what_temperature_and_alpha_change():
-    for row, verdict, words_of_row in (
+    for row, expected, words_of_row in (
         (
             "kd_t1",
             "indistinguishable",
@@ -405,35 +298,35 @@ def test_what_temperature_and_alpha_change():
         ("kd_alpha_90", "worse", "at the full step, and loses {}."),
     ):
         c = compared()[row, "kd"]
-        assert c["verdict"] == verdict
-        assert words_of_row.format(points(row, "kd").lstrip("-"), c["p_value"], c["p_holm"]) in ANSWER
-    assert all(abs(compared()[f"kd_{row}", "kd"]["difference"]) < 0.006 for row in ("t2", "t10", "alpha_0", "alpha_50"))
+        assert c.verdict == expected
+        assert words_of_row.format(points(row, "kd").lstrip("-"), c.p_value, c.p_holm) in ANSWER
+    assert all(abs(compared()[f"kd_{row}", "kd"].difference) < 0.006 for row in ("t2", "t10", "alpha_0", "alpha_50"))
 
 
 def test_what_the_number_of_labels_changes():
-    found = predictions.comparisons("low_data")
+    found = compared("low_data")
     few, plain, more, every = (found[row, row.replace("kd", "student")] for row in ("kd_2", "kd", "kd_20", "kd_100"))
-    assert [c["verdict"] for c in (few, plain, more, every)] == ["better", "better", "better", "worse"]
-    gained = [f"{100 * c['difference']:+.1f} points ({interval(c['ci95'], 1, signed=True)})" for c in (few, more)]
+    assert [c.verdict for c in (few, plain, more, every)] == ["better", "better", "better", "worse"]
+    gained = [f"{100 * c.difference:+.1f} points ({interval(c.ci95, 1, signed=True)})" for c in (few, more)]
     assert f"A student of 1,000 images gains {gained[0]}, one of 10,000 {gained[1].replace(' points', '')}" in README
-    lost, *bounds_of_loss = (f"{-100 * x:.1f}" for x in (every["difference"], *reversed(every["ci95"])))
+    lost, *bounds_of_loss = (f"{-100 * x:.1f}" for x in (every.difference, *reversed(every.ci95)))
     models, labels = archive.load("low_data")
     alone, teacher = (f"{models[name].correct(labels).mean():.1%}" for name in ("student_100", "teacher"))
     assert f"loses {lost} ({' to '.join(bounds_of_loss)}): alone it reaches {alone}, more than this teacher" in README
-    few, plain, more = (f"{100 * c['difference']:+.1f}" for c in (few, plain, more))
+    few, plain, more = (f"{100 * c.difference:+.1f}" for c in (few, plain, more))
     assert f"{few} points with 1,000 images, {plain} with 5,000 and {more} with 10,000" in ANSWER
     assert f"loses {lost} points. Alone, a ResNet18 reaches {alone} after 3 epochs on them" in ANSWER
     assert f"the ResNet50 after 4 ({teacher})" in ANSWER
 
 
 def test_what_better_and_worse_teachers_change():
-    found, (models, labels) = predictions.comparisons("teachers"), archive.load("teachers")
-    verdicts = {row: found[row, "student"]["verdict"] for row in ("kd_a", "kd_b", "kd_c", "kd", "kd_d")}
+    found, (models, labels) = compared("teachers"), archive.load("teachers")
+    verdicts = {row: found[row, "student"].verdict for row in ("kd_a", "kd_b", "kd_c", "kd", "kd_d")}
     assert verdicts == {"kd_a": "worse", "kd_b": "better", "kd_c": "worse", "kd": "better", "kd_d": "better"}
     accuracy = {name: f"{model.correct(labels).mean():.1%}" for name, model in models.items()}
-    gained = {row: f"{100 * found[row, 'student']['difference']:+.1f}" for row in verdicts}
+    gained = {row: f"{100 * found[row, 'student'].difference:+.1f}" for row in verdicts}
     lost = {row: points.lstrip("-") for row, points in gained.items()}
-    bounds_of = {row: interval(found[row, "student"]["ci95"], 1, signed=True) for row in verdicts}
+    bounds_of = {row: interval(found[row, "student"].ci95, 1, signed=True) for row in verdicts}
     low, high = reversed(bounds_of["kd_c"].replace("-", "").split(" to "))
     better = f"A teacher of {accuracy['teacher_d']} brings {gained['kd_d']} points ({bounds_of['kd_d']})"
     assert f"{better}, one of {accuracy['teacher_c']} costs {lost['kd_c']} ({low} to {high})" in README
@@ -447,12 +340,12 @@ def test_what_better_and_worse_teachers_change():
 
 
 def test_what_a_teacher_like_its_student_brings():
-    c, kd = predictions.comparisons("controls")["kd_self", "student"], compared()["kd", "student"]
-    brought = f"{100 * c['difference']:+.1f} points ({interval(c['ci95'], 1, signed=True)})"
+    c, kd = compared("controls")["kd_self", "student"], compared()["kd", "student"]
+    brought = f"{100 * c.difference:+.1f} points ({interval(c.ci95, 1, signed=True)})"
     assert f"self-distillation, from the student alone, {brought.replace(' points', '')}" in README
     assert f"on the same 5,000 images, brings {brought}: a third of the gain" in ANSWER
-    assert c["difference"] / kd["difference"] == pytest.approx(1 / 3, abs=0.05)
-    assert c["verdict"] == "better"
+    assert c.difference / kd.difference == pytest.approx(1 / 3, abs=0.05)
+    assert c.verdict == "better"
 
 
 def test_what_the_repetition_of_24_models_changed():
@@ -468,7 +361,7 @@ def test_what_the_repetition_of_24_models_changed():
     assert f"the gain of `kd` {three}; in all five, {gain(first)} became {gain(models)}" in ANSWER
     kd_2x = models["kd_2x"]._replace(logits={seed: models["kd_2x"].logits[seed] for seed in (2, 3, 4)})  # all that ran
     found = answer.compared("ablation", models | first | {"kd_2x": kd_2x}, labels)
-    p = {(c["model"], c["baseline"]): p for c, p in zip(found, holm([c["t_test_p"] for c in found]), strict=True)}
+    p = {(c.model, c.baseline): p for c, p in zip(found, holm([c.t_test_p for c in found]), strict=True)}
     lr, alpha = (f"{p[pair]:.2g}" for pair in (("student_lr", "student"), ("kd_alpha_90", "kd")))
     assert lr == alpha
     assert f"had been undecided (both p = {lr} after Holm's correction, by the t-test over seeds)" in ANSWER
@@ -476,7 +369,7 @@ def test_what_the_repetition_of_24_models_changed():
 
 def test_the_faults_of_evaluation_are_those_that_were_measured():
     assert answer.faults() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
-    measured = archive.evaluation_faults()["models"].values()
+    measured = recorded("docs/data/evaluation_faults.json")["models"].values()
     each = f"({len(measured)} checkpoints, {len(next(iter(measured))['both'])} evaluations each)"
     for fault, sentence in (
         ("training mode", f"{{:+.1f}} points on average, from {{:+.1f}} to {{:+.1f}} {each}"),
@@ -490,9 +383,10 @@ def test_the_faults_of_evaluation_are_those_that_were_measured():
 
 
 def test_the_readmes_numbers_of_other_studies():
-    assert "| resnet18 | resnet50 | logit | +0.06 | -0.06 to +0.17 | 0.23 | 1.00 |" in " ".join(table().split())
+    rows = " ".join(answer.nearest_study().split())
+    assert "| resnet18 | resnet50 | logit | +0.06 | -0.06 to +0.17 | 0.23 | 1.00 |" in rows
     assert "from a ResNet50 to a ResNet18 +0.06 points (-0.06 to +0.17, five seeds)" in README
-    assert all(float(line.split("|")[-2]) > 0.05 for line in table().splitlines()[2:])
+    assert all(float(line.split("|")[-2]) > 0.05 for line in answer.nearest_study().splitlines()[2:])
 
 
 def test_the_readmes_speeds_are_those_of_the_page_on_speed():
@@ -548,11 +442,12 @@ def percent(accuracy: dict) -> str:
 
 
 def test_the_readmes_numbers_of_the_demo_are_those_of_its_results():
-    results = recorded("docs/example/results.json")
+    results = example_results()
     models = {name: model["accuracy"] for name, model in results["models"].items()}
     assert f"One teacher trained on 1,200 digits: {100 * models['teacher']['mean']:.2f}%" in README
     assert f"alone {percent(models['student'])}%, distilled {percent(models['student_kd'])}%" in README
-    assert summary(results).splitlines()[-1] in README
+    (comparison,) = results["comparisons"]
+    assert verdict(comparison, results["n_test"]) in README
     for file, sentence in (
         ("demo-xeon", "{:+.2f}, p = {:.2g}, on that Xeon"),
         ("demo-conv2d", "{:+.2f}, p = {:.2g}, and, on an AMD EPYC"),
@@ -571,15 +466,21 @@ def test_the_readmes_arithmetic_on_the_original():
 
 
 def test_the_answer_holds_the_table_of_the_nearest_study():
-    assert table() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
+    assert answer.nearest_study() in (ROOT / "docs/answer.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_the_nearest_study_is_that_of_scipy():
-    found = accuracies("test_accuracy_best_validation")
-    assert sum(map(len, found.values())) == 50
-    first, alone = found["resnet34", "resnet50", "feature"], found["resnet34", "", "none"]
-    p = stats.ttest_rel(first, alone).pvalue
-    assert f"| resnet34 | resnet50 | feature | +0.19 | +0.01 to +0.37 | {p:.2f} |" in " ".join(table().split())
+    with open(ROOT / "docs/data/kd-capacity-gap.csv") as file:
+        runs = sorted(csv.DictReader(file), key=lambda run: run["seed"])
+    assert len(runs) == 50
+    of_setting = [(run["student"], run["teacher"], run["method"]) for run in runs]
+    taught, alone = (
+        [float(run["test_accuracy_best_validation"]) for run, found in zip(runs, of_setting, strict=True) if found == s]
+        for s in (("resnet34", "resnet50", "feature"), ("resnet34", "", "none"))
+    )
+    p = stats.ttest_rel(taught, alone).pvalue
+    row = f"| resnet34 | resnet50 | feature | +0.19 | +0.01 to +0.37 | {p:.2f} |"
+    assert row in " ".join(answer.nearest_study().split())
 
 
 # The kept predictions
@@ -670,6 +571,6 @@ def test_both_ends_of_a_tie_are_kept(tmp_path, monkeypatch):
     models, labels = archive.load("ablation")
     highest = [[c for c in range(10) if row[c] == max(row)] for row in logits]
     assert models["student"].predictions[0].tolist() == [classes[0] for classes in highest]
-    reverse, _ = answer.ties_to_the_last_class(models, labels)
+    reverse, _ = ties_to_the_last_class(models, labels)
     assert (9 - reverse["student"].predictions[0]).tolist() == [classes[-1] for classes in highest]
-    assert answer.ties() == (sum(len(classes) > 1 for classes in highest), 200)
+    assert count_ties(models["student"]) == sum(len(classes) > 1 for classes in highest)
