@@ -168,11 +168,8 @@ def model_figures(
         mean, support = np.mean(scores, axis=0).T, np.bincount(labels, minlength=len(classes))  # (C, 3), (C,)
         over = f", mean of {seeds} seeds" if seeds > 1 else ""
         yield f"{name}/classification_report.png", figures.report_figure(mean, support, classes, title + over)
-    histories = {name: model.history for name, model in models.items()}
-    yield "training_curves.png", figures.curves_figure(histories, colours)
-    as_trained = {name: list(model.logits.values()) for name, model in models.items()}
-    scaled = {name: model.scaled for name, model in models.items() if model.temperatures}
-    yield "reliability.png", figures.reliability_figure(as_trained, labels, colours, scaled)
+    yield "training_curves.png", figures.curves_figure(models, colours)
+    yield "reliability.png", figures.reliability_figure(models, labels, colours)
 
 
 def run_figures(config: Config, results: Results, colours: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
@@ -193,15 +190,14 @@ def comparison_figures(
     """Path and figure of everything that shows a model and its baseline."""
     name, baseline, classes = comparison.model, comparison.baseline, dataset.classes
     title = f"{name} minus {baseline}"
-    differences = figures.class_differences_figure(comparison.per_class, title, colours[name])
-    yield f"{name}/class_differences.png", differences
+    yield f"{name}/class_differences.png", figures.class_differences_figure(comparison, colours[name])
     counts = [confusion_counts(models[m], labels, len(classes), comparison.seeds) for m in (name, baseline)]
     yield f"{name}/confusion_difference.png", figures.confusion_difference_figure(*counts, classes, title)
     if gallery := comparison.disagreements:
         shown = np.array(gallery.shown)
         probabilities = {
-            title: log_probabilities(models[m].logits[seed][shown]).exp().numpy()
-            for m, (title, seed) in zip(gallery.models, gallery.seeds.items(), strict=True)
+            shown_as: log_probabilities(models[m].logits[seed][shown]).exp().numpy()
+            for m, (shown_as, seed) in zip(gallery.models, gallery.seeds.items(), strict=True)
         }
         index = torch.as_tensor(shown, device=dataset.test.images.device)
         images = dataset.test.images[index].permute(0, 2, 3, 1).cpu().numpy()

@@ -22,16 +22,16 @@ def test_effects_are_sorted_with_their_intervals_and_hollow_if_indistinguishable
         comparison("c", 0.03, p_holm=0.001),
     ]
     axes = effects_figure(rows).axes[0]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["b", "a", "c"]
-    _, *lines = axes.lines  # the first is zero
-    intervals, points = lines[::2], lines[1::2]
-    np.testing.assert_allclose([line.get_xdata() for line in intervals], [(-3, -1), (-0.5, 1.5), (2, 4)])
-    np.testing.assert_allclose([line.get_xdata() for line in points], [[-2], [0.5], [3]])
-    hollow = [matplotlib.colors.to_hex(line.get_markerfacecolor()) == "#ffffff" for line in points]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["c", "a", "b"]
+    assert axes.yaxis_inverted()
+    intervals, points = axes.collections
+    np.testing.assert_allclose([line[:, 0] for line in intervals.get_segments()], [(2, 4), (-0.5, 1.5), (-3, -1)])
+    np.testing.assert_allclose(points.get_offsets()[:, 0], [3, 0.5, -2])
+    hollow = [matplotlib.colors.to_hex(face) == "#ffffff" for face in points.get_facecolors()]
     assert hollow == [False, True, False]
     assert "accuracy minus that of student" in axes.get_xlabel()
     both = effects_figure([*rows, comparison("d", 0.1, 0.01, baseline="other")]).axes[0]
-    assert [tick.get_text() for tick in both.get_yticklabels()][-1] == "d − other"
+    assert both.get_yticklabels()[0].get_text() == "d − other"
 
 
 def entry(mean):

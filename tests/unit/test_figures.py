@@ -1,12 +1,29 @@
+from dataclasses import replace
+
 import numpy as np
 import sklearn.metrics
 from conftest import DRAW
-from synthetic import probabilities_of, some_logits
+from synthetic import example_results, probabilities_of, some_logits
 
 from config import PRESETS
+from engine.recipes import Recipe
 from report import figures
+from report.comparisons import Comparison
+from report.metrics import Evaluated
 
+RECORD = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
 HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
+
+
+def model(logits) -> Evaluated:
+    """Two seeds of one epoch each."""
+    history, temperatures = {0: [RECORD], 1: [RECORD]}, {0: 2.0, 1: 2.0}
+    return Evaluated(Recipe(), {0: logits, 1: logits}, history, temperatures=temperatures)
+
+
+def comparison(classes) -> Comparison:
+    (example,) = example_results()["comparisons"]
+    return replace(example, per_class={name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in classes})
 
 
 def test_figures_accept_any_names():
@@ -15,18 +32,17 @@ def test_figures_accept_any_names():
     counts = sklearn.metrics.confusion_matrix(labels, predictions)
     scores = np.array(sklearn.metrics.precision_recall_fscore_support(labels, predictions)[:3]).T
     support = np.bincount(labels)
-    record = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
     logits, colours = some_logits(n=30)[0], figures.model_colours(HOSTILE)
-    by_model = {name: [logits] for name in HOSTILE}
-    differences = {name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in HOSTILE}
+    models = {name: model(logits) for name in HOSTILE}
     probabilities = {name: probabilities_of(logits) for name in HOSTILE[:3]}
     for figure in (
         figures.confusion_figure(counts, HOSTILE, "x"),
         figures.report_figure(scores, support, HOSTILE, "x"),
-        figures.curves_figure({name: {0: [record], 1: [record]} for name in HOSTILE}, colours),
+        figures.curves_figure(models, colours),
         figures.confusion_difference_figure(counts, counts.T, HOSTILE, "x"),
-        figures.class_differences_figure(differences, "x", "black"),
-        figures.reliability_figure(by_model, np.arange(30) % 4, colours, by_model),
+        figures.class_differences_figure(comparison(HOSTILE), "black"),
+        figures.effects_figure([replace(comparison(HOSTILE), model=name) for name in HOSTILE]),
+        figures.reliability_figure(models, np.arange(30) % 4, colours),
         figures.gallery_figure(np.zeros((7, 3, 9, 3), np.uint8), np.arange(7) % 4, probabilities, HOSTILE, colours),
     ):
         assert DRAW(figure).startswith(b"\x89PNG")
@@ -36,12 +52,11 @@ def test_figures_of_many_classes_have_a_bounded_size():
     classes = tuple(f"class {number}" for number in range(150))
     counts = np.eye(150, dtype=int)
     scores, support = np.full((150, 3), 0.7), np.full(150, 3)
-    differences = {name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in classes}
     for figure in (
         figures.confusion_figure(counts, classes, "x"),
         figures.report_figure(scores, support, classes, "x"),
         figures.confusion_difference_figure(counts, counts, classes, "x"),
-        figures.class_differences_figure(differences, "x", "black"),
+        figures.class_differences_figure(comparison(classes), "black"),
     ):
         assert figure.get_size_inches().max() < 15
 
@@ -69,9 +84,9 @@ def test_colours_do_not_depend_on_the_selection():
     recipes = PRESETS["cifar10"].recipes
     colours = figures.model_colours(recipes)
     assert len(set(colours.values())) == len(recipes)
-    record = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
-    axes = figures.curves_figure({"student_kd": {0: [record]}}, colours).axes[0]
-    assert axes.lines[0].get_color() == colours["student_kd"]
     logits, labels = some_logits(n=30)
-    axes = figures.reliability_figure({"student_kd": [logits]}, labels, colours, {}).axes[0]
+    models = {"student_kd": model(logits)}
+    axes = figures.curves_figure(models, colours).axes[0]
+    assert axes.lines[0].get_color() == colours["student_kd"]
+    axes = figures.reliability_figure(models, labels, colours).axes[0]
     assert colours["student_kd"] in {line.get_color() for line in axes.lines}
