@@ -42,10 +42,6 @@ def spread(entry: dict[str, Any], spec: str) -> str:
     return f"{entry['median']:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
-def at_temperature(nats: float | None, temperature: float) -> str:
-    return "" if nats is None else f"{nats:.3f} (T = {temperature:g})"
-
-
 def value(of_setting: Any) -> str:
     if isinstance(of_setting, float):
         of_setting = float(f"{of_setting:.12g}")  # 0.18 for 0.18000000000000002
@@ -185,7 +181,7 @@ def results_markdown(results: Results) -> str:
         lstrip_blocks=True,
     )
     env.filters["escape"] = escape_markdown
-    for function in (number, percent, interval, spread, at_temperature, setting, value, pairs, significant_classes):
+    for function in (number, percent, interval, spread, setting, value, pairs, significant_classes):
         env.filters[function.__name__] = function
     recipes = results["settings"]["recipes"].values()
     hidden = {"baseline"}

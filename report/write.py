@@ -45,7 +45,7 @@ FILES = (
 def write_report(
     config: Config, dataset: Dataset, models: Models, training_logits: TrainingLogits, missing: list[Path]
 ) -> Results:
-    """Write every file of the report in place of an earlier one's."""
+    """Write every file of the report in place of an earlier one's, and return what results.json holds."""
     labels, folder = dataset.test.labels.cpu().numpy(), Path(config.imgs_path, config.run)
     arrays = {"labels": labels}
     arrays |= {f"{name}/seed{seed}": logits for name, model in models.items() for seed, logits in model.logits.items()}
