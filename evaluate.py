@@ -108,8 +108,8 @@ def logits_for_student(
 def training_logits(config: Config, dataset: Dataset, models: Models) -> TrainingLogits:
     """The teacher's logits on the training images of each distilled model."""
     logits = {}
-    for name, seeds in distilled(models).items():
-        digests = models[models[name].recipe.teacher].digests
+    for name, (teacher, seeds) in distilled(models).items():
+        digests = models[teacher].digests
         logits[name] = {s: logits_for_student(Model(name, s, config), digests[t], dataset) for s, t in seeds.items()}
     return logits
 

@@ -140,7 +140,7 @@ def nearest_study() -> str:
     for student, teacher, method in settings:
         taught, alone = found[student, teacher, method], found[student, "", "none"]
         differences.append(np.array([taught[seed] - alone[seed] for seed in taught]))
-    p_values, rows = [paired_t_p(d) for d in differences], []
+    p_values, rows = [paired_t_p(d) or 1.0 for d in differences], []
     for setting, d, p, p_holm in zip(settings, differences, p_values, holm(p_values), strict=True):
         mean, half = d.mean(), seeds_half_width(d)
         bounds = interval((mean - half, mean + half), 2, signed=True)
@@ -151,8 +151,8 @@ def nearest_study() -> str:
 def figure() -> Figure:
     """Accuracy of each kept row of SHOWN, mean with 95% interval, and of each of its seeds."""
     kept = {run: load(run) for run in ("ablation", "controls")}
-    rows = {title: kept[run][0].get(name) for title, (run, name) in SHOWN.items()}
-    labels, rows = kept["ablation"][1], {title: model for title, model in rows.items() if model}
+    rows = {title: kept[run][0][name] for title, (run, name) in SHOWN.items() if name in kept[run][0]}
+    labels = kept["ablation"][1]
     drawn = blank_figure(7.5, 0.36 * len(rows) + 1.2)
     axes = drawn.subplots()
     for name, title, style in (("student", "student alone", "--"), ("teacher", "teacher", ":")):

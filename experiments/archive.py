@@ -62,7 +62,9 @@ def keep(run: str, report: Path) -> list[Path]:
         results = json.loads((report / "results.json").read_text(encoding="utf-8"))["models"]
     except (OSError, ValueError) as error:
         raise UserError(f"{report}: cannot be read ({error}); python evaluate.py --run {run} writes it") from None
-    labels, by_file, written = found.pop("labels").astype(np.uint8), {}, []
+    labels = found.pop("labels").astype(np.uint8)
+    by_file: dict[Path, dict[str, np.ndarray]] = {}
+    written = []
     for key, logits in found.items():
         name, seed = key.rsplit("/", 1)
         if owner(run, name) == run:

@@ -98,7 +98,7 @@ def baseline_of(name: str, models: Models) -> str | None:
 
 def seeds_with_teacher(student: str, recipe: Recipe, models: Models) -> dict[int, int]:
     """The seeds of a student, each with the seed of the teacher that `recipe` has, where both have been evaluated."""
-    if recipe.teacher not in models:
+    if recipe.teacher is None or recipe.teacher not in models:
         return {}
     pairs = {seed: seed if recipe.teacher_seed is None else recipe.teacher_seed for seed in models[student].logits}
     return {seed: pairs[seed] for seed in sorted(pairs) if pairs[seed] in models[recipe.teacher].logits}
@@ -203,14 +203,15 @@ def compare_all(
     Of `pairs`, those whose models are missing count towards that number, with p = 1.
     """
 
-    def evaluated(pair: tuple[str, str | None]) -> bool:
-        return all(name in models for name in pair) and bool(common_seeds(*(models[name] for name in pair)))
+    def evaluated(name: str, baseline: str) -> bool:
+        return name in models and baseline in models and bool(common_seeds(models[name], models[baseline]))
 
     if pairs is None:
-        pairs = filter(evaluated, ((name, baseline_of(name, models)) for name in models))
+        own = [(name, baseline) for name in models if (baseline := baseline_of(name, models))]
+        pairs = [pair for pair in own if evaluated(*pair)]
     planned = list(pairs)
     level = 0.05 / max(1, len(planned))  # Holm's threshold for the smallest p-value
-    comparisons = [compare(*pair, models, labels, classes, recipes, level) for pair in planned if evaluated(pair)]
+    comparisons = [compare(*pair, models, labels, classes, recipes, level) for pair in planned if evaluated(*pair)]
     adjusted = holm([c.p_value for c in comparisons] + [1.0] * (len(planned) - len(comparisons)))
     return [replace(c, p_holm=p) for c, p in zip(comparisons, adjusted, strict=False)]
 
@@ -234,10 +235,14 @@ def not_compared(models: Models) -> dict[str, str]:
     return reasons
 
 
-def distilled(models: Models) -> dict[str, dict[int, int]]:
-    """The models whose teacher has been evaluated too, with their seeds and those of the teacher."""
-    pairs = {name: seeds_with_teacher(name, model.recipe, models) for name, model in models.items()}
-    return {name: seeds for name, seeds in pairs.items() if seeds}
+def distilled(models: Models) -> dict[str, tuple[str, dict[int, int]]]:
+    """The models whose teacher has been evaluated too, each with its teacher, and its seeds with the teacher's."""
+    found = {}
+    for name, model in models.items():
+        seeds = seeds_with_teacher(name, model.recipe, models)
+        if model.recipe.teacher and seeds:
+            found[name] = model.recipe.teacher, seeds
+    return found
 
 
 def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -248,11 +253,11 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
     softmax(z / T).
     """
     rows: dict[tuple, dict[str, Any]] = {}  # a baseline has one for all its students of the same teacher and loss
-    for name in distilled(models):
+    for name, (teacher, _) in distilled(models).items():
         recipe = models[name].recipe
-        teacher, temperature, softened = recipe.teacher, recipe.temperature, recipe.soft_loss in SOFTEN_BOTH
+        temperature, softened = recipe.temperature, recipe.soft_loss in SOFTEN_BOTH
         for student in (name, baseline_of(name, models)):
-            if student not in models or student == teacher:
+            if student is None or student not in models or student == teacher:
                 continue
             seeds = seeds_with_teacher(student, recipe, models)
             if not seeds:
@@ -287,14 +292,14 @@ def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]
     for name, by_seed in logits.items():
         recipe, entries = models[name].recipe, []
         for z, labels in by_seed.values():
-            entry = {"accuracy": float((z.argmax(1) == labels).mean()), **soft_target_metrics(z, 1.0)}
+            entry: dict[str, float] = {"accuracy": float((z.argmax(1) == labels).mean()), **soft_target_metrics(z, 1.0)}
             if recipe.soft_loss in SOFTEN_THE_TEACHER:
                 softened = soft_target_metrics(z, recipe.temperature)
                 entry |= {f"{key}_at_temperature": value for key, value in softened.items()}
             entries.append(entry)
-        about = {"model": name, "teacher": recipe.teacher, "seeds": list(by_seed), "images": len(labels)}
-        about |= {"temperature": recipe.temperature, "entropy_at_temperature": None, "confidence_at_temperature": None}
-        rows.append({**about, **means(entries)})
+        row: dict[str, Any] = {"model": name, "teacher": recipe.teacher, "seeds": list(by_seed), "images": len(labels)}
+        row |= {"temperature": recipe.temperature, "entropy_at_temperature": None, "confidence_at_temperature": None}
+        rows.append(row | means(entries))
     return rows
 
 

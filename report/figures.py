@@ -72,7 +72,7 @@ def matrix_figure(
     axes.set(xlabel="predicted class", ylabel="true class", title=escape_mathtext(title, 80))
     axes.tick_params(labelsize=label_size(classes))
     long = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 2 else {"rotation": 0}
-    axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), **long)
+    axes.set_xticks(axes.get_xticks(), names, **long)
     axes.tick_params(axis="y", rotation=0)
     return figure
 

@@ -14,7 +14,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix
 from engine.recipes import Recipe
 from report.statistics import accuracy_interval, wilson_interval
 
-NONE = MappingProxyType({})
+NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 class Evaluated(NamedTuple):
@@ -48,7 +48,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    return finite_or_none(np.mean([*values]))
+    return finite_or_none(float(np.mean([*values])))
 
 
 def means(rows: Iterable[dict[str, float]]) -> dict[str, float | None]:

@@ -50,6 +50,6 @@ def table(file: Path, models: Iterable[str], predicted: list[dict[str, float]]) 
     """The class that each model predicts, and below it the probability of each class."""
     classes = dict.fromkeys(itertools.chain(*predicted))
     likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in predicted), reverse=True)[:20]
-    rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.get))}**" for p in predicted)]]
+    rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.__getitem__))}**" for p in predicted)]]
     rows += [[escape_markdown(c), *(percent(p.get(c)) for p in predicted)] for c in classes if c in likeliest]
     return markdown_table([escape_markdown(file), *models], rows)

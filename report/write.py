@@ -65,7 +65,7 @@ def write_report(
     for name, model in models.items():
         files[f"{name}/classification_report.txt"] = classification_reports(model, labels, dataset.classes).encode()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     files["predictions.npz"] = buffer.getvalue()
     files["results.json"] = (json.dumps(results, indent=2, allow_nan=False, default=as_json) + "\n").encode()
     files["results.md"] = results_markdown(results).encode()
@@ -189,10 +189,10 @@ def comparison_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Path and figure of everything that shows a model and its baseline."""
     name, baseline, classes = comparison.model, comparison.baseline, dataset.classes
-    title = f"{name} minus {baseline}"
     yield f"{name}/class_differences.png", figures.class_differences_figure(comparison, colours[name])
-    counts = [confusion_counts(models[m], labels, len(classes), comparison.seeds) for m in (name, baseline)]
-    yield f"{name}/confusion_difference.png", figures.confusion_difference_figure(*counts, classes, title)
+    counts = {m: confusion_counts(models[m], labels, len(classes), comparison.seeds) for m in (name, baseline)}
+    figure = figures.confusion_difference_figure(counts[name], counts[baseline], classes, f"{name} minus {baseline}")
+    yield f"{name}/confusion_difference.png", figure
     if gallery := comparison.disagreements:
         shown = np.array(gallery.shown)
         probabilities = {

@@ -360,7 +360,7 @@ def test_one_teacher_seed_for_all_students_pairs_each_with_it():
     models, labels = three_models()
     recipe = dataclasses.replace(models["student_kd"].recipe, teacher_seed=1)
     models["student_kd"] = models["student_kd"]._replace(recipe=recipe)
-    assert distilled(models) == {"student_kd": {0: 1, 1: 1, 2: 1}}
+    assert distilled(models) == {"student_kd": ("teacher", {0: 1, 1: 1, 2: 1})}
     row, _ = fidelity(models, labels)
     teacher = models["teacher"].logits[1].argmax(1)
     agreement = [(models["student_kd"].logits[seed].argmax(1) == teacher).mean() for seed in (0, 1, 2)]
