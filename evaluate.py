@@ -113,7 +113,7 @@ def logits_for_student(
 def training_logits(config: Config, dataset: Dataset, models: Models) -> TrainingLogits:
     """The teacher's logits on the training images of each distilled model."""
     logits: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    for name, seeds in distilled(models).items():
+    for name, (_, seeds) in distilled(models).items():
         logits[name] = {}
         for student in (Model(name, seed, config) for seed in seeds):
             if teacher := student.teacher:

@@ -8,9 +8,11 @@ lower index counts as predicted. Accuracies and differences have one decimal, as
 second.
 """
 
+import csv
+import json
 import sys
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,14 +20,13 @@ from matplotlib.figure import Figure
 from engine.errors import exit_on_error
 from engine.files import write_durably
 from engine.recipes import baseline_of
-from experiments import archive
-from experiments.archive import load
+from experiments.archive import FOLDER, load
 from experiments.presets import STUDY
-from report.comparisons import compare_all
+from report.comparisons import Comparison, compare_all
 from report.figures import blank_figure, png
-from report.markdown import interval, markdown_table, verdict
-from report.metrics import Evaluated, count_ties
-from report.statistics import accuracy_interval, holm
+from report.markdown import interval, markdown_table
+from report.metrics import Evaluated
+from report.statistics import accuracy_interval, holm, paired_t_p, seeds_half_width
 
 # The rows of the figure and of the README's table: in words, and by run and name.
 SHOWN = {
@@ -56,32 +57,29 @@ FURTHER = {
 def accuracy(model: Evaluated, labels: np.ndarray) -> str:
     """Mean ± standard deviation over seeds, in percent."""
     each = 100 * model.correct(labels).mean(1)
-    return f"{each.mean():.1f}" + (f" ± {each.std(ddof=1):.1f}" if len(each) > 1 else "")
+    std = f" ± {each.std(ddof=1):.1f}" if len(each) > 1 else ""
+    return f"{each.mean():.1f}{std}"
 
 
-def planned(run: str) -> list[tuple[str, str]]:
-    """The comparisons that this study plans for a run: model and baseline."""
-    recipes = STUDY[run].recipes
-    return [(name, baseline) for name in recipes if (baseline := baseline_of(name, recipes))] + FURTHER.get(run, [])
-
-
-def compared(run: str, models: dict[str, Evaluated], labels: np.ndarray) -> list[dict[str, Any]]:
+def compared(run: str, models: dict[str, Evaluated], labels: np.ndarray) -> list[Comparison]:
     """The comparisons that this study makes of the kept models of a run; Holm-corrected for all that it plans.
 
     Models with a single seed are not compared.
     """
+    recipes = STUDY[run].recipes
+    planned = [(name, baseline) for name in recipes if (baseline := baseline_of(name, recipes))] + FURTHER.get(run, [])
     models = {name: model for name, model in models.items() if len(model.logits) > 1}
-    return compare_all(models, labels, pairs=planned(run), recipes=STUDY[run].recipes)
+    return compare_all(models, labels, pairs=planned, recipes=recipes)
 
 
-def comparison_cells(c: dict[str, Any]) -> dict[str, str]:
+def comparison_cells(c: Comparison) -> dict[str, str]:
     return {
-        "against": f"`{c['baseline']}`",
-        "difference": f"{100 * c['difference']:+.1f}",
-        "95% interval": interval(c["ci95"], 1, signed=True),
-        "p": f"{c['p_value']:.2g}",
-        "p, Holm": f"{c['p_holm']:.2g}",
-        "verdict": verdict(c),
+        "against": f"`{c.baseline}`",
+        "difference": f"{100 * c.difference:+.1f}",
+        "95% interval": interval(c.ci95, 1, signed=True),
+        "p": f"{c.p_value:.2g}",
+        "p, Holm": f"{c.p_holm:.2g}",
+        "verdict": c.restricted_verdict,
     }
 
 
@@ -93,7 +91,7 @@ def table(run: str) -> str:
     models, labels = load(run)
     comparisons, rows = compared(run, models, labels), []
     for name, model in models.items():
-        found = [comparison_cells(c) for c in comparisons if c["model"] == name]
+        found = [comparison_cells(c) for c in comparisons if c.model == name]
         own = (f"`{name}`", len(model.logits), accuracy(model, labels))
         rows += [(*own, *(cells.get(column, "") for column in COLUMNS)) for cells in found or [{}]]
     return markdown_table(("model", "seeds", "accuracy (%)", *COLUMNS), rows)
@@ -103,7 +101,7 @@ def gains() -> str:
     """The README's table: each kept row of SHOWN against the student alone, Holm-corrected as in its run's table."""
     kept, rows = {run: load(run) for run in ("ablation", "controls")}, []
     columns = ("difference", "95% interval", "p, Holm")
-    found = {(run, c["model"]): c for run in kept for c in compared(run, *kept[run]) if c["baseline"] == "student"}
+    found = {(run, c.model): c for run in kept for c in compared(run, *kept[run]) if c.baseline == "student"}
     for title, (run, name) in {**SHOWN, "the teacher": ("ablation", "teacher")}.items():
         models, labels = kept[run]
         if name in models:
@@ -116,7 +114,7 @@ def gains() -> str:
 def faults() -> str:
     """How far the original's faults of evaluation move each accuracy, in points: mean (lowest to highest)."""
     rows = []
-    for title, measured in archive.evaluation_faults()["models"].items():
+    for title, measured in json.loads((FOLDER / "evaluation_faults.json").read_text())["models"].items():
         name, seed = title.split("/seed")
         right = 100 * measured["none"][0]
         moved = [100 * np.array(measured[fault]) - right for fault in ("training mode", "flips", "both")]
@@ -125,68 +123,41 @@ def faults() -> str:
     return markdown_table(("model", "seed", "accuracy (%)", "training mode", "flips", "both"), rows)
 
 
-def ties_to_the_last_class(models: dict[str, Evaluated], labels: np.ndarray) -> tuple[dict[str, Evaluated], np.ndarray]:
-    """The models and labels with the classes in reverse order, so that argmax breaks ties the other way."""
-    classes = next(iter(next(iter(models.values())).logits.values())).shape[1]
-    reverse = {
-        name: model._replace(logits={seed: logits[:, ::-1] for seed, logits in model.logits.items()})
-        for name, model in models.items()
-    }
-    return reverse, classes - 1 - labels
+def nearest_study() -> str:
+    """Each distilled student of kd-capacity-gap against the same student alone, paired by seed, Holm-corrected.
 
-
-def ties() -> tuple[int, int]:
-    """How many pairs of a kept model and a test image have more than one highest logit, and the number of pairs."""
-    models = [model for run in STUDY for name, model in load(run)[0].items() if archive.owner(run, name) == run]
-    return sum(map(count_ties, models)), sum(len(logits) for model in models for logits in model.logits.values())
-
-
-def moved() -> str:
-    """Each comparison as first published, and now.
-
-    First published were two decimals and the p of the paired t-test over seeds; a verdict needed a Holm-corrected p
-    below 0.05 and an interval that excludes 0.
+    docs/data/kd-capacity-gap.csv has the test accuracy of each of the 50 final runs that umutonuryasar/kd-capacity-gap
+    (MIT licence) published with arXiv 2605.31191. The t-test leaves out the sampling of test images, as no predictions
+    were published.
     """
-    rows = []
-    for run in STUDY:
-        models, labels = load(run)
-        found, reverse = compared(run, models, labels), compared(run, *ties_to_the_last_class(models, labels))
-        before = holm([c["t_test_p"] for c in found] + [1.0] * (len(planned(run)) - len(found)))
-        for c, tied, p_holm in zip(found, reverse, before, strict=False):
-            low, high = c["ci95"]
-            direction = "better" if c["difference"] > 0 else "worse"
-            was = direction if p_holm < 0.05 and not low <= 0 <= high else "indistinguishable"
-            rows.append(
-                (
-                    run,
-                    f"`{c['model']}`",
-                    f"`{c['baseline']}`",
-                    f"{100 * c['difference']:+.2f}",
-                    f"{100 * tied['difference']:+.2f}",
-                    f"{100 * c['difference']:+.1f}",
-                    f"{c['t_test_p']:.2g}",
-                    f"{c['p_value']:.2g}",
-                    f"{p_holm:.2g}",
-                    f"{c['p_holm']:.2g}",
-                    c["verdict"] if c["verdict"] == was else f"**{was}, now {c['verdict']}**",
-                )
-            )
-    head = ("preset", "model", "against", "difference: was", "with ties to the last class", "is")
-    return markdown_table((*head, "p: was", "is", "p, Holm: was", "is", "verdict"), rows)
+    found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    with open(FOLDER / "kd-capacity-gap.csv") as file:
+        for row in csv.DictReader(file):
+            setting = row["student"], row["teacher"], row["method"]
+            found[setting][int(row["seed"])] = float(row["test_accuracy_best_validation"])
+    settings = sorted(setting for setting in found if setting[2] != "none")
+    differences = []
+    for student, teacher, method in settings:
+        taught, alone = found[student, teacher, method], found[student, "", "none"]
+        differences.append(np.array([taught[seed] - alone[seed] for seed in taught]))
+    p_values, rows = [paired_t_p(d) or 1.0 for d in differences], []
+    for setting, d, p, p_holm in zip(settings, differences, p_values, holm(p_values), strict=True):
+        mean, half = d.mean(), seeds_half_width(d)
+        bounds = interval((mean - half, mean + half), 2, signed=True)
+        rows.append((*setting, f"{100 * mean:+.2f}", bounds, f"{p:.2f}", f"{p_holm:.2f}"))
+    return markdown_table(("student", "teacher", "method", "gain (points)", "95% interval", "p", "p, Holm"), rows)
 
 
 def figure() -> Figure:
     """Accuracy of each kept row of SHOWN, mean with 95% interval, and of each of its seeds."""
     kept = {run: load(run) for run in ("ablation", "controls")}
-    rows = {title: kept[run][0].get(name) for title, (run, name) in SHOWN.items()}
-    labels, rows = kept["ablation"][1], {title: model for title, model in rows.items() if model}
+    rows = {title: kept[run][0][name] for title, (run, name) in SHOWN.items() if name in kept[run][0]}
+    labels = kept["ablation"][1]
     drawn = blank_figure(7.5, 0.36 * len(rows) + 1.2)
     axes = drawn.subplots()
-    for name, style in (("student", "--"), ("teacher", ":")):
+    for name, title, style in (("student", "student alone", "--"), ("teacher", "teacher", ":")):
         mean = 100 * kept["ablation"][0][name].correct(labels).mean()
-        axes.axvline(
-            mean, color="0.3", linewidth=1, linestyle=style, label=f"{name} alone" if name == "student" else name
-        )
+        axes.axvline(mean, color="0.3", linewidth=1, linestyle=style, label=title)
     for row, (title, model) in enumerate(reversed(rows.items())):
         correct, color = model.correct(labels), "C0" if "distilled" in title else "C1"
         mean, (low, high) = 100 * correct.mean(), accuracy_interval(correct)
@@ -203,11 +174,9 @@ def figure() -> Figure:
 
 
 def main() -> None:
-    print(f"{gains()}\n{faults()}")
+    print(f"{gains()}\n{faults()}\n{nearest_study()}")
     for run in STUDY:
         print(f"{run}\n\n{table(run)}")
-    print("{:,} of {:,} have more than one highest logit\n".format(*ties()))
-    print(moved())
     if sys.argv[1:]:
         write_durably(Path(sys.argv[1]), png(figure()))
 

@@ -18,7 +18,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -63,7 +62,9 @@ def keep(run: str, report: Path) -> list[Path]:
         results = json.loads((report / "results.json").read_text(encoding="utf-8"))["models"]
     except (OSError, ValueError) as error:
         raise UserError(f"{report}: cannot be read ({error}); python evaluate.py --run {run} writes it") from None
-    labels, by_file, written = found.pop("labels").astype(np.uint8), {}, []
+    labels = found.pop("labels").astype(np.uint8)
+    by_file: dict[Path, dict[str, np.ndarray]] = {}
+    written = []
     for key, logits in found.items():
         name, seed = key.rsplit("/", 1)
         if owner(run, name) == run:
@@ -102,11 +103,6 @@ def load(run: str, part: str = "") -> tuple[dict[str, Evaluated], np.ndarray]:
         if logits:
             models[name] = Evaluated(recipe, logits, {seed: [] for seed in logits})
     return models, labels
-
-
-def evaluation_faults() -> dict[str, Any]:
-    """What `benchmarks.evaluation_faults` has measured and written."""
-    return json.loads((FOLDER / "evaluation_faults.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

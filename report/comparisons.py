@@ -1,7 +1,7 @@
 """Metrics of several models together: verdicts against a baseline, agreement with the teacher, disagreements."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from engine.recipes import DISTILLATION_FIELDS, Recipe, row_alone
 from engine.recipes import baseline_of as baseline_among
 from engine.soft_losses import SOFTEN_BOTH, SOFTEN_THE_TEACHER
-from report.metrics import Evaluated, kl_divergence, means, soft_target_metrics
+from report.metrics import Evaluated, kl_divergence, mean, means, soft_target_metrics
 from report.statistics import (
     detectable_difference,
     detectable_over_seeds,
@@ -22,6 +22,69 @@ from report.statistics import (
 )
 
 Models = Mapping[str, Evaluated]
+# What of the environment changes a trained model, and how two are said to differ in it.
+ENVIRONMENT = {
+    "code": "by different versions of the code",
+    "device": "on different devices",
+    "precision": "in different precisions",
+    "processes": "by different numbers of processes",
+    "threads": "with different numbers of threads",
+}
+
+
+@dataclass(frozen=True)
+class Disagreements:
+    """Test images on which teacher, baseline and model do not all agree."""
+
+    models: list[str]  # their rows
+    seed: int  # the model's
+    seeds: dict[str, int]  # title -> seed, in the order of `models`
+    count: int
+    shown: list[int]  # some of the images
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against its baseline, over the seeds that both have. Accuracies and differences are fractions.
+
+    `p_value` is the p-value of McNemar's exact test for one seed, and of `paired_p` for several; `p_holm` is adjusted
+    for the number of comparisons. `t_test_p` leaves out the sampling of images.
+    """
+
+    model: str
+    baseline: str
+    differs_in: dict[str, list[Any]]  # setting -> [the model's, the baseline's]
+    environments_differ: list[str]  # those of ENVIRONMENT in which two models of one seed were trained differently
+    seeds: list[int]
+    shared_teacher: bool  # whether all seeds have the same
+    difference: float
+    std: float | None  # of the difference, over seeds; None for one seed
+    ci95: tuple[float, float]
+    p_value: float
+    p_holm: float
+    test: str
+    t_test_p: float | None  # None for one seed, or if all seeds have the same difference
+    mcnemar_p: dict[str, float]  # seed -> p-value
+    only_model_right: int  # images, summed over seeds
+    only_baseline_right: int
+    detectable_difference: float | None  # with 80% power
+    per_class: dict[str, dict[str, Any]]  # class -> difference, ci95
+    disagreements: Disagreements | None = None
+
+    @property
+    def verdict(self) -> str:
+        """With one seed a test is of two trained models, not of two recipes, so neither of these is called better."""
+        if self.p_holm >= 0.05:
+            return "indistinguishable"
+        if len(self.seeds) == 1:
+            return "different"
+        return "better" if self.difference > 0 else "worse"
+
+    @property
+    def restricted_verdict(self) -> str:
+        """The verdict, with its restriction if all of several seeds share a teacher."""
+        restricted = self.shared_teacher and len(self.seeds) > 1
+        return f"{self.verdict}, for this teacher" if restricted else self.verdict
 
 
 def common_seeds(*models: Evaluated) -> list[int]:
@@ -33,15 +96,12 @@ def baseline_of(name: str, models: Models) -> str | None:
     return baseline_among(name, {other: model.recipe for other, model in models.items()})
 
 
-def seeds_with_teacher(name: str, teacher: str, models: Models, teacher_seed: int | None) -> dict[int, int]:
-    """The seeds of a model, each with that of the teacher's model beside it, where both have been evaluated.
-
-    `teacher_seed` is the teacher's, if all seeds of the model have the same.
-    """
-    if teacher not in models:
+def seeds_with_teacher(student: str, recipe: Recipe, models: Models) -> dict[int, int]:
+    """The seeds of a student, each with the seed of the teacher that `recipe` has, where both have been evaluated."""
+    if recipe.teacher is None or recipe.teacher not in models:
         return {}
-    pairs = {seed: seed if teacher_seed is None else teacher_seed for seed in sorted(models[name].logits)}
-    return {seed: of_teacher for seed, of_teacher in pairs.items() if of_teacher in models[teacher].logits}
+    pairs = {seed: seed if recipe.teacher_seed is None else recipe.teacher_seed for seed in models[student].logits}
+    return {seed: pairs[seed] for seed in sorted(pairs) if pairs[seed] in models[recipe.teacher].logits}
 
 
 def differing_settings(recipe: Recipe, baseline: Recipe) -> dict[str, list[Any]]:
@@ -68,20 +128,26 @@ def shares_teacher(name: str, recipes: Mapping[str, Recipe]) -> bool:
     return given or recipe.teacher_seed is not None or shares_teacher(recipe.teacher, recipes)
 
 
+def differing_environments(model: Evaluated, baseline: Evaluated, seeds: Iterable[int]) -> list[str]:
+    """Those of ENVIRONMENT that are not the same for the two models of some seed; none if one was not trained here."""
+    if 0 in (model.recipe.epochs, baseline.recipe.epochs):
+        return []
+    pairs = [(model.environments.get(seed, {}), baseline.environments.get(seed, {})) for seed in seeds]
+    return [key for key in ENVIRONMENT if any(key in a and key in b and a[key] != b[key] for a, b in pairs)]
+
+
 def compare(
     name: str,
     baseline: str,
     models: Models,
     labels: np.ndarray,
     classes: Sequence[str] = (),
-    level: float = 0.05,
     recipes: Mapping[str, Recipe] | None = None,
-) -> dict[str, Any]:
-    """The entry of one comparison in results.json, over the seeds that both models have.
+    level: float = 0.05,
+) -> Comparison:
+    """One comparison. `detectable_difference` is that of a test at this level; no p-value is adjusted yet.
 
-    `p_value` is that of McNemar's exact test for one seed, and of `paired_p` for several. `detectable_difference` is
-    that of a test at this level. `t_test_p` leaves out the sampling of images; it is None for one seed, or if all seeds
-    have the same difference. `recipes` has those of teachers that are not among `models`.
+    `recipes` has those of teachers that are not among `models`.
     """
     seeds = common_seeds(models[name], models[baseline])
     first, second = (models[m].correct(labels, seeds) for m in (name, baseline))  # (S, n)
@@ -99,64 +165,55 @@ def compare(
         p_value, test = mcnemar[str(seeds[0])], "exact McNemar test"
         detectable = detectable_difference(float((first != second).mean()), len(labels), level)
     known = {other: model.recipe for other, model in models.items()} | dict(recipes or {})
-    return {
-        "model": name,
-        "baseline": baseline,
-        "differs_in": differing_settings(models[name].recipe, models[baseline].recipe),
-        "seeds": seeds,
-        "shared_teacher": any(shares_teacher(m, known) for m in (name, baseline)),
-        "difference": float(differences.mean()),
-        "std": std,
-        "ci95": paired_interval(first, second),
-        "p_value": p_value,
-        "test": test,
-        "t_test_p": t_test_p,
-        "mcnemar_p": mcnemar,
-        "only_model_right": int((first & ~second).sum()),
-        "only_baseline_right": int((second & ~first).sum()),
-        "detectable_difference": detectable,
-        "per_class": {
-            c: {
-                "difference": float(first[:, labels == label].mean() - second[:, labels == label].mean()),
-                "ci95": paired_interval(first[:, labels == label], second[:, labels == label]),
-            }
-            for label, c in enumerate(classes)
-        },
-    }
+    per_class = {}
+    for label, c in enumerate(classes):
+        a, b = first[:, labels == label], second[:, labels == label]
+        per_class[c] = {"difference": float(a.mean() - b.mean()), "ci95": paired_interval(a, b)}
+    return Comparison(
+        model=name,
+        baseline=baseline,
+        differs_in=differing_settings(models[name].recipe, models[baseline].recipe),
+        environments_differ=differing_environments(models[name], models[baseline], seeds),
+        seeds=seeds,
+        shared_teacher=any(shares_teacher(m, known) for m in (name, baseline)),
+        difference=float(differences.mean()),
+        std=std,
+        ci95=paired_interval(first, second),
+        p_value=p_value,
+        p_holm=p_value,
+        test=test,
+        t_test_p=t_test_p,
+        mcnemar_p=mcnemar,
+        only_model_right=int((first & ~second).sum()),
+        only_baseline_right=int((second & ~first).sum()),
+        detectable_difference=detectable,
+        per_class=per_class,
+    )
 
 
 def compare_all(
     models: Models,
     labels: np.ndarray,
     classes: Sequence[str] = (),
-    pairs: Iterable[tuple[str, str]] | None = None,
     recipes: Mapping[str, Recipe] | None = None,
-) -> list[dict[str, Any]]:
+    pairs: Iterable[tuple[str, str]] | None = None,
+) -> list[Comparison]:
     """Each model against its baseline, or the `pairs`, with p-values adjusted for the number of comparisons.
 
     Of `pairs`, those whose models are missing count towards that number, with p = 1.
-
-    The verdict is "better" or "worse" if p_holm, the adjusted p_value, is below 0.05, otherwise "indistinguishable".
-    With one seed it is "different" instead, as the test is of two trained models, not of two recipes.
     """
 
-    def evaluated(pair: tuple[str, str | None]) -> bool:
-        return all(name in models for name in pair) and bool(common_seeds(*(models[name] for name in pair)))
+    def evaluated(name: str, baseline: str) -> bool:
+        return name in models and baseline in models and bool(common_seeds(models[name], models[baseline]))
 
     if pairs is None:
-        pairs = filter(evaluated, ((name, baseline_of(name, models)) for name in models))
+        own = [(name, baseline) for name in models if (baseline := baseline_of(name, models))]
+        pairs = [pair for pair in own if evaluated(*pair)]
     planned = list(pairs)
     level = 0.05 / max(1, len(planned))  # Holm's threshold for the smallest p-value
-    comparisons = [compare(*pair, models, labels, classes, level, recipes) for pair in planned if evaluated(pair)]
-    adjusted = holm([c["p_value"] for c in comparisons] + [1.0] * (len(planned) - len(comparisons)))
-    for comparison, p_holm in zip(comparisons, adjusted, strict=False):
-        verdict = "indistinguishable"
-        if p_holm < 0.05 and len(comparison["seeds"]) == 1:
-            verdict = "different"
-        elif p_holm < 0.05:
-            verdict = "better" if comparison["difference"] > 0 else "worse"
-        comparison.update(p_holm=p_holm, verdict=verdict)
-    return comparisons
+    comparisons = [compare(*pair, models, labels, classes, recipes, level) for pair in planned if evaluated(*pair)]
+    adjusted = holm([c.p_value for c in comparisons] + [1.0] * (len(planned) - len(comparisons)))
+    return [replace(c, p_holm=p) for c, p in zip(comparisons, adjusted, strict=False)]
 
 
 def not_compared(models: Models) -> dict[str, str]:
@@ -166,8 +223,8 @@ def not_compared(models: Models) -> dict[str, str]:
         baseline = baseline_of(name, models)
         if baseline is None and model.recipe.teacher:
             reasons[name] = (
-                f"no row without a teacher that has been evaluated has the same settings{nearest(name, models)}. Such "
-                f"a row is {row_alone(name, model.recipe)}"
+                "no row without a teacher that has been evaluated has the same settings. Such a row is "
+                f"{row_alone(name, model.recipe)}"
             )
         elif baseline and baseline not in models:
             reasons[name] = f"its baseline {baseline} has not been evaluated"
@@ -178,27 +235,14 @@ def not_compared(models: Models) -> dict[str, str]:
     return reasons
 
 
-def nearest(name: str, models: Models) -> str:
-    """The row without a teacher that differs in the fewest settings from a model, and in which, in words."""
-    recipe = models[name].recipe
-    differing = {
-        other: differing_settings(recipe, model.recipe) for other, model in models.items() if not model.recipe.teacher
-    }
-    if not differing:
-        return ""
-    closest = min(differing, key=lambda other: len(differing[other]))
-    values = ", ".join(f"{field} ({theirs}, not {own})" for field, (own, theirs) in differing[closest].items())
-    return f"; the nearest, {closest}, differs in {values}"
-
-
-def distilled(models: Models) -> dict[str, dict[int, int]]:
-    """The models whose teacher has been evaluated too, with their seeds and those of the teacher."""
-    pairs = {
-        name: seeds_with_teacher(name, model.recipe.teacher, models, model.recipe.teacher_seed)
-        for name, model in models.items()
-        if model.recipe.teacher
-    }
-    return {name: seeds for name, seeds in pairs.items() if seeds}
+def distilled(models: Models) -> dict[str, tuple[str, dict[int, int]]]:
+    """The models whose teacher has been evaluated too, each with its teacher, and its seeds with the teacher's."""
+    found = {}
+    for name, model in models.items():
+        seeds = seeds_with_teacher(name, model.recipe, models)
+        if model.recipe.teacher and seeds:
+            found[name] = model.recipe.teacher, seeds
+    return found
 
 
 def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -208,24 +252,20 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
     there, are pooled over seeds. `kl_at_temperature` is None where the soft loss does not compare softmax(v / T) with
     softmax(z / T).
     """
-    rows: dict[tuple, dict[str, Any]] = {}
-    for name in distilled(models):
+    rows: dict[tuple, dict[str, Any]] = {}  # a baseline has one for all its students of the same teacher and loss
+    for name, (teacher, _) in distilled(models).items():
         recipe = models[name].recipe
-        teacher, temperature, softened = recipe.teacher, recipe.temperature, recipe.soft_loss in SOFTEN_BOTH
+        temperature, softened = recipe.temperature, recipe.soft_loss in SOFTEN_BOTH
         for student in (name, baseline_of(name, models)):
-            if student not in models or student == teacher:
+            if student is None or student not in models or student == teacher:
                 continue
-            seeds = seeds_with_teacher(student, teacher, models, recipe.teacher_seed)
+            seeds = seeds_with_teacher(student, recipe, models)
             if not seeds:
                 continue
             logits = [(models[teacher].logits[t], models[student].logits[s]) for s, t in seeds.items()]
             agree = np.stack([v.argmax(1) == z.argmax(1) for v, z in logits])  # (S, n)
             wrong = ~models[teacher].correct(labels, seeds.values())
-            kl = {"kl": 1.0, "kl_at_temperature": temperature}
-            if not softened:
-                del kl["kl_at_temperature"]
             rows[student, teacher, recipe.teacher_seed, temperature, softened] = {
-                "kl_at_temperature": None,
                 "model": student,
                 "teacher": teacher,
                 "seeds": list(seeds),
@@ -233,14 +273,14 @@ def fidelity(models: Models, labels: np.ndarray) -> list[dict[str, Any]]:
                 "agreement": float(agree.mean()),
                 "agreement_where_teacher_wrong": float(agree[wrong].mean()) if wrong.any() else None,
                 "teacher_wrong": int(wrong.sum()),
-                **means({key: kl_divergence(v, z, t) for key, t in kl.items()} for v, z in logits),
+                "kl": mean(kl_divergence(v, z) for v, z in logits),
+                "kl_at_temperature": mean(kl_divergence(v, z, temperature) for v, z in logits) if softened else None,
             }
     return list(rows.values())
 
 
-TrainingLogits = Mapping[
-    str, Mapping[int, tuple[np.ndarray, np.ndarray]]
-]  # model -> seed -> logits (M, C), labels (M,)
+# model -> seed -> logits (M, C), labels (M,)
+TrainingLogits = Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]]]
 
 
 def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]:
@@ -252,39 +292,37 @@ def soft_targets(models: Models, logits: TrainingLogits) -> list[dict[str, Any]]
     for name, by_seed in logits.items():
         recipe, entries = models[name].recipe, []
         for z, labels in by_seed.values():
-            entry = {"accuracy": float((z.argmax(1) == labels).mean()), **soft_target_metrics(z, 1.0)}
+            entry: dict[str, float] = {"accuracy": float((z.argmax(1) == labels).mean()), **soft_target_metrics(z, 1.0)}
             if recipe.soft_loss in SOFTEN_THE_TEACHER:
                 softened = soft_target_metrics(z, recipe.temperature)
                 entry |= {f"{key}_at_temperature": value for key, value in softened.items()}
             entries.append(entry)
-        about = {"model": name, "teacher": recipe.teacher, "seeds": list(by_seed), "images": len(labels)}
-        about |= {"temperature": recipe.temperature, "entropy_at_temperature": None, "confidence_at_temperature": None}
-        rows.append({**about, **means(entries)})
+        row: dict[str, Any] = {"model": name, "teacher": recipe.teacher, "seeds": list(by_seed), "images": len(labels)}
+        row |= {"temperature": recipe.temperature, "entropy_at_temperature": None, "confidence_at_temperature": None}
+        rows.append(row | means(entries))
     return rows
 
 
-def disagreements(name: str, models: Models, most: int = 12) -> dict[str, Any] | None:
-    """Test images on which teacher, baseline and model do not all agree, for their first common seed; None if none.
+def disagreements(comparison: Comparison, models: Models, most: int = 12) -> Disagreements | None:
+    """Of a comparison's first seed for which the teacher has been evaluated too; None if there are none.
 
-    `models` are their rows and `seeds` their seeds by title, in the same order; `seed` is the model's. A teacher of the
-    baseline's row and of another seed is a third model. `shown` are at most `most` of the images, drawn at random with
-    a fixed seed.
+    A teacher of the baseline's row and of another seed is a third model. At most `most` images are shown, drawn at
+    random with a fixed seed.
     """
-    baseline, recipe = baseline_of(name, models), models[name].recipe
-    if baseline not in models:
+    name, baseline = comparison.model, comparison.baseline
+    recipe = models[name].recipe
+    teachers = seeds_with_teacher(name, recipe, models)
+    seed = next((seed for seed in comparison.seeds if seed in teachers or not recipe.teacher), None)
+    if seed is None:
         return None
-    teachers = seeds_with_teacher(name, recipe.teacher, models, recipe.teacher_seed) if recipe.teacher else {}
-    for seed in common_seeds(models[name], models[baseline]):
-        if recipe.teacher and seed not in teachers:
-            continue
-        compared = {baseline: (baseline, seed), name: (name, seed)}
-        if recipe.teacher and (recipe.teacher, teachers[seed]) not in compared.values():
-            title = f"{recipe.teacher} (teacher)" if recipe.teacher in compared else recipe.teacher
-            compared = {title: (recipe.teacher, teachers[seed])} | compared
-        predictions = np.stack([models[m].predictions[s] for m, s in compared.values()])  # (3, n)
-        images = np.flatnonzero((predictions != predictions[0]).any(0))
-        drawn = np.sort(np.random.default_rng(0).choice(images, min(most, len(images)), replace=False))
-        seeds = {title: of_model for title, (_, of_model) in compared.items()}
-        about = {"models": [m for m, _ in compared.values()], "seed": seed, "seeds": seeds}
-        return {**about, "count": len(images), "shown": drawn.tolist()} if len(images) else None
-    return None
+    compared = {baseline: (baseline, seed), name: (name, seed)}
+    if recipe.teacher and (recipe.teacher, teachers[seed]) not in compared.values():
+        title = f"{recipe.teacher} (teacher)" if recipe.teacher in compared else recipe.teacher
+        compared = {title: (recipe.teacher, teachers[seed])} | compared
+    predictions = np.stack([models[m].predictions[s] for m, s in compared.values()])  # (3, n)
+    images = np.flatnonzero((predictions != predictions[0]).any(0))
+    if not len(images):
+        return None
+    drawn = np.sort(np.random.default_rng(0).choice(images, min(most, len(images)), replace=False))
+    seeds = {title: of_model for title, (_, of_model) in compared.items()}
+    return Disagreements([m for m, _ in compared.values()], seed, seeds, len(images), drawn.tolist())

@@ -83,7 +83,7 @@ def time_inference(
     images = dataset.test.images[torch.arange(batch_size, device=dataset.test.images.device) % count].to(device)
     models = {}
     for arch in archs:
-        model = arch.build(len(dataset.classes)).to(device, memory_format=memory_format(device))
+        model = arch.build(len(dataset.classes)).to(device).to(memory_format=memory_format(device))
         models[arch] = fold_batchnorm(model, prepare(images[:4], config.image_size), precision)
 
     def timed(arch: Architecture, batch: torch.Tensor) -> float:
@@ -96,7 +96,8 @@ def time_inference(
 
     for arch, batch in itertools.product(models, (images[:1], images)):
         timed(arch, batch)  # warm up
-    latency, throughput = {arch: [] for arch in models}, {arch: [] for arch in models}
+    latency: dict[Architecture, list[float]] = {arch: [] for arch in models}
+    throughput: dict[Architecture, list[float]] = {arch: [] for arch in models}
     end, rounds = time.monotonic() + seconds, 0
     while rounds < 3 or (rounds < 20 and time.monotonic() < end):
         for arch in models:
@@ -128,8 +129,7 @@ def costs(config: Config, dataset: Dataset, models: Models) -> dict[str, dict[st
 def versus_teacher(models: Models, cost: dict[str, dict[str, Any]], labels: np.ndarray) -> list[dict[str, Any]]:
     """Accuracy, over the seeds that both have, and relative cost of each distilled model and its teacher."""
     rows = []
-    for name, seeds in distilled(models).items():
-        teacher = models[name].recipe.teacher
+    for name, (teacher, seeds) in distilled(models).items():
         accuracy = float(models[name].correct(labels, seeds).mean())
         of_teacher = float(models[teacher].correct(labels, seeds.values()).mean())
         speed, speed_of_teacher = (cost[m]["images_per_second"]["median"] for m in (name, teacher))

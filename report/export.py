@@ -29,6 +29,9 @@ def resize_by_matrices(images: torch.Tensor, size: int) -> torch.Tensor:
 class Exportable(nn.Module):
     """uint8 images (N, 3, H, W) of any size -> probabilities (N, C): what `predict` does, in one module."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: nn.Module, image_size: int):
         super().__init__()
         images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Figures from arrays, as matplotlib figures; no display is needed."""
+"""Every figure of a report, as a matplotlib figure; no display is needed."""
 
 import io
 import itertools
@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from engine.fields import show
+from report.comparisons import Comparison, Models
 from report.metrics import expected_calibration_error, reliability, row_shares
 
 ANNOTATED = 20  # up to this many classes, the cells of a matrix hold numbers
@@ -70,7 +72,7 @@ def matrix_figure(
     axes.set(xlabel="predicted class", ylabel="true class", title=escape_mathtext(title, 80))
     axes.tick_params(labelsize=label_size(classes))
     long = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 2 else {"rotation": 0}
-    axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), **long)
+    axes.set_xticks(axes.get_xticks(), names, **long)
     axes.tick_params(axis="y", rotation=0)
     return figure
 
@@ -92,42 +94,58 @@ def confusion_difference_figure(
     return matrix_figure(points, written, classes, title, "percentage points of the true class", **look)
 
 
-def class_differences_figure(per_class: Mapping[str, dict[str, Any]], title: str, colour: Any) -> Figure:
-    """The difference in accuracy in each class, with its 95% interval."""
-    points = 100 * np.array([(entry["difference"], *entry["ci95"]) for entry in per_class.values()])  # (C, 3)
+def differences_figure(
+    differences: Mapping[str, tuple[float, tuple[float, float]]], xlabel: str, colour: Any, hollow: Sequence[str] = ()
+) -> Figure:
+    """Differences in accuracy with their 95% intervals, from the top; the points of those in `hollow` are hollow."""
+    points = 100 * np.array([(difference, *ci95) for difference, ci95 in differences.values()])  # (rows, 3)
     rows, few = np.arange(len(points)), len(points) <= 2 * ANNOTATED
-    figure = blank_figure(6.5, min(0.32 * len(rows) + 1.3, 14))
+    faces = ["white" if name in hollow else colour for name in differences]
+    figure = blank_figure(7.5, min(0.32 * len(rows) + 1.3, 14))
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=1)
     axes.hlines(rows, points[:, 1], points[:, 2], color=colour, linewidth=2 if few else 1)
-    axes.plot(points[:, 0], rows, "o", color=colour, markersize=6 if few else 2)
-    axes.set_yticks(rows, [escape_mathtext(name) for name in per_class], fontsize=label_size(list(per_class)))
-    xlabel = "difference in accuracy (percentage points), with 95% interval"
-    axes.set(xlabel=xlabel, ylabel="class", title=escape_mathtext(title, 80))
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.scatter(points[:, 0], rows, s=36 if few else 4, facecolors=faces, edgecolors=[colour], zorder=3)
+    axes.set_yticks(rows, [escape_mathtext(name, 60) for name in differences], fontsize=label_size(list(differences)))
+    axes.set(xlabel=f"{xlabel} (percentage points), with 95% interval", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
-def reliability_figure(
-    as_trained: Mapping[str, list[np.ndarray]],
-    labels: np.ndarray,
-    colours: Mapping[str, Any],
-    scaled: Mapping[str, list[np.ndarray]],
-) -> Figure:
-    """Accuracy against confidence of each model, from the logits of its seeds, as trained and temperature-scaled."""
-    columns = min(len(as_trained), 3)
-    rows = math.ceil(len(as_trained) / columns)
+def class_differences_figure(comparison: Comparison, colour: Any) -> Figure:
+    by_class = {name: (entry["difference"], entry["ci95"]) for name, entry in comparison.per_class.items()}
+    figure = differences_figure(by_class, "difference in accuracy", colour)
+    title = f"{comparison.model} minus {comparison.baseline}"
+    figure.axes[0].set(ylabel="class", title=escape_mathtext(title, 80))
+    return figure
+
+
+def effects_figure(comparisons: Sequence[Comparison]) -> Figure:
+    """The difference of each model from its baseline, sorted; hollow if indistinguishable."""
+    several = len({c.baseline for c in comparisons}) > 1
+    names = {f"{c.model} − {c.baseline}" if several else c.model: c for c in comparisons}
+    names = dict(sorted(names.items(), key=lambda item: -item[1].difference))
+    hollow = [name for name, c in names.items() if c.verdict == "indistinguishable"]
+    baseline = "its baseline" if several else escape_mathtext(comparisons[0].baseline)
+    effects = {name: (c.difference, c.ci95) for name, c in names.items()}
+    return differences_figure(effects, f"accuracy minus that of {baseline}", "C0", hollow)
+
+
+def reliability_figure(models: Models, labels: np.ndarray, colours: Mapping[str, Any]) -> Figure:
+    """Accuracy against confidence of each model, over its seeds, as trained and temperature-scaled."""
+    columns = min(len(models), 3)
+    rows = math.ceil(len(models) / columns)
     figure = blank_figure(max(5.0, 3.1 * columns), 3.2 * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(as_trained) :]:
+    for axes in grid[len(models) :]:
         axes.remove()
-    grid, lowest = grid[: len(as_trained)], 100.0
-    for axes, (name, by_seed) in zip(grid, as_trained.items(), strict=True):
+    grid, lowest = grid[: len(models)], 100.0
+    for axes, (name, model) in zip(grid, models.items(), strict=True):
         axes.plot([0, 100], [0, 100], ":", color="grey")
-        errors = []
-        lines = (by_seed, colours[name], "o-", 0.25), (scaled.get(name), "black", "s--", 0.12)
-        for logits, colour, style, alpha in (line for line in lines if line[0]):
+        lines, errors = [(list(model.logits.values()), colours[name], "o-", 0.25)], []
+        if model.temperatures:
+            lines.append((model.scaled, "black", "s--", 0.12))
+        for logits, colour, style, alpha in lines:
             confidence, accuracy, low, high = 100 * reliability(logits, labels).T
             axes.fill_between(confidence, low, high, color=colour, alpha=alpha, linewidth=0)
             axes.plot(confidence, accuracy, style, color=colour, markersize=4, linewidth=1.2)
@@ -141,11 +159,13 @@ def reliability_figure(
         axes.set(xlim=limits, ylim=limits, aspect="equal")
         axes.locator_params(nbins=5)
     legend = [
-        Line2D([], [], color="dimgrey", marker="o", label="1/15 of the images" + ", as trained" * bool(scaled)),
-        *[Line2D([], [], color="black", marker="s", linestyle="--", label="temperature-scaled")] * bool(scaled),
+        Line2D([], [], color="dimgrey", marker="o", label="1/15 of the images"),
         Patch(color="dimgrey", alpha=0.3, linewidth=0, label="95% interval"),
         Line2D([], [], color="grey", linestyle=":", label="perfectly calibrated"),
     ]
+    if any(model.temperatures for model in models.values()):
+        legend[0].set_label("1/15 of the images, as trained")
+        legend.insert(1, Line2D([], [], color="black", marker="s", linestyle="--", label="temperature-scaled"))
     figure.legend(handles=legend, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
     return figure
 
@@ -211,12 +231,12 @@ def report_figure(scores: np.ndarray, support: np.ndarray, classes: tuple[str, .
     return figure
 
 
-def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]], colours: Mapping[str, Any]) -> Figure:
+def curves_figure(models: Models, colours: Mapping[str, Any]) -> Figure:
     """Loss, accuracy and, for distilled models, the share of the soft loss in the gradient, by epoch.
 
-    From records by model and seed. Lines are means over seeds, bands their range.
+    Lines are means over seeds, bands their range.
     """
-    trained = {name: [h for h in by_seed.values() if h] for name, by_seed in histories.items()}
+    trained = {name: [history for history in model.history.values() if history] for name, model in models.items()}
     trained = {name: records for name, records in trained.items() if records}  # not: weights that are used as they are
     distilled = any("soft_share" in records[0][0] for records in trained.values())
     figure = blank_figure(12.5 if distilled else 9, 3.8)
@@ -246,4 +266,39 @@ def curves_figure(histories: Mapping[str, Mapping[int, list[dict[str, float]]]],
     lines, names = loss_axes.get_legend_handles_labels()
     if lines:
         figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    return figure
+
+
+def sweep_figure(
+    points: Sequence[tuple[dict[str, Any], Mapping[str, Any]]],
+    references: Mapping[str, Mapping[str, Any]],
+    colours: Mapping[str, Any],
+) -> Figure:
+    """Accuracy, with 95% interval, against the first swept setting; a line for each combination of the others.
+
+    `points` are the values of the swept settings, each with the model's entry in results.json; `references`, by name,
+    are entries drawn as horizontal lines.
+    """
+    first, *others = points[0][0]
+    lines: dict[tuple, list[tuple[Any, Mapping[str, Any]]]] = {}
+    for values, model in points:
+        lines.setdefault(tuple(values[field] for field in others), []).append((values[first], model["accuracy"]))
+    ticks = list(dict.fromkeys(values[first] for values, _ in points))
+    figure = blank_figure(6.5, 4)
+    axes = figure.subplots()
+    palette = ["black"] if len(lines) == 1 else seaborn.color_palette("crest", len(lines))
+    style = "o" if any(isinstance(tick, (bool, str)) for tick in ticks) else "o-"
+    for number, (chosen, line) in enumerate(lines.items()):
+        mean = 100 * np.array([accuracy["mean"] for _, accuracy in line])
+        low, high = 100 * np.array([accuracy["ci95"] for _, accuracy in line]).T
+        x = np.array([ticks.index(value) for value, _ in line]) + 0.06 * (number - (len(lines) - 1) / 2)
+        label = ", ".join(f"{field} = {show(value)}" for field, value in zip(others, chosen, strict=True))
+        axes.errorbar(x, mean, [mean - low, high - mean], fmt=style, capsize=3, color=palette[number], label=label)
+    for name, model in references.items():
+        axes.axhline(100 * model["accuracy"]["mean"], color=colours[name], linestyle="--", label=escape_mathtext(name))
+    axes.set_xticks(range(len(ticks)), [show(tick) for tick in ticks])
+    axes.set(xlabel=first, ylabel="accuracy (%), with 95% interval")
+    axes.grid(alpha=0.3)
+    if others or references:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

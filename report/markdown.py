@@ -1,13 +1,11 @@
-"""results.md from its template, and the tables for the terminal."""
+"""The report in words: results.md from its template, and what of it the terminal shows."""
 
 import dataclasses
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -16,6 +14,9 @@ from engine.errors import escape_control
 from engine.fields import show
 from engine.recipes import DISTILLATION_FIELDS, Recipe
 from engine.soft_losses import options
+from report.comparisons import ENVIRONMENT, Comparison
+
+Results = dict[str, Any]  # what results.json holds, its comparisons as Comparison
 
 
 def escape_markdown(text: Any) -> str:
@@ -23,25 +24,22 @@ def escape_markdown(text: Any) -> str:
     return escape_control(" ".join(str(text).split())).replace("\\", r"\\").replace("|", r"\|")
 
 
-def format_or_none(value: float | None, spec: str, none: str = "none") -> str:
-    return none if value is None else format(value, spec)
+def number(value: float | None, spec: str) -> str:
+    return "none" if value is None else format(value, spec)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
     return "none" if share is None else f"{100 * share:.{digits}f}"
 
 
-def interval(bounds: tuple[float, float], digits: int = 1, signed: bool = False) -> str:
-    return " to ".join(f"{100 * bound:{'+' * signed}.{digits}f}" for bound in bounds)
+def interval(bounds: Sequence[float], digits: int = 1, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return " to ".join(f"{100 * bound:{sign}.{digits}f}" for bound in bounds)
 
 
 def spread(entry: dict[str, Any], spec: str) -> str:
     low, high = entry["quartiles"]
     return f"{entry['median']:{spec}} ({low:{spec}} to {high:{spec}})"
-
-
-def at_temperature(nats: float | None, temperature: float) -> str:
-    return "" if nats is None else f"{nats:.3f} (T = {temperature:g})"
 
 
 def value(of_setting: Any) -> str:
@@ -58,31 +56,19 @@ def setting(recipe: dict[str, Any], field: str) -> str:
     return "all" if field == "train_size" and recipe[field] is None else value(recipe[field])
 
 
-def verdict(comparison: dict[str, Any]) -> str:
-    """The verdict, with its restriction if all seeds share a teacher."""
-    several = len(comparison["seeds"]) > 1
-    return comparison["verdict"] + (", for this teacher" if comparison["shared_teacher"] and several else "")
+def pairs(entries: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in entries.items())
 
 
-def significant_classes(per_class: dict[str, dict[str, Any]]) -> str:
+def significant_classes(comparison: Comparison) -> str:
     """The classes, ten at most, whose interval excludes 0, each with its difference in points."""
     clear = [
         f"{escape_markdown(name)} ({100 * entry['difference']:+.1f})"
-        for name, entry in per_class.items()
+        for name, entry in comparison.per_class.items()
         if not entry["ci95"][0] <= 0 <= entry["ci95"][1]
     ]
-    return ", ".join(clear[:10]) + f" and {len(clear) - 10} more" * (len(clear) > 10)
-
-
-def unbalanced(confusion_matrix: list[list[int]]) -> bool:
-    """Whether the largest class has half as many test images again as the smallest."""
-    images = [sum(row) for row in confusion_matrix]
-    return max(images) > 1.5 * min(images)
-
-
-def worse_when_scaled(model: dict[str, Any]) -> bool:
-    key, scaled = "expected_calibration_error", model["temperature_scaled"] or {}
-    return scaled.get(key) is not None and scaled[key] > model[key] + 0.005
+    more = f" and {len(clear) - 10} more" if len(clear) > 10 else ""
+    return ", ".join(clear[:10]) + more
 
 
 def align_tables(markdown: str) -> str:
@@ -108,84 +94,125 @@ def markdown_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return align_tables("".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
 
 
-def render(results: dict[str, Any]) -> ModuleType:
-    """The rendered template: str() gives its text, and its macros are attributes."""
+def join_lines(markdown: str) -> str:
+    """Each paragraph and each item of a list on one line, with at most one blank line between two."""
+    lines = [""]
+    for line in markdown.splitlines():
+        words = " ".join(line.split())
+        if words and lines[-1] and words[0] not in "|-#!":
+            lines[-1] += f" {words}"
+        elif words or lines[-1]:
+            lines.append(words)
+    return "\n".join(lines).strip() + "\n"
+
+
+def accuracy_table(results: Results) -> str:
+    models = results["models"].values()
+    rows: list[list[str]] = []
+    if len({len(m["accuracy"]["seeds"]) for m in models}) > 1:
+        rows.append(["seeds", *(str(len(m["accuracy"]["seeds"])) for m in models)])
+    for name in results["classes"]:
+        rows.append([escape_markdown(name), *(percent(m["per_class"][name]) for m in models)])
+    rows.append(["**overall**"])
+    for accuracy in (m["accuracy"] for m in models):
+        std = "" if accuracy["std"] is None else f" ± {percent(accuracy['std'], 2)}"
+        rows[-1].append(f"**{percent(accuracy['mean'], 2)}{std}**")
+    rows.append(["95% interval", *(interval(m["accuracy"]["ci95"], 2) for m in models)])
+    images = [sum(row) for row in next(iter(models))["confusion_matrix"]]  # of each class
+    if max(images) > 1.5 * min(images):
+        rows.append(["balanced accuracy", *(percent(m["balanced_accuracy"], 2) for m in models)])
+    rows.append(["calibration error", *(percent(m["expected_calibration_error"]) for m in models)])
+    return markdown_table(["accuracy (%)", *map(escape_markdown, results["models"])], rows)
+
+
+def verdict(c: Comparison, n_test: int) -> str:
+    """One comparison in sentences."""
+    n, several, compare = len(c.seeds), len(c.seeds) > 1, "--seeds 0 1 2 compares the recipes."
+    place = "above" if c.difference >= 0 else "below"
+    p = f"p = {c.p_value:.2g}"
+    if c.p_holm != c.p_value:
+        p += f", {c.p_holm:.2g} after Holm's correction"
+    words = (
+        f"{c.model} is {percent(abs(c.difference), 2)} percentage points {place} {c.baseline} (95% interval "
+        f"{interval(c.ci95, 2, signed=True)}; {c.test}, {p}; {n} seed{'s' if several else ''}): "
+    )
+    if several:
+        words += f"{c.restricted_verdict}."
+    elif c.verdict == "different":
+        words += f"these two trained models differ. Other seeds may decide otherwise; {compare}"
+    else:
+        words += f"no difference was detected between these two trained models. {compare}"
+    if c.differs_in:
+        differing = (f"{field} is {value(own)}, not {value(other)}" for field, (own, other) in c.differs_in.items())
+        words += f" Settings that differ: {', '.join(differing)}."
+    if c.verdict == "indistinguishable" and c.detectable_difference is not None:
+        these = f"these {n} seeds" if several else f"{n_test:,} test images"
+        words += f" With 80% power, {these} can detect a difference of {percent(c.detectable_difference, 2)} points"
+        words += "." if several else " between two trained models."
+    return words
+
+
+def notes(results: Results) -> list[str]:
+    """Sentences below the verdicts: what is not compared, or not like with like."""
+    sentences = [f"{name} is not compared: {reason}." for name, reason in results["not_compared"].items()]
+    in_seeds = ", in at least one seed" if len(seeds_of(results)) > 1 else ""
+    for name, model in results["models"].items():
+        if model["only_class"] is not None:
+            predicted = escape_markdown(model["only_class"])
+            sentences.append(f"Warning: {name} predicts {predicted} for every test image{in_seeds}.")
+    trained: dict[str, list[str]] = {}
+    for c in results["comparisons"]:
+        if c.environments_differ:
+            how = " and ".join(ENVIRONMENT[key] for key in c.environments_differ)
+            trained.setdefault(how, []).append(f"{c.model} and {c.baseline}")
+    return sentences + [f"Trained {how}, which also changes a model: {', '.join(m)}." for how, m in trained.items()]
+
+
+def seeds_of(results: Results) -> list[str]:
+    return sorted({seed for model in results["models"].values() for seed in model["accuracy"]["seeds"]}, key=int)
+
+
+def results_markdown(results: Results) -> str:
+    """The text of results.md."""
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {
-        "escape": escape_markdown,
-        "number": format_or_none,
-        "percent": percent,
-        "interval": interval,
-        "spread": spread,
-        "at_temperature": at_temperature,
-        "setting": setting,
-        "value": value,
-        "verdict": verdict,
-        "significant_classes": significant_classes,
-        "one_line": lambda text: " ".join(text.split()),
-        "pairs": lambda entries: ", ".join(f"{key} {value}" for key, value in entries.items()),
-    }
-    models = results["models"]
+    env.filters["escape"] = escape_markdown
+    for function in (number, percent, interval, spread, setting, value, pairs, significant_classes):
+        env.filters[function.__name__] = function
+    recipes = results["settings"]["recipes"].values()
+    hidden = {"baseline"}
+    if not any(recipe["teacher"] and options(recipe["soft_loss"]) for recipe in recipes):
+        hidden.add("loss_options")
     confused = [
         [
             f"{escape_markdown(c['true'])} as {escape_markdown(c['predicted'])} ({percent(c['share'])}%)"
-            for c in confusions
+            for c in model["most_confused"]
         ]
-        for confusions in (model["most_confused"] for model in models.values())
+        for model in results["models"].values()
     ]
-    trained: dict[str, tuple[list[str], dict[str, str]]] = {}
-    for name, model in models.items():
-        for seed, found in model["environments"].items():
-            trained.setdefault(json.dumps(found), ([], found))[0].append(f"{name} seed {seed}")
-    everything, code = len(trained) == 1, results["environment"]["code"]
-    other_code = [names for names, found in trained.values() if found.get("code") != code]
-    recipes = results["settings"]["recipes"].values()
-    with_options = any(recipe["teacher"] and options(recipe["soft_loss"]) for recipe in recipes)
-    return env.get_template("results.md.jinja").make_module(
-        {
-            **results,
-            "seeds": sorted({seed for model in models.values() for seed in model["accuracy"]["seeds"]}, key=int),
-            "recipe_fields": [
-                field.name
-                for field in dataclasses.fields(Recipe)
-                if field.name != "baseline" and (field.name != "loss_options" or with_options)
-            ],
-            "most_confused": list(itertools.zip_longest(*confused, fillvalue="")),
-            "training_environments": [
-                ("all models" if everything else ", ".join(names), found) for names, found in trained.values()
-            ],
-            "worse_when_scaled": worse_when_scaled,
-            "unbalanced": unbalanced(next(iter(models.values()))["confusion_matrix"]),
-            "other_code": ["all models"] if len(other_code) == len(trained) > 0 else [*itertools.chain(*other_code)],
-            "different_environments": different_environments(results),
-            "ln": math.log,
-        }
-    )
-
-
-def different_environments(results: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """What changes a trained model and is not the same for all: value -> models, for each of these keys."""
-    found: dict[str, dict[str, list[str]]] = {key: {} for key in ("device", "processes", "threads", "precision")}
+    trained: dict[str, list[str]] = {}  # environment in words -> models
     for name, model in results["models"].items():
-        if results["settings"]["recipes"][name]["epochs"]:  # otherwise its weights are used as they are
-            for seed, environment in model["environments"].items():
-                for key in found.keys() & environment.keys():
-                    found[key].setdefault(environment[key], []).append(f"{name} seed {seed}")
-    return {key: models for key, models in found.items() if len(models) > 1}
+        for seed, environment in model["environments"].items():
+            trained.setdefault(pairs(environment), []).append(f"{name} seed {seed}")
+    text = env.get_template("results.md.jinja").render(
+        results,
+        verdicts=[verdict(c, results["n_test"]) for c in results["comparisons"]],
+        notes=notes(results),
+        accuracy_table=accuracy_table(results),
+        seeds=seeds_of(results),
+        recipe_fields=[field.name for field in dataclasses.fields(Recipe) if field.name not in hidden],
+        most_confused=list(itertools.zip_longest(*confused, fillvalue="")),
+        training_environments=trained,
+        uniform_entropy=math.log(len(results["classes"])),
+    )
+    return align_tables(join_lines(text))
 
 
-def results_markdown(results: dict[str, Any]) -> str:
-    return align_tables(re.sub(r"\n{3,}", "\n\n", str(render(results))).strip() + "\n")
-
-
-def summary(results: dict[str, Any]) -> str:
-    """The table of accuracies, the verdicts and the notes on what has none, for the terminal."""
-    report = render(results)
-    verdicts = [str(report.verdict(comparison)).strip() for comparison in results["comparisons"]]
-    table = align_tables(str(report.accuracy_table()).lstrip()).rstrip()
-    return "\n".join([table, *verdicts, *str(report.notes()).splitlines()])
+def summary(results: Results) -> str:
+    """The table of accuracies, the verdicts and the notes, for the terminal."""
+    verdicts = [verdict(c, results["n_test"]) for c in results["comparisons"]]
+    return "\n".join([accuracy_table(results).rstrip(), *verdicts, *notes(results)])

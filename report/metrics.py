@@ -14,7 +14,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix
 from engine.recipes import Recipe
 from report.statistics import accuracy_interval, wilson_interval
 
-NONE = MappingProxyType({})
+NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 class Evaluated(NamedTuple):
@@ -26,10 +26,16 @@ class Evaluated(NamedTuple):
     validation_logits: Mapping[int, np.ndarray] = NONE  # seed -> (m, C) float32, if there are validation images
     digests: Mapping[int, str] = NONE  # seed -> of the weights
     environments: Mapping[int, dict[str, str]] = NONE  # seed -> of the training
+    temperatures: Mapping[int, float] = NONE  # seed -> fitted to the validation images, if there are any
 
     @property
     def predictions(self) -> dict[int, np.ndarray]:
         return {seed: logits.argmax(1) for seed, logits in self.logits.items()}  # (n,)
+
+    @property
+    def scaled(self) -> list[np.ndarray]:
+        """The logits (n, C) of each seed, divided by its temperature; none without temperatures."""
+        return [self.logits[seed] / temperature for seed, temperature in self.temperatures.items()]
 
     def correct(self, labels: np.ndarray, seeds: Iterable[int] | None = None) -> np.ndarray:
         """(S, n) bool: which images are classified correctly, by each of these seeds, or of all."""
@@ -41,10 +47,14 @@ def finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def mean(values: Iterable[float]) -> float | None:
+    return finite_or_none(float(np.mean([*values])))
+
+
 def means(rows: Iterable[dict[str, float]]) -> dict[str, float | None]:
     """The mean of each entry over rows with the same keys, such as one per seed."""
-    rows = list(rows)
-    return {key: finite_or_none(np.mean([row[key] for row in rows])) for key in rows[0]}
+    rows = [*rows]
+    return {key: mean(row[key] for row in rows) for key in rows[0]}
 
 
 def log_probabilities(logits: np.ndarray, temperature: float = 1.0) -> torch.Tensor:
@@ -74,7 +84,7 @@ def confidences(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
     return confidence, prediction == np.asarray(labels)
 
 
-def equal_mass_bins(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
+def equal_mass_bins(confidence: np.ndarray, bins: int = 15) -> list[np.ndarray]:
     """Indices of the images, by increasing confidence, in bins whose sizes differ by at most one.
 
     Images of equal confidence are in random order, always the same: their own order may be that of the classes.
@@ -83,41 +93,41 @@ def equal_mass_bins(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
     return np.array_split(shuffled[np.argsort(confidence[shuffled], kind="stable")], bins)
 
 
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over bins of equally many images, 0 to 1.
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean distance between confidence and accuracy over 15 bins of equally many images, 0 to 1.
 
     The error as in Guo et al. 2017 (arXiv 1706.04599), equal-mass bins as in Nguyen and O'Connor 2015 (1508.05154).
     """
     confidence, correct = confidences(logits, labels)
-    error = sum(abs(confidence[b].sum() - correct[b].sum()) for b in equal_mass_bins(confidence, bins))
+    error = sum(abs(confidence[b].sum() - correct[b].sum()) for b in equal_mass_bins(confidence))
     return float(error / len(confidence))
 
 
-def calibration_error_by_chance(logits: np.ndarray, draws: int = 20) -> float:
+def calibration_error_by_chance(logits: np.ndarray) -> float:
     """The expected calibration error that these logits (n, C) would have if they were perfectly calibrated.
 
-    It is above 0 because each bin has few images. Mean over labels drawn from the model's own probabilities.
+    It is above 0 because each bin has few images. Mean over 20 sets of labels drawn from the model's own probabilities.
     """
     random, p = np.random.default_rng(0), log_probabilities(logits).exp().numpy()
     if not np.isfinite(p).all():
         return math.nan
     cumulative = p.cumsum(1)
     errors = []
-    for _ in range(draws):
+    for _ in range(20):
         drawn = (cumulative < random.random((len(p), 1))).sum(1).clip(max=p.shape[1] - 1)  # (n,)
         errors.append(expected_calibration_error(logits, drawn))
     return float(np.mean(errors))
 
 
-def reliability(by_seed: Sequence[np.ndarray], labels: np.ndarray, bins: int = 15) -> np.ndarray:
-    """Rows (bins, 4) of confidence, accuracy and its 95% interval; the images are pooled over seeds, then binned.
+def reliability(by_seed: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Rows (15, 4) of confidence, accuracy and its 95% interval; the images are pooled over seeds, then binned.
 
     The interval is Wilson's for the number of distinct images: several seeds that see the same ones do not narrow it.
     """
     pooled = zip(*(confidences(logits, labels) for logits in by_seed), strict=True)
     confidence, correct = (np.concatenate(parts) for parts in pooled)
     rows = []
-    for b in equal_mass_bins(confidence, min(bins, len(labels))):
+    for b in equal_mass_bins(confidence, min(15, len(labels))):
         low, high = wilson_interval(correct[b].sum() / len(by_seed), len(b) / len(by_seed))
         rows.append((confidence[b].mean(), correct[b].mean(), low, high))
     return np.array(rows)
@@ -208,17 +218,15 @@ def only_class(model: Evaluated, classes: Sequence[str]) -> str | None:
     return next((classes[labels[0]] for labels in predicted if len(labels) == 1), None)
 
 
-def model_metrics(
-    model: Evaluated, labels: np.ndarray, classes: tuple[str, ...], temperatures: Mapping[int, float] = NONE
-) -> dict[str, Any]:
+def model_metrics(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
     """A model's entry in results.json. Accuracies are fractions; confusion counts are summed over seeds.
 
-    Calibration metrics are means over seeds, and are repeated after scaling by the `temperatures`, if there are any.
+    Calibration metrics are means over seeds, and are repeated after scaling by the temperatures, if there are any.
     """
     counts, correct = confusion_counts(model, labels, len(classes)), model.correct(labels)
     accuracies = correct.mean(1)
     by_class = {name: correct[:, labels == label] for label, name in enumerate(classes)}
-    scaled = [{"temperature": t, **calibration(model.logits[seed] / t, labels)} for seed, t in temperatures.items()]
+    scaled = [calibration(logits, labels) for logits in model.scaled]
     return {
         "arch": model.recipe.arch,
         "teacher": model.recipe.teacher,
@@ -240,5 +248,5 @@ def model_metrics(
         "soft_share": soft_share(model),
         "history": {str(seed): records for seed, records in model.history.items()},
         "environments": {str(seed): environment for seed, environment in model.environments.items()},
-        "temperature_scaled": means(scaled) if scaled else None,
+        "temperature_scaled": {"temperature": mean(model.temperatures.values()), **means(scaled)} if scaled else None,
     }

@@ -1,6 +1,7 @@
 """The predictions of every trained model for the user's own image files."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
     """
     files = [file for path in paths for file in find_images(path)]
     resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
-    columns = []  # for each model its title, its classes and its probabilities (files, C)
-    for model in sorted(config.models(), key=lambda model: config.selected().index(model.name)):
+    predicted: dict[str, list[dict[str, float]]] = {}  # model -> for each file the probability of each class
+    recipes = config.selected()
+    for model in sorted(config.models(), key=lambda model: recipes.index(model.name)):
         checkpoint = load_finished(model.path)
         if not checkpoint:
             log.info(f"not trained yet, skipped: {model.path}")
@@ -37,16 +39,17 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
             arrays = [to_array(open_image(file), size) for file in files]
             resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         logits = predict(network, resized[size], size, config.precision, title=f"{model} image files")
-        columns.append((str(model), checkpoint.classes, torch.softmax(logits, 1).cpu().numpy()))
-    if not columns:
+        rows = torch.softmax(logits, 1).tolist()
+        predicted[str(model)] = [dict(zip(checkpoint.classes, row, strict=True)) for row in rows]
+    if not predicted:
         return []
+    return [table(file, predicted, p) for file, *p in zip(files, *predicted.values(), strict=True)]
 
-    def table(number: int, file: Path) -> str:
-        predicted = [dict(zip(classes, p[number].tolist(), strict=True)) for _, classes, p in columns]
-        classes = dict.fromkeys(itertools.chain(*predicted))
-        likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in predicted), reverse=True)[:20]
-        rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.get))}**" for p in predicted)]]
-        rows += [[escape_markdown(c), *(percent(p.get(c)) for p in predicted)] for c in classes if c in likeliest]
-        return markdown_table([escape_markdown(file), *(title for title, *_ in columns)], rows)
 
-    return [table(number, file) for number, file in enumerate(files)]
+def table(file: Path, models: Iterable[str], predicted: list[dict[str, float]]) -> str:
+    """The class that each model predicts, and below it the probability of each class."""
+    classes = dict.fromkeys(itertools.chain(*predicted))
+    likeliest = sorted(classes, key=lambda c: max(p.get(c, 0.0) for p in predicted), reverse=True)[:20]
+    rows = [["**class**", *(f"**{escape_markdown(max(p, key=p.__getitem__))}**" for p in predicted)]]
+    rows += [[escape_markdown(c), *(percent(p.get(c)) for p in predicted)] for c in classes if c in likeliest]
+    return markdown_table([escape_markdown(file), *models], rows)

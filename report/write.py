@@ -4,7 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from engine.settings import Config
 from engine.sweeps import Grid
 from report import figures
 from report.comparisons import (
+    Comparison,
     Models,
     TrainingLogits,
     compare_all,
@@ -30,9 +31,8 @@ from report.comparisons import (
     soft_targets,
 )
 from report.cost import costs, versus_teacher
-from report.effects import effects_figure, sweep_figure
-from report.markdown import results_markdown
-from report.metrics import confusion_counts, fit_temperature, log_probabilities, model_metrics
+from report.markdown import Results, results_markdown
+from report.metrics import Evaluated, confusion_counts, fit_temperature, log_probabilities, model_metrics
 
 # Every file of a report. Those of an earlier one that a report does not have are removed.
 FILES = (
@@ -41,53 +41,43 @@ FILES = (
     *("*/class_differences.png", "*/confusion_difference.png", "*/disagreements.png"),
 )
 
-Temperatures = Mapping[str, Mapping[int, float]]  # model -> seed -> temperature fitted to the validation images
-
 
 def write_report(
-    config: Config,
-    dataset: Dataset,
-    models: Models,
-    training_logits: TrainingLogits,
-    missing: list[Path],
-) -> dict[str, Any]:
+    config: Config, dataset: Dataset, models: Models, training_logits: TrainingLogits, missing: list[Path]
+) -> Results:
     """Write every file of the report in place of an earlier one's, and return what results.json holds."""
     labels, folder = dataset.test.labels.cpu().numpy(), Path(config.imgs_path, config.run)
-    validation_labels = dataset.validation.labels.cpu().numpy() if dataset.validation else None
-    temperatures = {
-        name: {seed: fit_temperature(z, validation_labels) for seed, z in model.validation_logits.items()}
-        for name, model in models.items()
-    }
-    results = collect(config, dataset, models, training_logits, missing, temperatures, labels)
-    compared = (comparison_figures(config, dataset, models, labels, c) for c in results["comparisons"])
-    drawn = itertools.chain(
-        model_figures(config, dataset, models, labels, temperatures), run_figures(config, results), *compared
-    )
-    files = {path: figures.png(figure) for path, figure in drawn}
-    for name, model in models.items():
-        reports = {
-            f"seed {seed}\n": classification_report(
-                labels, p, labels=range(len(dataset.classes)), target_names=dataset.classes, digits=4, zero_division=0
-            )
-            for seed, p in model.predictions.items()
-        }
-        text = "\n".join(title * (len(reports) > 1) + report for title, report in reports.items())
-        files[f"{name}/classification_report.txt"] = text.encode()
-
     arrays = {"labels": labels}
     arrays |= {f"{name}/seed{seed}": logits for name, model in models.items() for seed, logits in model.logits.items()}
     if dataset.validation:
-        arrays["validation/labels"] = validation_labels
+        held_out = arrays["validation/labels"] = dataset.validation.labels.cpu().numpy()
         for name, model in models.items():
             arrays |= {f"validation/{name}/seed{seed}": z for seed, z in model.validation_logits.items()}
+        models = {name: with_temperatures(model, held_out) for name, model in models.items()}
+    results = collect(config, dataset, models, training_logits, missing, labels)
+    colours = figures.model_colours(config.recipes)
+    drawn = itertools.chain(
+        model_figures(models, labels, dataset.classes, colours),
+        run_figures(config, results, colours),
+        *(comparison_figures(comparison, dataset, models, labels, colours) for comparison in results["comparisons"]),
+    )
+    files = {path: figures.png(figure) for path, figure in drawn}
+    for name, model in models.items():
+        files[f"{name}/classification_report.txt"] = classification_reports(model, labels, dataset.classes).encode()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     files["predictions.npz"] = buffer.getvalue()
-    files["results.json"] = (json.dumps(results, indent=2, allow_nan=False) + "\n").encode()
+    files["results.json"] = (json.dumps(results, indent=2, allow_nan=False, default=as_json) + "\n").encode()
     files["results.md"] = results_markdown(results).encode()
     earlier = {path for pattern in FILES for path in folder.glob(pattern)}
     replace_files(folder, files, stale=earlier - {folder / name for name in files})
     return results
+
+
+def with_temperatures(model: Evaluated, labels: np.ndarray) -> Evaluated:
+    """The model with temperatures that are fitted to its validation logits and their labels."""
+    fitted = {seed: fit_temperature(logits, labels) for seed, logits in model.validation_logits.items()}
+    return model._replace(temperatures=fitted)
 
 
 def collect(
@@ -96,11 +86,10 @@ def collect(
     models: Models,
     training_logits: TrainingLogits,
     missing: list[Path],
-    temperatures: Temperatures,
     labels: np.ndarray,
-) -> dict[str, Any]:
-    """What results.json holds."""
+) -> Results:
     classes, cost = dataset.classes, costs(config, dataset, models)
+    comparisons = compare_all(models, labels, classes, recipes=config.recipes)
     return {
         "run": config.run,
         "dataset": config.dataset,
@@ -109,16 +98,13 @@ def collect(
         "stored_size": list(dataset.train.images.shape[2:]),  # in which images are shifted and augmented, then resized
         "models": {
             name: {
-                **model_metrics(model, labels, classes, temperatures[name]),
+                **model_metrics(model, labels, classes),
                 "weights": {str(seed): digest for seed, digest in model.digests.items()},
                 "cost": cost[name],
             }
             for name, model in models.items()
         },
-        "comparisons": [
-            {**comparison, "disagreements": disagreements(comparison["model"], models)}
-            for comparison in compare_all(models, labels, classes, recipes=config.recipes)
-        ],
+        "comparisons": [dataclasses.replace(c, disagreements=disagreements(c, models)) for c in comparisons],
         "not_compared": not_compared(models),
         "versus_teacher": versus_teacher(models, cost, labels),
         "fidelity": fidelity(models, labels),
@@ -136,75 +122,82 @@ def collect(
     }
 
 
-def model_figures(
-    config: Config, dataset: Dataset, models: Models, labels: np.ndarray, temperatures: Temperatures
-) -> Iterator[tuple[str, Figure]]:
-    """Path and figure of everything that shows one model, or all of them."""
-    colours, classes = figures.model_colours(config.recipes), dataset.classes
-    for name, model in models.items():
-        seeds, title = len(model.logits), f"{name}, {model.recipe.arch}"
-        counts = confusion_counts(model, labels, len(classes))
-        over = f", sum of {seeds} seeds" * (seeds > 1)
-        yield f"{name}/confusion_matrix.png", figures.confusion_figure(counts, classes, title + over)
-        scores = [
-            precision_recall_fscore_support(labels, p, labels=range(len(classes)), zero_division=0)[:3]
-            for p in model.predictions.values()
-        ]
-        mean, support = np.mean(scores, axis=0).T, np.bincount(labels, minlength=len(classes))  # (C, 3), (C,)
-        over = f", mean of {seeds} seeds" * (seeds > 1)
-        yield f"{name}/classification_report.png", figures.report_figure(mean, support, classes, title + over)
-    histories = {name: model.history for name, model in models.items()}
-    yield "training_curves.png", figures.curves_figure(histories, colours)
-    scaled = {name: [models[name].logits[s] / t for s, t in by.items()] for name, by in temperatures.items() if by}
-    as_trained = {name: list(model.logits.values()) for name, model in models.items()}
-    yield "reliability.png", figures.reliability_figure(as_trained, labels, colours, scaled)
-
-
-def run_figures(config: Config, results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """Path and figure of what shows many rows: the effects, if there are more than two, and each sweep."""
-    if len(results["comparisons"]) > 2:
-        yield "effects.png", effects_figure(results["comparisons"])
-    models, colours = results["models"], figures.model_colours(config.recipes)
-    for row, points in sweeps(config, models).items():
-        references = {
-            name: models[name]
-            for comparison in results["comparisons"]
-            for name in (comparison["baseline"], config.recipes[comparison["model"]].teacher)
-            if comparison["model"] in points and name in models
-        }
-        found = [(values, models[name]) for name, values in points.items()]
-        yield f"sweep_{row}.png", sweep_figure(found, references, colours)
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    return {**dataclasses.asdict(comparison), "verdict": comparison.verdict}
 
 
 def sweeps(config: Config, evaluated: Container[str]) -> Grid:
     """The evaluated rows of each sweep that has some. Of sweeps of one row over different settings, the larger one."""
     found: Grid = {}
     for row, points in config.swept.items():
-        by_settings: dict[tuple, dict[str, dict[str, Any]]] = {}
+        by_settings: Grid = {}
         for name, values in points.items():
             if name in evaluated:
-                by_settings.setdefault(tuple(values), {})[name] = values
+                by_settings.setdefault(" ".join(values), {})[name] = values
         if by_settings:
             found[row] = max(by_settings.values(), key=len)
     return found
 
 
+def classification_reports(model: Evaluated, labels: np.ndarray, classes: tuple[str, ...]) -> str:
+    """scikit-learn's report for each seed."""
+    reports = {
+        seed: classification_report(
+            labels, predicted, labels=range(len(classes)), target_names=classes, digits=4, zero_division=0
+        )
+        for seed, predicted in model.predictions.items()
+    }
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    return "\n".join(f"seed {seed}\n{report}" for seed, report in reports.items())
+
+
+def model_figures(
+    models: Models, labels: np.ndarray, classes: tuple[str, ...], colours: dict[str, Any]
+) -> Iterator[tuple[str, Figure]]:
+    """Path and figure of everything that shows one model, or all of them."""
+    for name, model in models.items():
+        title, seeds = f"{name}, {model.recipe.arch}", len(model.logits)
+        counts = confusion_counts(model, labels, len(classes))
+        over = f", sum of {seeds} seeds" if seeds > 1 else ""
+        yield f"{name}/confusion_matrix.png", figures.confusion_figure(counts, classes, title + over)
+        scores = [
+            precision_recall_fscore_support(labels, p, labels=range(len(classes)), zero_division=0)[:3]
+            for p in model.predictions.values()
+        ]
+        mean, support = np.mean(scores, axis=0).T, np.bincount(labels, minlength=len(classes))  # (C, 3), (C,)
+        over = f", mean of {seeds} seeds" if seeds > 1 else ""
+        yield f"{name}/classification_report.png", figures.report_figure(mean, support, classes, title + over)
+    yield "training_curves.png", figures.curves_figure(models, colours)
+    yield "reliability.png", figures.reliability_figure(models, labels, colours)
+
+
+def run_figures(config: Config, results: Results, colours: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Path and figure of what shows many rows: the effects, if there are more than two, and each sweep."""
+    comparisons, models = results["comparisons"], results["models"]
+    if len(comparisons) > 2:
+        yield "effects.png", figures.effects_figure(comparisons)
+    for row, points in results["sweeps"].items():
+        found = {point["row"]: (point["values"], models[point["row"]]) for point in points}
+        shown = [name for c in comparisons if c.model in found for name in (c.baseline, models[c.model]["teacher"])]
+        references = {name: models[name] for name in shown if name in models}
+        yield f"sweep_{row}.png", figures.sweep_figure(list(found.values()), references, colours)
+
+
 def comparison_figures(
-    config: Config, dataset: Dataset, models: Models, labels: np.ndarray, comparison: dict[str, Any]
+    comparison: Comparison, dataset: Dataset, models: Models, labels: np.ndarray, colours: dict[str, Any]
 ) -> Iterator[tuple[str, Figure]]:
     """Path and figure of everything that shows a model and its baseline."""
-    name, baseline, seeds = (comparison[key] for key in ("model", "baseline", "seeds"))
-    colours, classes = figures.model_colours(config.recipes), dataset.classes
-    title = f"{name} minus {baseline}"
-    differences = figures.class_differences_figure(comparison["per_class"], title, colours[name])
-    yield f"{name}/class_differences.png", differences
-    counts = [confusion_counts(models[m], labels, len(classes), seeds) for m in (name, baseline)]
-    yield f"{name}/confusion_difference.png", figures.confusion_difference_figure(*counts, classes, title)
-    if gallery := comparison["disagreements"]:
-        shown = np.array(gallery["shown"])
+    name, baseline, classes = comparison.model, comparison.baseline, dataset.classes
+    yield f"{name}/class_differences.png", figures.class_differences_figure(comparison, colours[name])
+    counts = {m: confusion_counts(models[m], labels, len(classes), comparison.seeds) for m in (name, baseline)}
+    figure = figures.confusion_difference_figure(counts[name], counts[baseline], classes, f"{name} minus {baseline}")
+    yield f"{name}/confusion_difference.png", figure
+    if gallery := comparison.disagreements:
+        shown = np.array(gallery.shown)
         probabilities = {
-            title: log_probabilities(models[m].logits[seed][shown]).exp().numpy()
-            for m, (title, seed) in zip(gallery["models"], gallery["seeds"].items(), strict=True)
+            shown_as: log_probabilities(models[m].logits[seed][shown]).exp().numpy()
+            for m, (shown_as, seed) in zip(gallery.models, gallery.seeds.items(), strict=True)
         }
         index = torch.as_tensor(shown, device=dataset.test.images.device)
         images = dataset.test.images[index].permute(0, 2, 3, 1).cpu().numpy()

@@ -1,10 +1,24 @@
 """Synthetic models whose true accuracies and differences are known."""
 
+import json
+
 import numpy as np
+from conftest import ROOT
 from scipy.stats import norm
 
 from config import PRESETS
+from report.comparisons import Comparison, Disagreements
 from report.metrics import Evaluated
+
+
+def example_results() -> dict:
+    """docs/example/results.json, with its comparisons as the report has them."""
+    results = json.loads((ROOT / "docs/example/results.json").read_text(encoding="utf-8"))
+    for entry in results["comparisons"]:
+        del entry["verdict"]  # follows from the others
+        entry["disagreements"] = Disagreements(**entry["disagreements"])
+    results["comparisons"] = [Comparison(**{"environments_differ": [], **entry}) for entry in results["comparisons"]]
+    return results
 
 
 def simulated_seeds(random, seeds: int, n: int, difference: float, seed_std: float, shared: float) -> dict:

@@ -36,8 +36,8 @@ def test_over_seeds_the_interval_covers_and_the_false_positive_rate_is_small(see
     random, labels, verdicts, covered = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter(), 0
     for _ in range(300):
         (comparison,) = compare_all(simulated_seeds(random, seeds, 2000, 0.0, seed_std, 0.05), labels)
-        verdicts[comparison["verdict"]] += 1
-        covered += comparison["ci95"][0] <= 0 <= comparison["ci95"][1]
+        verdicts[comparison.verdict] += 1
+        covered += comparison.ci95[0] <= 0 <= comparison.ci95[1]
     assert verdicts["better"] + verdicts["worse"] <= 0.05 * 300 + 7  # two standard deviations
     assert 0.95 * 300 - 8 <= covered <= 297
 
@@ -50,7 +50,7 @@ def test_at_most_5_percent_of_families_of_18_comparisons_have_a_false_verdict(se
     pairs = [(f"student_{row}", "student_0") for row in range(1, 19)]
     for _ in range(families):
         found = compare_all(family(random, 18, seeds, 500), labels, pairs=pairs)
-        false += any(comparison["verdict"] != "indistinguishable" for comparison in found)
+        false += any(comparison.verdict != "indistinguishable" for comparison in found)
     assert false <= 0.05 * families + 3 * math.sqrt(0.05 * 0.95 * families)  # three standard deviations
 
 
@@ -67,7 +67,7 @@ def test_the_detectable_difference_is_found_with_80_percent_power_by_the_verdict
     difference = detectable_over_seeds(std, images, seeds, 0.05 / comparisons)
     pairs = [("student_1", "student_0"), *[("not run", "student_0")] * (comparisons - 1)]
     verdicts = [
-        compare_all(family(random, 1, seeds, n, difference), labels, pairs=pairs)[0]["verdict"] for _ in range(300)
+        compare_all(family(random, 1, seeds, n, difference), labels, pairs=pairs)[0].verdict for _ in range(300)
     ]
     assert 0.73 <= verdicts.count("better") / 300 <= 0.87  # three standard deviations
     assert verdicts.count("worse") == 0
@@ -77,7 +77,7 @@ def test_mcnemars_false_positive_rate_is_at_most_5_percent():
     random, labels, different = np.random.default_rng(0), np.zeros(2000, dtype=int), Counter()
     for _ in range(500):
         (comparison,) = compare_all(simulated(random, 2000, 0.04, 0.0), labels)
-        different[comparison["difference"] > 0] += comparison["verdict"] == "different"
+        different[comparison.difference > 0] += comparison.verdict == "different"
     assert sum(different.values()) <= 0.05 * 500
     assert different[True] > 0
     assert different[False] > 0
@@ -88,8 +88,7 @@ def test_power_with_one_seed_agrees_with_simulation():
     k = difference / math.sqrt((discordant - difference**2) / n)
     power = scipy.stats.norm.cdf(k - scipy.stats.norm.ppf(0.975))
     verdicts = [
-        compare_all(simulated(random, n, discordant, difference), np.zeros(n, dtype=int))[0]["verdict"]
-        for _ in range(200)
+        compare_all(simulated(random, n, discordant, difference), np.zeros(n, dtype=int))[0].verdict for _ in range(200)
     ]
     assert verdicts.count("different") / 200 == pytest.approx(power, abs=0.03)
 
@@ -176,32 +175,35 @@ def test_differences_by_class_are_paired_intervals_within_the_class():
     first, second = (np.stack([models[m].predictions[s] == labels for s in (1, 2)]) for m in ("student_kd", "student"))
     for label, name in enumerate("abcd"):
         of_class = labels == label
-        entry = comparison["per_class"][name]
+        entry = comparison.per_class[name]
         assert entry["difference"] == pytest.approx(first[:, of_class].mean() - second[:, of_class].mean())
         expected = paired_interval(first[:, of_class], second[:, of_class])
         assert entry["ci95"] == pytest.approx(expected)
 
 
 def test_the_gallery_shows_images_on_which_the_models_disagree():
-    models, _ = three_models()
-    gallery = disagreements("student_kd", models)
-    assert gallery["seed"] == 1  # the only one that all three have
-    predictions = np.stack([models[m].predictions[1] for m in gallery["models"]])
+    models, labels = three_models()
+
+    def shown(models):
+        return disagreements(compare("student_kd", "student", models, labels), models)
+
+    gallery = shown(models)
+    assert gallery.seed == 1  # the only one that all three have
+    predictions = np.stack([models[m].predictions[1] for m in gallery.models])
     disagree = {image for image in range(200) if len(set(predictions[:, image])) > 1}
-    assert set(gallery["shown"]) < disagree
-    assert (gallery["count"], len(set(gallery["shown"]))) == (len(disagree), 12)
-    assert gallery == disagreements("student_kd", models)
-    assert disagreements("student", models) is None  # has no teacher
+    assert set(gallery.shown) < disagree
+    assert (gallery.count, len(set(gallery.shown))) == (len(disagree), 12)
+    assert gallery == shown(models)
     alike = {name: model._replace(logits={1: models["teacher"].logits[1]}) for name, model in models.items()}
-    assert disagreements("student_kd", alike) is None
+    assert shown(alike) is None
     recipe = dataclasses.replace(models["student_kd"].recipe, teacher="student", teacher_seed=2)
-    gallery = disagreements("student_kd", {**models, "student_kd": models["student_kd"]._replace(recipe=recipe)})
-    assert gallery["models"] == ["student", "student", "student_kd"]  # a teacher of the baseline's row, of another seed
-    assert list(gallery["seeds"].values()) == [2, 1, 1]
+    gallery = shown({**models, "student_kd": models["student_kd"]._replace(recipe=recipe)})
+    assert gallery.models == ["student", "student", "student_kd"]  # a teacher of the baseline's row, of another seed
+    assert list(gallery.seeds.values()) == [2, 1, 1]
     kd, taught = models["student_kd"].predictions[1], models["student"].predictions
-    assert gallery["count"] == ((taught[2] != taught[1]) | (taught[2] != kd)).sum()
+    assert gallery.count == ((taught[2] != taught[1]) | (taught[2] != kd)).sum()
     apart = {**models, "student": models["student"]._replace(logits={2: models["student"].logits[2]})}
-    assert disagreements("student_kd", apart) is None  # no seed that all three have
+    assert shown(apart) is None  # no seed that all three have
 
 
 @pytest.mark.parametrize(
@@ -237,21 +239,44 @@ def test_two_seeds_with_the_same_difference_are_indistinguishable():
         for name, r in (("student", worse), ("student_kd", right))
     }
     (comparison,) = compare_all(models, np.zeros(500, dtype=int))
-    assert comparison["t_test_p"] is None
-    assert comparison["verdict"] == "indistinguishable"
-    assert comparison["detectable_difference"] is None
+    assert comparison.t_test_p is None
+    assert comparison.verdict == "indistinguishable"
+    assert comparison.detectable_difference is None
 
 
 def test_one_seed_is_never_called_better():
     random, n = np.random.default_rng(0), 2000
     (found,) = compare_all(simulated(random, n, 0.2, 0.1), np.zeros(n, dtype=int))
-    assert (found["verdict"], found["test"], found["t_test_p"]) == ("different", "exact McNemar test", None)
-    assert found["p_value"] == found["p_holm"] == found["mcnemar_p"]["0"] < 0.05
+    assert (found.verdict, found.test, found.t_test_p) == ("different", "exact McNemar test", None)
+    assert found.p_value == found.p_holm == found.mcnemar_p["0"] < 0.05
     (none,) = compare_all(simulated(random, n, 0.2, 0.0), np.zeros(n, dtype=int))
-    assert none["verdict"] == "indistinguishable"
+    assert none.verdict == "indistinguishable"
     (several,) = compare_all(simulated_seeds(random, 3, n, 0.2, 0.001, 0.0), np.zeros(n, dtype=int))
-    assert (several["verdict"], several["test"]) == ("better", "paired over seeds and images")
-    assert several["p_value"] > several["t_test_p"]
+    assert (several.verdict, several.test) == ("better", "paired over seeds and images")
+    assert several.p_value > several.t_test_p
+
+
+def test_the_environments_of_two_models_are_compared_seed_by_seed():
+    models, labels = three_models()
+
+    def differing(of_student_kd, of_student, **recipe):
+        """In seeds 1 and 2, which both have."""
+        found = {
+            "student_kd": models["student_kd"]._replace(environments={0: {"threads": "64"}} | of_student_kd),
+            "student": models["student"]._replace(environments=of_student),
+        }
+        found["student"] = found["student"]._replace(recipe=replace(found["student"].recipe, **recipe))
+        return compare("student_kd", "student", found, labels).environments_differ
+
+    one, two = ({"threads": number, "precision": "fp32", "code": "a", "numpy": "1"} for number in "12")
+    assert differing({1: one, 2: two}, {1: one, 2: two}) == []
+    assert differing({1: one, 2: two}, {1: one, 2: one}) == ["threads"]
+    assert differing({1: one, 2: one}, {1: one, 2: {**one, "code": "b", "precision": "bf16", "numpy": "2"}}) == [
+        "code",
+        "precision",
+    ]
+    assert differing({1: one, 2: one}, {1: one, 2: {"code": "b"}}) == ["code"]  # not recorded: not known to differ
+    assert differing({1: one, 2: one}, {1: two, 2: two}, epochs=0, weights="random") == []  # was not trained here
 
 
 GIVEN = {"weights": "teacher.pth", "epochs": 0}
@@ -278,7 +303,7 @@ def test_whether_a_comparison_holds_for_one_teacher_only(changes, shared):
     evaluated, labels = three_models()
     models = {name: evaluated[name]._replace(recipe=recipes[name]) for name in ("student", "student_kd")}
     pairs = [("student_kd", "student")]
-    assert compare_all(models, labels, pairs=pairs, recipes=recipes)[0]["shared_teacher"] is shared
+    assert compare_all(models, labels, pairs=pairs, recipes=recipes)[0].shared_teacher is shared
 
 
 def test_the_reason_why_a_model_is_not_compared_is_the_right_one():
@@ -309,7 +334,7 @@ def test_a_pair_without_common_seeds_does_not_lower_the_level_of_the_others():
     (alone,) = compare_all(models, labels)
     elsewhere = models["student_kd"]._replace(logits={9: models["student_kd"].logits[0]})
     (beside,) = compare_all({**models, "other": elsewhere}, labels)
-    assert beside["detectable_difference"] == alone["detectable_difference"]
+    assert beside.detectable_difference == alone.detectable_difference
 
 
 def test_settings_in_which_a_model_and_its_baseline_differ_are_listed():
@@ -328,14 +353,14 @@ def test_settings_in_which_a_model_and_its_baseline_differ_are_listed():
     fewer = dataclasses.replace(models["student_kd"].recipe, lr=0.5, baseline="student")
     models["student_kd"] = models["student_kd"]._replace(recipe=fewer)
     (entry,) = compare_all(models, labels)
-    assert entry["differs_in"] == {"lr": [0.5, 0.02]}
+    assert entry.differs_in == {"lr": [0.5, 0.02]}
 
 
 def test_one_teacher_seed_for_all_students_pairs_each_with_it():
     models, labels = three_models()
     recipe = dataclasses.replace(models["student_kd"].recipe, teacher_seed=1)
     models["student_kd"] = models["student_kd"]._replace(recipe=recipe)
-    assert distilled(models) == {"student_kd": {0: 1, 1: 1, 2: 1}}
+    assert distilled(models) == {"student_kd": ("teacher", {0: 1, 1: 1, 2: 1})}
     row, _ = fidelity(models, labels)
     teacher = models["teacher"].logits[1].argmax(1)
     agreement = [(models["student_kd"].logits[seed].argmax(1) == teacher).mean() for seed in (0, 1, 2)]

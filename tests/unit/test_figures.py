@@ -1,11 +1,30 @@
+from dataclasses import replace
+
+import matplotlib.colors
 import numpy as np
+import pytest
 import sklearn.metrics
-from synthetic import probabilities_of, some_logits
+from synthetic import example_results, probabilities_of, some_logits
 
 from config import PRESETS
+from engine.recipes import Recipe
 from report import figures
+from report.comparisons import Comparison
+from report.metrics import Evaluated
 
+RECORD = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
 HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
+
+
+def model(logits) -> Evaluated:
+    """Two seeds of one epoch each."""
+    history, temperatures = {0: [RECORD], 1: [RECORD]}, {0: 2.0, 1: 2.0}
+    return Evaluated(Recipe(), {0: logits, 1: logits}, history, temperatures=temperatures)
+
+
+def comparison(classes) -> Comparison:
+    (example,) = example_results()["comparisons"]
+    return replace(example, per_class={name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in classes})
 
 
 def test_figures_accept_any_names():
@@ -14,18 +33,17 @@ def test_figures_accept_any_names():
     counts = sklearn.metrics.confusion_matrix(labels, predictions)
     scores = np.array(sklearn.metrics.precision_recall_fscore_support(labels, predictions)[:3]).T
     support = np.bincount(labels)
-    record = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
     logits, colours = some_logits(n=30)[0], figures.model_colours(HOSTILE)
-    by_model = {name: [logits] for name in HOSTILE}
-    differences = {name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in HOSTILE}
+    models = {name: model(logits) for name in HOSTILE}
     probabilities = {name: probabilities_of(logits) for name in HOSTILE[:3]}
     for figure in (
         figures.confusion_figure(counts, HOSTILE, "x"),
         figures.report_figure(scores, support, HOSTILE, "x"),
-        figures.curves_figure({name: {0: [record], 1: [record]} for name in HOSTILE}, colours),
+        figures.curves_figure(models, colours),
         figures.confusion_difference_figure(counts, counts.T, HOSTILE, "x"),
-        figures.class_differences_figure(differences, "x", "black"),
-        figures.reliability_figure(by_model, np.arange(30) % 4, colours, by_model),
+        figures.class_differences_figure(comparison(HOSTILE), "black"),
+        figures.effects_figure([replace(comparison(HOSTILE), model=name) for name in HOSTILE]),
+        figures.reliability_figure(models, np.arange(30) % 4, colours),
         figures.gallery_figure(np.zeros((7, 3, 9, 3), np.uint8), np.arange(7) % 4, probabilities, HOSTILE, colours),
     ):
         assert figures.png(figure).startswith(b"\x89PNG")
@@ -35,12 +53,11 @@ def test_figures_of_many_classes_have_a_bounded_size():
     classes = tuple(f"class {number}" for number in range(150))
     counts = np.eye(150, dtype=int)
     scores, support = np.full((150, 3), 0.7), np.full(150, 3)
-    differences = {name: {"difference": 0.01, "ci95": (-0.1, 0.2)} for name in classes}
     for figure in (
         figures.confusion_figure(counts, classes, "x"),
         figures.report_figure(scores, support, classes, "x"),
         figures.confusion_difference_figure(counts, counts, classes, "x"),
-        figures.class_differences_figure(differences, "x", "black"),
+        figures.class_differences_figure(comparison(classes), "black"),
     ):
         assert figure.get_size_inches().max() < 15
 
@@ -68,9 +85,61 @@ def test_colours_do_not_depend_on_the_selection():
     recipes = PRESETS["cifar10"].recipes
     colours = figures.model_colours(recipes)
     assert len(set(colours.values())) == len(recipes)
-    record = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
-    axes = figures.curves_figure({"student_kd": {0: [record]}}, colours).axes[0]
-    assert axes.lines[0].get_color() == colours["student_kd"]
     logits, labels = some_logits(n=30)
-    axes = figures.reliability_figure({"student_kd": [logits]}, labels, colours, {}).axes[0]
+    models = {"student_kd": model(logits)}
+    axes = figures.curves_figure(models, colours).axes[0]
+    assert axes.lines[0].get_color() == colours["student_kd"]
+    axes = figures.reliability_figure(models, labels, colours).axes[0]
     assert colours["student_kd"] in {line.get_color() for line in axes.lines}
+
+
+def effect(model, difference, p_holm, baseline="student"):
+    """Of the example report, with other numbers."""
+    (example,) = example_results()["comparisons"]
+    interval = (difference - 0.01, difference + 0.01)
+    return replace(example, model=model, baseline=baseline, difference=difference, ci95=interval, p_holm=p_holm)
+
+
+def test_effects_are_sorted_with_their_intervals_and_hollow_if_indistinguishable():
+    rows = [
+        effect("a", 0.005, p_holm=0.3),
+        effect("b", -0.02, p_holm=0.01),
+        effect("c", 0.03, p_holm=0.001),
+    ]
+    axes = figures.effects_figure(rows).axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["c", "a", "b"]
+    assert axes.yaxis_inverted()
+    intervals, points = axes.collections
+    np.testing.assert_allclose([line[:, 0] for line in intervals.get_segments()], [(2, 4), (-0.5, 1.5), (-3, -1)])
+    np.testing.assert_allclose(points.get_offsets()[:, 0], [3, 0.5, -2])
+    hollow = [matplotlib.colors.to_hex(face) == "#ffffff" for face in points.get_facecolors()]
+    assert hollow == [False, True, False]
+    assert "accuracy minus that of student" in axes.get_xlabel()
+    both = figures.effects_figure([*rows, effect("d", 0.1, 0.01, baseline="other")]).axes[0]
+    assert both.get_yticklabels()[0].get_text() == "d − other"
+
+
+def entry(mean):
+    return {"accuracy": {"mean": mean, "ci95": (mean - 0.02, mean + 0.01)}}
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 4.0), ("kd", "dkd", "dist")])
+def test_a_sweep_shows_each_accuracy_with_its_interval(values):
+    points = [
+        ({"first": value, "alpha": alpha}, entry(0.5 + 0.1 * n + alpha / 10))
+        for n, value in enumerate(values)
+        for alpha in (0.0, 0.5)
+    ]
+    figure = figures.sweep_figure(points, {"student": entry(0.6)}, figures.model_colours(["student"]))
+    axes = figure.axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        f"{v:g}" if isinstance(v, float) else v for v in values
+    ]
+    (first, second), (reference,) = axes.containers, [line for line in axes.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(first[0].get_ydata(), [50, 60, 70])
+    np.testing.assert_allclose(second[0].get_ydata(), [55, 65, 75])
+    assert reference.get_ydata()[0] == pytest.approx(60)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["student", "alpha = 0", "alpha = 0.5"]
+    intervals = [segment[:, 1].tolist() for segment in first[2][0].get_segments()]
+    np.testing.assert_allclose(intervals, [(48, 51), (58, 61), (68, 71)])
+    assert figures.png(figure).startswith(b"\x89PNG")

@@ -231,7 +231,7 @@ def test_a_model_of_other_code_is_kept_in_its_run_named_and_trained_again_by_ove
     assert path.read_bytes() == before
     evaluate.main(words)
     report = (tmp_path / "imgs/demo/results.md").read_text()
-    assert "another version of the code: all models" in report
+    assert "Trained with code other, " in report
     assert train("--overwrite").count("student seed 0  epoch") == 2
     assert load_training(path).environment["code"] == code_digest()
 

@@ -126,8 +126,8 @@ def test_fit_temperature_recovers_a_known_temperature():
     logits = 5 * np.log(probabilities)
     temperature = fit_temperature(logits[:10_000], labels[:10_000])  # validation images
     assert temperature == pytest.approx(5, rel=0.03)
-    model = Evaluated(PRESETS["demo"].recipes["student"], {0: logits[10_000:]}, {}, {0: logits[:10_000]})
-    entry = model_metrics(model, labels[10_000:], tuple("0123456789"), {0: temperature})
+    model = Evaluated(PRESETS["demo"].recipes["student"], {0: logits[10_000:]}, {}, temperatures={0: temperature})
+    entry = model_metrics(model, labels[10_000:], tuple("0123456789"))
     assert entry["expected_calibration_error"] > 0.3
     assert entry["temperature_scaled"]["expected_calibration_error"] < 0.02
     assert entry["temperature_scaled"]["temperature"] == temperature
@@ -172,7 +172,8 @@ def test_metrics_of_nan_logits_are_valid_json():
     entry = model_metrics(model, labels, ("a", "b"))
     assert entry["expected_calibration_error"] is None
     assert (entry["negative_log_likelihood"], entry["brier_score"]) == (None, None)
-    entry = model_metrics(model, labels, ("a", "b"), {0: fit_temperature(model.logits[0], labels)})
+    model = model._replace(temperatures={0: fit_temperature(model.logits[0], labels)})
+    entry = model_metrics(model, labels, ("a", "b"))
     assert set(entry["temperature_scaled"].values()) == {None}
     json.dumps(entry, allow_nan=False)
 

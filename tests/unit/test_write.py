@@ -3,13 +3,14 @@ import math
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
 from conftest import ROOT, flags
-from synthetic import probabilities_of
+from synthetic import example_results, probabilities_of
 
 import custom_resnet
 import evaluate
@@ -18,7 +19,7 @@ from engine import checkpoints
 from engine.datasets import load_dataset
 from engine.device import resolve_device
 from engine.settings import Model
-from report.markdown import align_tables, escape_markdown, results_markdown, summary
+from report.markdown import align_tables, escape_markdown, results_markdown, summary, verdict
 from report.metrics import fit_temperature
 from report.statistics import wilson_interval
 
@@ -163,30 +164,29 @@ def test_with_validation_images_the_report_scales_by_their_temperature(trained, 
     assert all((tmp_path / "imgs/demo" / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
 
 
-def recorded(path: str) -> dict:
-    return json.loads((ROOT / path).read_text(encoding="utf-8"))
-
-
 def test_the_example_report_is_what_this_version_writes():
     written = (ROOT / "docs/example/results.md").read_text(encoding="utf-8")
-    assert results_markdown(recorded("docs/example/results.json")) == written
+    assert results_markdown(example_results()) == written
 
 
 SEEDS = [0, 1, 2]
-UNDECIDED = {"verdict": "indistinguishable", "detectable_difference": 0.01}
+BETTER = {"p_value": 0.01, "p_holm": 0.01}
+UNDECIDED = {"p_value": 0.06, "p_holm": 0.06, "detectable_difference": 0.01}
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"difference": -0.02, "verdict": "worse"}, "is 2.00 percentage points below"),
-        ({"p_value": 0.01, "p_holm": 0.01}, "p = 0.01; 3 seeds): better."),
+        ({**BETTER, "difference": -0.02}, "is 2.00 percentage points below student "),
+        ({**BETTER, "difference": -0.02}, "3 seeds): worse."),
+        (BETTER, "p = 0.01; 3 seeds): better."),
         ({"p_value": 0.01, "p_holm": 0.04}, "p = 0.01, 0.04 after Holm's correction; 3 seeds): better."),
-        ({"shared_teacher": True}, "3 seeds): better, for this teacher."),
+        ({"p_value": 0.01, "p_holm": 0.05}, "p = 0.01, 0.05 after Holm's correction; 3 seeds): indistinguishable."),
+        ({**BETTER, "shared_teacher": True}, "3 seeds): better, for this teacher."),
         ({**UNDECIDED, "shared_teacher": True}, "3 seeds): indistinguishable, for this teacher."),
         ({"differs_in": {"alpha": [0.5, 0.25], "nesterov": [True, False]}},
          "Settings that differ: alpha is 0.5, not 0.25, nesterov is true, not false."),
-        ({"seeds": [0], "verdict": "different"}, "1 seed): these two trained models differ."),
+        ({**BETTER, "seeds": [0]}, "1 seed): these two trained models differ."),
         ({**UNDECIDED, "seeds": [0]}, "1 seed): no difference was detected between these two trained models."),
         (UNDECIDED, "these 3 seeds can detect a difference of 1.00 points."),
         ({**UNDECIDED, "seeds": [0]},
@@ -194,11 +194,9 @@ UNDECIDED = {"verdict": "indistinguishable", "detectable_difference": 0.01}
     ],
 )  # fmt: skip
 def test_a_verdict_in_words(changes, said):
-    results = recorded("docs/example/results.json")
-    results["comparisons"][0].update({"seeds": SEEDS, "differs_in": {}, "shared_teacher": False, **changes})
-    verdict = summary(results).splitlines()[-1]
-    assert said in verdict
-    assert "seeds" not in changes or changes["seeds"] == SEEDS or "better" not in verdict
+    (comparison,) = example_results()["comparisons"]
+    plain = {"seeds": SEEDS, "differs_in": {}, "shared_teacher": False, "difference": 0.02}
+    assert said in verdict(replace(comparison, **{**plain, **changes}), n_test=500)
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -208,20 +206,20 @@ def cells(table: str) -> dict[str, list[str]]:
 
 
 def test_tables_say_the_number_of_seeds_of_each_column_and_comparison_where_they_differ():
-    results = recorded("docs/example/results.json")
+    results = example_results()
     counts = [str(len(model["accuracy"]["seeds"])) for model in results["models"].values()]
     assert cells(summary(results))["seeds"] == counts == ["1", "5", "5"]
     del results["models"]["teacher"]
     assert "seeds" not in cells(summary(results))  # all have five
-    results = recorded("docs/example/results.json")
+    results = example_results()
     (comparison,) = results["comparisons"]
-    several = [{**comparison, "model": name, "seeds": SEEDS[:n]} for name, n in (("a", 1), ("b", 2), ("c", 3))]
+    several = [replace(comparison, model=name, seeds=SEEDS[:n]) for name, n in (("a", 1), ("b", 2), ("c", 3))]
     text = results_markdown({**results, "comparisons": several}).split("Effects, sorted")[1].split("## Cost")[0]
     assert {name: cells(text)[name][1] for name in "abc"} == {"a": "1", "b": "2", "c": "3"}
 
 
 def test_the_terminal_warns_of_models_that_predict_one_class_or_have_no_baseline():
-    results = recorded("docs/example/results.json")
+    results = example_results()
     results["models"]["student"]["only_class"] = "7"
     results["not_compared"] = {"student_kd": "its baseline student has not been evaluated"}
     assert summary(results).splitlines()[-2:] == [
@@ -230,17 +228,16 @@ def test_the_terminal_warns_of_models_that_predict_one_class_or_have_no_baseline
     ]
 
 
-def test_models_trained_with_different_numbers_of_threads_are_named():
-    results = recorded("docs/example/results.json")
-    for name in ("teacher", "student", "student_kd"):
-        for seed, environment in results["models"][name]["environments"].items():
-            environment["threads"] = "1" if (name, seed) == ("student", "3") else "2"
-    (line,) = [line for line in results_markdown(results).splitlines() if "not all models" in line.lower()]
-    assert re.findall(r"[;:] (\d) \(([^)]*)", line)[-1] == ("1", "student seed 3")
-    assert re.search(r" 2 \([^)]*student seed 2[^)]*\)", line)
-    for environment in results["models"]["student"]["environments"].values():
-        environment["threads"] = "2"
-    assert "not all models" not in results_markdown(results).lower()
+def test_comparisons_of_models_that_were_trained_differently_are_named_below_the_verdicts():
+    results = example_results()
+    (comparison,) = results["comparisons"]
+    assert summary(results).splitlines()[-1] == verdict(comparison, results["n_test"])
+    differ = {"a": ["threads"], "b": [], "c": ["code", "precision"], "d": ["threads"]}
+    results["comparisons"] = [replace(comparison, model=m, environments_differ=keys) for m, keys in differ.items()]
+    threads, code = summary(results).splitlines()[-2:]
+    assert re.search(r"threads.*: a and student, d and student\.", threads)
+    assert re.search(r"versions of the code and .*precisions.*: c and student\.", code)
+    assert f"- {code}\n" in results_markdown(results)
 
 
 def test_the_example_report_shows_figures_that_exist():
@@ -251,18 +248,18 @@ def test_the_example_report_shows_figures_that_exist():
 
 
 def test_a_shift_is_in_pixels_of_the_stored_images():
-    results = recorded("docs/example/results.json")
+    results = example_results()
     results["settings"] |= {"crop_padding": 4, "image_size": 224, "augment": "crop"}
     text = results_markdown({**results, "stored_size": [32, 24]})
     assert re.search("4 pixels at 32 x 24 px, .*crop at 32 x 24 px", text)
 
 
 def test_students_of_one_teacher_are_said_to_share_it():
-    sentence, results = "but not for that of a teacher that all seeds share.", recorded("docs/example/results.json")
+    sentence, results = "but not for that of a teacher that all seeds share.", example_results()
     assert sentence in results_markdown(results)
     results["settings"]["recipes"]["student_kd"]["teacher_seed"] = None
     assert sentence in results_markdown(results)  # a file, used as it is
-    results["comparisons"][0]["shared_teacher"] = False
+    results["comparisons"] = [replace(c, shared_teacher=False) for c in results["comparisons"]]
     assert sentence not in results_markdown(results)
 
 
