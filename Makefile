@@ -18,7 +18,7 @@ evaluate: .venv/installed
 	$(PYTHON) evaluate.py $(ARGS)
 
 # The README's table of results from nothing: hours on a CPU, resumable. Its images are those of the JPEG copy.
-MAIN_ROWS := teacher student student_2x student_lr small_step kd kd_2x kd_without_t2 kd_without_t2_lr original
+MAIN_ROWS := teacher student student_30_epochs student_lr_3_6x student_quarter_loss kd kd_30_epochs kd_unscaled kd_unscaled_lr_3_6x kd_unscaled_30_epochs
 
 reproduce: DATASET := data/cifar10-jpeg
 reproduce: .venv/installed

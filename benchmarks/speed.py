@@ -37,7 +37,7 @@ from torch.utils.data import Dataset as TorchDataset
 import engine.convolution
 from benchmarks import reference
 from custom_resnet import LossFunction, build_resnet, cross_entropy, fit
-from engine.datasets import Dataset, Split, batches, to_device, to_split
+from engine.datasets import Dataset, Split, batches, to_device
 from engine.device import (
     configure_backends,
     device_name,
@@ -91,7 +91,8 @@ class Benchmark:
         labels = random.integers(0, 10, len(images))
         self.pil = PilImages(images, labels, config.image_size)
         images, labels = images[: self.n], labels[: self.n]
-        split = to_device(to_split(images, labels.tolist()), config.device)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        split = to_device(Split(pixels, torch.from_numpy(labels)), config.device)
         few = Split(split.images[:2], split.labels[:2])
         self.dataset = Dataset(tuple("0123456789"), split, None, few, "")
         self.models = {}

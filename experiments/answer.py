@@ -1,7 +1,6 @@
 """The tables and the figure of README.md and docs/answer.md, from the kept predictions.
 
-python -m experiments.answer                    # prints the README's table and those of docs/answer.md
-python -m experiments.answer docs/answer.png    # and draws the figure
+python -m experiments.answer    # writes the marked tables of the documents, docs/answer.png and docs/confusion.png
 
 The logits were computed in bfloat16, so that some images have two classes with the highest logit. The class with the
 lower index counts as predicted. Accuracies and differences have one decimal, as the order of the classes decides the
@@ -10,45 +9,61 @@ second.
 
 import csv
 import json
-import sys
+import re
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
 
 from engine.errors import exit_on_error
 from engine.files import write_durably
+from engine.reach import ROOT
 from engine.recipes import baseline_of
 from experiments.archive import FOLDER, load
 from experiments.presets import STUDY
 from report.comparisons import Comparison, compare_all
-from report.figures import blank_figure, png
+from report.figures import blank_figure, confusion_figure, png
 from report.markdown import interval, markdown_table
 from report.metrics import Evaluated
 from report.statistics import accuracy_interval, holm, paired_t_p, seeds_half_width
 
-# The rows of the figure and of the README's table: in words, and by run and name.
+# The rows of the figure: in words, and by run and name.
 SHOWN = {
     "student alone": ("ablation", "student"),
-    "alone, twice the epochs": ("ablation", "student_2x"),
-    "alone, 3.6 times the learning rate": ("ablation", "student_lr"),
-    "alone, loss × 0.25": ("ablation", "small_step"),
+    "alone, twice the epochs": ("ablation", "student_30_epochs"),
+    "alone, 3.6 times the learning rate": ("ablation", "student_lr_3_6x"),
+    "alone, loss × 0.25": ("ablation", "student_quarter_loss"),
     "distilled with T²": ("ablation", "kd"),
-    "distilled with T², twice the epochs": ("ablation", "kd_2x"),
-    "distilled without T²": ("ablation", "kd_without_t2"),
-    "distilled without T², 3.6 times the learning rate": ("ablation", "kd_without_t2_lr"),
-    "distilled without T², twice the epochs\n(as published)": ("ablation", "original"),
+    "distilled with T², twice the epochs": ("ablation", "kd_30_epochs"),
+    "distilled without T²": ("ablation", "kd_unscaled"),
+    "distilled without T², 3.6 times the learning rate": ("ablation", "kd_unscaled_lr_3_6x"),
+    "distilled without T², twice the epochs\n(as published)": ("ablation", "kd_unscaled_30_epochs"),
     "alone, labels smoothed": ("controls", "label_smoothing"),
     "distilled from shuffled logits": ("controls", "kd_shuffled"),
     "self-distilled (teacher: a student alone)": ("controls", "kd_self"),
 }
 
+IN_README = (
+    *("student alone", "alone, twice the epochs", "distilled with T²", "distilled without T²"),
+    *("distilled without T², twice the epochs\n(as published)", "self-distilled (teacher: a student alone)"),
+)
+
 # Comparisons other than that of each row with its baseline, in the same family of Holm's correction.
 FURTHER = {
     "ablation": [
         (row, "student")
-        for row in ("student_2x", "student_lr", "kd_without_t2", "kd_without_t2_lr", "original", "kd_2x")
+        for row in (
+            "student_30_epochs",
+            "student_lr_3_6x",
+            "kd_unscaled",
+            "kd_unscaled_lr_3_6x",
+            "kd_unscaled_30_epochs",
+            "kd_30_epochs",
+        )
     ],
     "controls": [(row, "student") for row in ("label_smoothing", "kd_untrained", "kd_shuffled", "kd_self")],
 }
@@ -98,11 +113,12 @@ def table(run: str) -> str:
 
 
 def gains() -> str:
-    """The README's table: each kept row of SHOWN against the student alone, Holm-corrected as in its run's table."""
+    """The README's table: rows of SHOWN against the student alone, Holm-corrected as in the table of their run."""
     kept, rows = {run: load(run) for run in ("ablation", "controls")}, []
     columns = ("difference", "95% interval", "p, Holm")
     found = {(run, c.model): c for run in kept for c in compared(run, *kept[run]) if c.baseline == "student"}
-    for title, (run, name) in {**SHOWN, "the teacher": ("ablation", "teacher")}.items():
+    shown = {title: SHOWN[title] for title in IN_README} | {"the teacher": ("ablation", "teacher")}
+    for title, (run, name) in shown.items():
         models, labels = kept[run]
         if name in models:
             cells = comparison_cells(found[run, name]) if (run, name) in found else {}
@@ -173,12 +189,48 @@ def figure() -> Figure:
     return drawn
 
 
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def per_class() -> str:
+    """Accuracy (%) by class of the teacher, the student alone and the distilled student, mean over seeds."""
+    models, labels = load("ablation")
+    correct = [models[name].correct(labels).mean(0) for name in ("teacher", "student", "kd")]  # (n,)
+    rows = [(c, *(f"{100 * right[labels == k].mean():.1f}" for right in correct)) for k, c in enumerate(CLASSES)]
+    rows.append(("**all**", *(f"**{100 * right.mean():.1f}**" for right in correct)))
+    return markdown_table(("class", "teacher", "student alone", "distilled"), rows)
+
+
+def confusion() -> Figure:
+    """The confusion matrix of the distilled student, seed 0."""
+    models, labels = load("ablation")
+    counts = confusion_matrix(labels, models["kd"].predictions[0])
+    return confusion_figure(counts, CLASSES, "distilled student, CIFAR-10 (JPEG copy), 64 px")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{run: partial(table, run) for run in STUDY},
+    "gains": gains,
+    "per_class": per_class,
+    "faults": faults,
+    "capacity_gap": nearest_study,
+}
+PAGES = (Path("README.md"), Path("docs/answer.md"))
+
+
+def with_tables(text: str) -> str:
+    """A document with each table that follows a comment such as <!-- table: gains --> computed anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n\n)(?:\|.*\n)+", lambda found: found[1] + TABLES[found[2]](), text, flags=re.MULTILINE
+    )
+
+
 def main() -> None:
-    print(f"{gains()}\n{faults()}\n{nearest_study()}")
-    for run in STUDY:
-        print(f"{run}\n\n{table(run)}")
-    if sys.argv[1:]:
-        write_durably(Path(sys.argv[1]), png(figure()))
+    for page in PAGES:
+        path = ROOT / page
+        write_durably(path, with_tables(path.read_text(encoding="utf-8")).encode())
+    write_durably(ROOT / "docs/answer.png", png(figure()))
+    write_durably(ROOT / "docs/confusion.png", png(confusion()))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,19 @@ ROWS = {"teacher": TEACHER, "student": STUDENT, "kd": KD}
 # 0.25 CE + 0.75 / 25 of the soft loss that has it, so its step is about 1 / 3.6 as large.
 ABLATION = {
     **ROWS,
-    "student_2x": replace(STUDENT, epochs=30),
-    "student_lr": replace(STUDENT, lr=3.6 * STUDENT.lr),
-    "small_step": replace(KD, soft_weight=0.0),  # 0.25 CE and nothing else
-    "kd_without_t2": replace(VARIANT, scale_soft_loss=False),
-    "kd_without_t2_lr": replace(VARIANT, scale_soft_loss=False, lr=3.6 * STUDENT.lr),
-    "original": replace(KD, scale_soft_loss=False, epochs=30, baseline="student_2x"),
-    "kd_2x": replace(KD, epochs=30, baseline="student_2x"),
-    **{f"kd_t{t}": replace(VARIANT, temperature=float(t)) for t in (1, 2, 10)},
-    **{f"kd_alpha_{percent}": replace(VARIANT, alpha=percent / 100) for percent in (0, 50, 90)},
+    "student_30_epochs": replace(STUDENT, epochs=30),
+    "student_lr_3_6x": replace(STUDENT, lr=3.6 * STUDENT.lr),
+    "student_quarter_loss": replace(KD, soft_weight=0.0),  # 0.25 CE and nothing else
+    "kd_unscaled": replace(VARIANT, scale_soft_loss=False),
+    "kd_unscaled_lr_3_6x": replace(VARIANT, scale_soft_loss=False, lr=3.6 * STUDENT.lr),
+    "kd_unscaled_30_epochs": replace(KD, scale_soft_loss=False, epochs=30, baseline="student_30_epochs"),
+    "kd_30_epochs": replace(KD, epochs=30, baseline="student_30_epochs"),
+    "kd_temperature_1": replace(VARIANT, temperature=1.0),
+    "kd_temperature_2": replace(VARIANT, temperature=2.0),
+    "kd_temperature_10": replace(VARIANT, temperature=10.0),
+    "kd_alpha_0": replace(VARIANT, alpha=0.0),
+    "kd_alpha_0_5": replace(VARIANT, alpha=0.5),
+    "kd_alpha_0_9": replace(VARIANT, alpha=0.9),
 }
 
 # Controls: targets without the knowledge of a better teacher. Labels smoothed by 0.15 have the mean entropy of the
@@ -46,23 +50,28 @@ CONTROLS = {
     "kd_self": replace(VARIANT, teacher="student"),
 }
 
-# Percent of the 50,000 images: number of images, epochs of both students. 10% is the student of the other presets.
-LABELS = {2: (1_000, 60), 20: (10_000, 12), 100: (None, 3)}
+# Students of 1,000, 10,000 and all 48,000 images; `student` and `kd` have 5,000.
 LOW_DATA = {
     **ROWS,
-    **{f"student_{p}": replace(STUDENT, train_size=size, epochs=epochs) for p, (size, epochs) in LABELS.items()},
-    **{
-        f"kd_{p}": replace(KD, train_size=size, epochs=epochs, baseline=f"student_{p}")
-        for p, (size, epochs) in LABELS.items()
-    },
+    "student_1k": replace(STUDENT, train_size=1_000, epochs=60),
+    "student_10k": replace(STUDENT, train_size=10_000, epochs=12),
+    "student_48k": replace(STUDENT, train_size=None, epochs=3),
+    "kd_1k": replace(KD, train_size=1_000, epochs=60, baseline="student_1k"),
+    "kd_10k": replace(KD, train_size=10_000, epochs=12, baseline="student_10k"),
+    "kd_48k": replace(KD, train_size=None, epochs=3, baseline="student_48k"),
 }
 
 # Teachers of rising quality, by their number of training images and of epochs.
-QUALITY = {"a": (5_000, 10), "b": (5_000, 30), "c": (None, 1), "d": (None, 8)}
 TEACHERS = {
     **ROWS,
-    **{f"teacher_{name}": replace(TEACHER, train_size=size, epochs=epochs) for name, (size, epochs) in QUALITY.items()},
-    **{f"kd_{name}": replace(KD, teacher=f"teacher_{name}", teacher_seed=0) for name in QUALITY},
+    "teacher_5k_10_epochs": replace(TEACHER, train_size=5_000, epochs=10),
+    "teacher_5k_30_epochs": replace(TEACHER, train_size=5_000, epochs=30),
+    "teacher_48k_1_epoch": replace(TEACHER, epochs=1),
+    "teacher_48k_8_epochs": replace(TEACHER, epochs=8),
+    "kd_from_5k_10_epochs": replace(KD, teacher="teacher_5k_10_epochs", teacher_seed=0),
+    "kd_from_5k_30_epochs": replace(KD, teacher="teacher_5k_30_epochs", teacher_seed=0),
+    "kd_from_48k_1_epoch": replace(KD, teacher="teacher_48k_1_epoch", teacher_seed=0),
+    "kd_from_48k_8_epochs": replace(KD, teacher="teacher_48k_8_epochs", teacher_seed=0),
 }
 
 # The student's images are cropped at random, and the teacher of ablation, seed 3, is asked about each crop; kd of
