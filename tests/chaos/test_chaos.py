@@ -157,8 +157,8 @@ def assert_same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Locks and temporary files: everything hidden."""
-    return [path for path in folder.rglob(".*") if path.is_file()]
+    """Temporary files: everything hidden except the locks, which stay."""
+    return [path for path in folder.rglob(".*") if path.is_file() and path.suffix != ".lock"]
 
 
 @pytest.fixture(scope="module")
@@ -608,7 +608,7 @@ def test_hostile_names_cannot_write_outside_the_run_folder(tmp_path):
     for main in (custom_resnet.main, evaluate.main):
         status, output = run(main, *words)
         assert status == 0, output
-    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
     assert all(file.startswith(("checkpoints/demo/seed0/", "imgs/demo/")) for file in files), files
     results = json.loads((tmp_path / "run/imgs/demo/results.json").read_text())
     assert results["n_test"] == 3 * 10

@@ -177,15 +177,10 @@ def test_logits_of_other_inputs_are_recomputed(config, digits, teacher, tmp_path
         teacher_logits(teacher, config, digits, subset, path)
 
 
-def test_logits_are_in_float32_whatever_the_precision_of_training(config, digits, teacher, tmp_path, capsys):
+def test_logits_are_in_float32_whatever_the_precision_of_training(config, digits, teacher, tmp_path):
     path, subset, bf16 = tmp_path / "teacher.logits", digits.subset(50), replace(config, precision="bf16")
     right = teacher_logits(teacher, config, digits, subset)[:, subset]
     assert torch.equal(teacher_logits(teacher, bf16, digits, subset, path)[:, subset], right)
-    state = checkpoints.load_checkpoint(path)  # of a version that stored them in the precision of training
-    state["fingerprint"]["precision"] = "bf16"
-    checkpoints.save_checkpoint(path, {**state, "logits": state["logits"].bfloat16().float()})
-    assert torch.equal(teacher_logits(teacher, config, digits, subset, path)[:, subset], right)
-    assert "different precision" in capsys.readouterr().err
 
 
 def test_the_online_teachers_last_layer_is_in_float32(config, digits, teacher):
@@ -357,7 +352,7 @@ def test_a_shuffled_teacher_needs_stored_logits(config):
 def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys):
     teacher_student_model.main(flags(tmp_path, "--augment", "trivialaugment"))
     assert "logits of teacher" not in capsys.readouterr().err
-    assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} == {
+    assert {path.name for path in tmp_path.rglob("[!.]*.*") if path.is_file()} == {
         "teacher.pt",
         "student.pt",
         "student_kd.pt",
