@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, flags, override, paths
@@ -11,9 +12,11 @@ from conftest import ROOT, flags, override, paths
 import evaluate
 import teacher_student_model
 from config import PRESETS, parse
+from engine.checkpoints import load_checkpoint
 from engine.errors import UserError
 from engine.recipes import baseline_of
 from engine.sweeps import name_of
+from report import write
 
 
 def test_a_sweep_replaces_a_row_by_all_combinations():
@@ -57,29 +60,33 @@ def test_rows_are_named_by_their_values():
 
 
 def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys):
-    words = flags(tmp_path, "--student_kd.epochs=1", "--student.epochs=1", "--teacher.epochs=1", "--sweep")
+    words = flags(tmp_path, *[f"--{name}.epochs=1" for name in ("teacher", "student", "student_kd")], "--sweep")
     teacher_student_model.main([*words, "student_kd.temperature=1"])
     capsys.readouterr()
-    grown = [*words, "student_kd.temperature=1,4", "student_kd.alpha=0.25,0"]
-    teacher_student_model.main(grown)
+    teacher_student_model.main([*words, "student_kd.temperature=1", "student_kd.alpha=0.25,0"])
     output = capsys.readouterr().err
     assert output.count("which was trained with the same settings") == 1  # the row with T = 1 and alpha = 0.25
-    assert len(re.findall(r"student_kd\S+ seed 0  epoch", output)) == 3
-    capsys.readouterr()
+    assert len(re.findall(r"student_kd\S+ seed 0  epoch", output)) == 1
     evaluate.main(["--run=demo", *paths(tmp_path)])
     report = tmp_path / "imgs/demo"
     results = json.loads((report / "results.json").read_text())
-    assert len(results["comparisons"]) == 5  # that of the first sweep, too
-    assert [point["values"] for point in results["sweeps"]["student_kd"]] == [
-        {"temperature": t, "alpha": a} for t in (1.0, 4.0) for a in (0.25, 0.0)
-    ]
-    assert (report / "sweep_student_kd.png").exists()
-    assert (report / "effects.png").exists()
+    assert len(results["comparisons"]) == 3  # that of the first sweep, too
+    expected = [{"temperature": 1.0, "alpha": a} for a in (0.25, 0.0)]
+    assert [point["values"] for point in results["sweeps"]["student_kd"]] == expected
     text = (report / "results.md").read_text()
-    assert "sweep_student_kd.png" in text
-    assert "Effects, sorted; p after Holm's correction" in text
+    for figure in ("sweep_student_kd.png", "effects.png"):
+        assert (report / figure).exists()
+        assert figure in text
     evaluate.main(["--run=demo", *paths(tmp_path), "--only", "student"])
     assert "sweep_" not in (report / "results.md").read_text()  # no link to a figure that is not drawn
+
+
+def test_of_sweeps_of_one_row_over_different_settings_the_larger_is_reported():
+    points = {"a": {"alpha": 0.0}, "b": {"alpha": 1.0}, "c": {"temperature": 7.0}}
+    config = SimpleNamespace(swept={"student_kd": points})
+    assert write.sweeps(config, "abc") == {"student_kd": {"a": {"alpha": 0.0}, "b": {"alpha": 1.0}}}
+    assert write.sweeps(config, "c") == {"student_kd": {"c": {"temperature": 7.0}}}
+    assert write.sweeps(config, "x") == {}
 
 
 def baselines(*sweep: str, preset: str = "demo") -> dict[str, str | None]:
@@ -120,24 +127,16 @@ SoftLoss = '''
 
 
 def test_adding_a_soft_loss_takes_a_function_and_a_line(tmp_path):
-    """In a copy of the repository: trained, its parameter swept, and named in the report."""
-    copy = tmp_path / "copy"
-    copy.mkdir()
+    """In a copy of the repository."""
     for path in (*ROOT.glob("*.py"), *(ROOT / package for package in ("engine", "report", "experiments"))):
-        shutil.copytree(path, copy / path.name) if path.is_dir() else shutil.copy(path, copy)
-    source = copy / "engine/soft_losses.py"
-    text = (
-        source.read_text()
-        .replace("\nSoftLoss = ", OWN_LOSS)
-        .replace('    "kd": kd,\n', '    "kd": kd,\n    "powered": powered,\n')
-    )
-    source.write_text(text)
+        shutil.copytree(path, tmp_path / path.name) if path.is_dir() else shutil.copy(path, tmp_path)
+    source = tmp_path / "engine/soft_losses.py"
+    text = source.read_text().replace("\nSoftLoss = ", OWN_LOSS)
+    source.write_text(text.replace('    "kd": kd,\n', '    "kd": kd,\n    "powered": powered,\n'))
     words = flags(tmp_path, "--student_kd.soft_loss=powered", "--sweep", "student_kd.power=1,2")
     words = override(words, "--teacher.epochs=1", "--student_kd.epochs=1", "--only", "teacher", "student_kd-power-1")
-    code = "import evaluate, sys, teacher_student_model as t; t.main(sys.argv[1:]); evaluate.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "teacher_student_model.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    report = (tmp_path / "imgs/demo/results.md").read_text()
-    assert re.search(r"\| soft_loss +\| +\| +powered \|", report)
-    assert re.search(r"\| power +\| +\| +1.0 \|", report)
+    recipe = load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd-power-1.pt")["settings"]["recipe"]
+    assert (recipe["soft_loss"], recipe["parameters of the soft loss"]) == ("powered", {"power": 1.0})

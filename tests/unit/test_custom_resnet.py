@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, fit, override, start_training
+from conftest import ROOT, SMALL, fit, override, start_training
 from conftest import flags as small_flags
 from PIL import Image
 from torch import nn
@@ -178,9 +178,8 @@ def test_fit_evaluates_on_validation_images_if_there_are_any(config, model):
     assert "test_accuracy" not in history[0]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "onecycle"])
-def test_resuming_after_a_stop_at_any_step_is_bit_exact(config, digits, schedule):
-    recipe = Recipe(epochs=2, lr=0.01, schedule=schedule, train_size=75)
+def test_resuming_after_a_stop_at_any_step_is_bit_exact(config, digits):
+    recipe = Recipe(epochs=2, lr=0.01, schedule="onecycle", train_size=75)
 
     def train_with_stops(every: int | None) -> tuple[dict, list]:
         torch.manual_seed(0)
@@ -252,7 +251,7 @@ def test_a_signal_during_evaluation_keeps_the_epoch_and_repeats_the_evaluation(c
 
     def run(state, stop):
         torch.manual_seed(0)
-        model = build_resnet("resnet18", 10, pretrained=False).to(config.device)
+        model = build_resnet(SMALL["arch"], 10, pretrained=False).to(config.device)
         return fit(
             model, recipe, config, 0, digits, custom_resnet.cross_entropy, state=state, write=saved.append, stop=stop
         )
@@ -346,17 +345,6 @@ def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, messa
     output = capsys.readouterr().err
     assert output.count("error: ") == 1
     assert message in output.split("error: ")[1]
-
-
-def test_bad_input_ends_the_script_without_a_traceback(script, tmp_path):
-    words = ["--preset", "demo", "--checkpoints_path", tmp_path / "checkpoints", "--imgs_path", tmp_path / "imgs"]
-    done = script("evaluate.py", *words)
-    assert done.returncode == 2
-    assert done.stderr.count("not trained yet, skipped") == 11  # a teacher, and five of each student
-    assert done.stderr.splitlines()[-1] == (
-        "error: nothing to evaluate; train first: python teacher_student_model.py, with the same flags"
-    )
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("culprit", "step"), [("hard", 1), ("soft", 1), ("soft", 3), ("logits", 2)])
