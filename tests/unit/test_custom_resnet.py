@@ -156,6 +156,23 @@ def test_fit_agrees_with_a_plain_loop(config, digits, resnet18):
         torch.testing.assert_close(resnet18.state_dict()[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_the_first_20_losses_in_bfloat16_are_those_of_float32_within_2_percent(config, digits):
+    recipe, losses = Recipe(**{**SMALL, "epochs": 1, "lr": 0.001, "train_size": 500}), {"fp32": [], "bf16": []}
+    for precision, found in losses.items():
+
+        def loss_fn(logits, batch, found=found):
+            terms = custom_resnet.cross_entropy(logits, batch)
+            found.append(terms["hard"].item())
+            return terms
+
+        torch.manual_seed(0)
+        model = build_resnet(SMALL["arch"], 10, pretrained=False).to(config.device)
+        fit(model, recipe, replace(config, image_size=64, precision=precision), 0, digits, loss_fn)
+    assert len(losses["fp32"]) == 20
+    assert losses["fp32"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
 def test_fit_trains_in_training_mode_and_evaluates_in_evaluation_mode(config, digits, model):
     modes = []
 
