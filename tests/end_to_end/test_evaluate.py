@@ -174,13 +174,6 @@ def test_an_export_that_differs_from_the_checkpoint_is_not_written(exported, spo
     assert not os.path.exists(exported / "checkpoints/demo/seed0/teacher.pt2")
 
 
-def test_export_without_a_checkpoint_is_an_error(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        evaluate.main(flags(tmp_path, "--export"))
-    assert exit.value.code == 2
-    assert "train first: python teacher_student_model.py" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("main", "more", "where"),
     [
