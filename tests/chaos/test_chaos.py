@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -21,14 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_FLAGS, flags, override
+from conftest import ROOT, flags, override
 from PIL import Image
 
 import custom_resnet
 import evaluate
 import teacher_student_model
-from engine.checkpoints import load_checkpoint, load_logits, save_checkpoint
-from engine.console import log
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.errors import UserError
 
 pytestmark = pytest.mark.chaos
@@ -302,44 +300,6 @@ else:
     assert not (tmp_path / "run").exists()
 
 
-# Damaged files
-
-
-@pytest.mark.parametrize("name", ["student.pt", "teacher.logits"])
-def test_truncated_and_bit_flipped_files_are_refused(undisturbed, tmp_path, name, monkeypatch):
-    path = tmp_path / name
-    shutil.copy(undisturbed / "checkpoints/demo/seed0" / name, path)
-    size, moments, refused = path.stat().st_size, random.Random(0), 0
-    monkeypatch.setattr(log, "disabled", True)
-    fingerprint, shape = load_checkpoint(path).get("fingerprint", {}), (2, 1297, 10)
-
-    def assert_refused() -> None:
-        nonlocal refused
-        with pytest.raises(UserError, match=r"is damaged|is not a checkpoint"):
-            load_checkpoint(path)
-        if name.endswith(".logits"):
-            assert load_logits(path, fingerprint, shape).isnan().all()
-        refused += 1
-
-    for bit in [moments.randrange(8 * size) for _ in range(200)]:
-        with open(path, "r+b") as file:
-            file.seek(bit // 8)
-            byte = file.read(1)[0]
-            file.seek(bit // 8)
-            file.write(bytes([byte ^ 1 << bit % 8]))
-            file.flush()
-            assert_refused()
-            file.seek(bit // 8)
-            file.write(bytes([byte]))
-    assert load_checkpoint(path)
-    if name.endswith(".logits"):
-        assert not load_logits(path, fingerprint, shape).isnan().all()
-    for length in sorted(moments.sample(range(size), 50), reverse=True):
-        os.truncate(path, length)
-        assert_refused()
-    print(f"\n{name}: 200 flipped bits and 50 truncations, {refused} of 250 refused")
-
-
 # No room
 
 
@@ -415,20 +375,6 @@ def test_a_full_disk_keeps_the_previous_report(little_room, undisturbed):
     assert (folder / "demo/results.json").read_text() == "the report before"
     for path in folder.rglob("*.png"):
         Image.open(path).load()
-
-
-def test_an_unwritable_folder_is_reported_before_training(tmp_path, undisturbed):
-    (tmp_path / "file").write_text("in the way")
-    for main, *paths in (
-        (custom_resnet.main, f"--checkpoints_path={tmp_path / 'file'}"),
-        (custom_resnet.main, "--checkpoints_path=/proc/none"),
-        (evaluate.main, f"--checkpoints_path={undisturbed / 'checkpoints'}", "--imgs_path=/proc"),
-    ):
-        status, output = run(main, *override(SMALL_FLAGS, *LONGER, "--device=cpu", *paths))
-        print("\n" + output.strip().splitlines()[-1])
-        assert status == 2
-        assert output.startswith("error: ")
-        assert "cannot be written" in output
 
 
 # Several processes
@@ -509,74 +455,7 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     assert not leftovers(tmp_path)
 
 
-# Logs
-
-
-def test_logs_without_a_terminal_contain_no_carriage_return(tmp_path, image_folder):
-    """Reading images, training, the teacher's logits and the evaluation, with a clock that makes each step a minute."""
-    code = """
-import sys, time, types
-import engine.console, evaluate, teacher_student_model
-engine.console.time = types.SimpleNamespace(monotonic=lambda: 1e6 * time.monotonic())
-teacher_student_model.main(sys.argv[1:])
-evaluate.main(sys.argv[1:])
-"""
-    counts = {"train/cat": 30, "train/dog": 30, "test/cat": 10, "test/dog": 10}
-    words = small_flags(tmp_path, f"--dataset={image_folder(counts)}")
-    words = override(words, *[f"--{name}.train_size=none" for name in MODELS])
-    with open(tmp_path / "log", "wb") as file:
-        subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=True, stdout=file, stderr=file)
-    content = (tmp_path / "log").read_bytes()
-    progress = [line for line in content.decode().splitlines() if "images/s" in line and "%  " in line]
-    titles = ("reading", "teacher seed 0 epoch 1/2", "student_kd seed 0 epoch 2/2", "logits of teacher", "test")
-    for title in titles:
-        assert any(title in line for line in progress), title
-    assert b"\r" not in content
-    assert b"\x1b" not in content
-    print(f"\n{len(content.splitlines())} lines, {len(progress)} of them progress, no carriage return")
-
-
 # From elsewhere
-
-
-class Bait:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
-
-
-def test_malicious_pickles_are_not_executed(tmp_path, undisturbed, hub):
-    """As a checkpoint, as the teacher's logits, and as ImageNet weights in torch's cache."""
-    copy, bait = tmp_path / "run", tmp_path / "bait"
-    for name in ("student.pt", "teacher.logits"):
-        for number, write in enumerate(
-            (
-                lambda path: path.write_bytes(pickle.dumps(Bait(bait))),
-                lambda path: torch.save({"format": 1, "model": Bait(bait)}, path),
-                lambda path: save_checkpoint(path, {"model": Bait(bait), "fingerprint": {}, "logits": Bait(bait)}),
-            )
-        ):
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(undisturbed, copy)
-            folder = copy / "checkpoints/demo/seed0"
-            write(folder / name)
-            if name == "teacher.logits":
-                (folder / "student_kd.pt").unlink()  # so that the logits are read
-            status, output = run(teacher_student_model.main, *small_flags(copy, *LONGER))
-            assert not bait.exists(), (name, number)
-            assert status == (2 if name == "student.pt" else 0), output
-    hub.mkdir(parents=True)
-    torch.save({"fc.weight": Bait(bait)}, hub / "resnet18-f37072fd.pth")
-    words = small_flags(tmp_path / "imagenet", "--only=student", "--student.pretrained=true")
-    status, output = run(custom_resnet.main, *words)
-    assert not bait.exists()
-    assert status == 2
-    assert "cannot be used" in output
-    print("\nthree kinds of pickle as checkpoint and as logits, one as ImageNet weights: 7 of 7 inert")
 
 
 HOSTILE_NAMES = (

@@ -107,17 +107,6 @@ def test_the_seed_of_a_shared_teacher_is_not_asked_of_its_students(trained, tmp_
     assert {(model.name, model.seed) for model in models} == {("teacher", 0), ("student", 1), ("student_kd", 1)}
 
 
-def test_sweeps_of_one_row_over_different_settings_are_reported(trained, tmp_path):
-    folder = copy_of(trained, tmp_path)
-    shutil.rmtree(folder / "seed1")
-    for sweep in ("student_kd.alpha=0,1", "student_kd.temperature=7"):
-        teacher_student_model.main(flags(tmp_path, "--sweep", sweep, "--student_kd.epochs=1"))
-    evaluate.main(["--run=demo", *paths(tmp_path)])
-    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
-    assert [entry["values"] for entry in results["sweeps"]["student_kd"]] == [{"alpha": 0.0}, {"alpha": 1.0}]
-    assert "student_kd-temperature-7" in results["models"]
-
-
 def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(trained, tmp_path, capsys, monkeypatch):
     folder = copy_of(trained, tmp_path)
 

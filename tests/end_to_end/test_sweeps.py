@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import flags, paths
@@ -11,6 +12,7 @@ from config import PRESETS, parse
 from engine.errors import UserError
 from engine.recipes import baseline_of
 from engine.sweeps import name_of
+from report import write
 
 
 def test_a_sweep_replaces_a_row_by_all_combinations():
@@ -67,34 +69,39 @@ def test_an_option_of_the_soft_loss_is_swept_beside_the_others_that_are_given():
 
 
 def test_a_grown_sweep_trains_only_its_new_rows_and_is_reported(tmp_path, capsys):
-    words = flags(tmp_path, "--student_kd.epochs=1", "--student.epochs=1", "--teacher.epochs=1", "--sweep")
+    words = flags(tmp_path, *[f"--{name}.epochs=1" for name in ("teacher", "student", "student_kd")], "--sweep")
     teacher_student_model.main([*words, "student_kd.temperature=1"])
     capsys.readouterr()
-    grown = [*words, "student_kd.temperature=1,4", "student_kd.alpha=0.25,0"]
-    teacher_student_model.main(grown)
+    teacher_student_model.main([*words, "student_kd.temperature=1", "student_kd.alpha=0.25,0"])
     output = capsys.readouterr().err
     assert output.count("which was trained with the same settings") == 1  # the row with T = 1 and alpha = 0.25
-    assert len(re.findall(r"student_kd\S+ seed 0  epoch", output)) == 3
-    capsys.readouterr()
+    assert len(re.findall(r"student_kd\S+ seed 0  epoch", output)) == 1
     evaluate.main(["--run=demo", *paths(tmp_path)])
     report = tmp_path / "imgs/demo"
     results = json.loads((report / "results.json").read_text())
-    assert len(results["comparisons"]) == 5  # that of the first sweep, too
-    assert [point["values"] for point in results["sweeps"]["student_kd"]] == [
-        {"temperature": t, "alpha": a} for t in (1.0, 4.0) for a in (0.25, 0.0)
-    ]
-    assert (report / "sweep_student_kd.png").exists()
-    assert (report / "effects.png").exists()
+    assert len(results["comparisons"]) == 3  # that of the first sweep, too
+    expected = [{"temperature": 1.0, "alpha": a} for a in (0.25, 0.0)]
+    assert [point["values"] for point in results["sweeps"]["student_kd"]] == expected
     text = (report / "results.md").read_text()
-    assert "sweep_student_kd.png" in text
-    assert "Effects, sorted; p after Holm's correction" in text
+    for figure in ("sweep_student_kd.png", "effects.png"):
+        assert (report / figure).exists()
+        assert figure in text
     evaluate.main(["--run=demo", *paths(tmp_path), "--only", "student"])
     assert "sweep_" not in (report / "results.md").read_text()  # no link to a figure that is not drawn
 
 
+def test_of_sweeps_of_one_row_over_different_settings_the_larger_is_reported():
+    points = {"a": {"alpha": 0.0}, "b": {"alpha": 1.0}, "c": {"temperature": 7.0}}
+    config = SimpleNamespace(swept={"student_kd": points})
+    assert write.sweeps(config, "abc") == {"student_kd": {"a": {"alpha": 0.0}, "b": {"alpha": 1.0}}}
+    assert write.sweeps(config, "c") == {"student_kd": {"c": {"temperature": 7.0}}}
+    assert write.sweeps(config, "x") == {}
+
+
 def baselines(*sweep: str, preset: str = "demo") -> dict[str, str | None]:
+    """The baseline of student_kd, or of each row of its sweep."""
     recipes = parse(["--preset", preset, "--sweep", *sweep]).recipes
-    return {name: baseline_of(name, recipes) for name, recipe in recipes.items() if recipe.teacher}
+    return {name: baseline_of(name, recipes) for name in recipes if name.startswith("student_kd")}
 
 
 def test_a_swept_model_is_compared_with_the_row_of_its_own_settings():

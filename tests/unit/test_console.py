@@ -76,22 +76,6 @@ def test_results_are_printed_in_any_encoding(monkeypatch):
         assert written.getvalue().strip() == expected
 
 
-def test_results_are_printed_to_a_stdout_that_is_not_a_file(monkeypatch):
-    class Collector:
-        text = ""
-
-        def write(self, text):
-            self.text += text
-
-        def flush(self):
-            pass
-
-    collector = Collector()
-    monkeypatch.setattr(sys, "stdout", collector)
-    print_result("class 名")
-    assert collector.text == "class 名\n"
-
-
 def test_a_closed_pipe_is_not_an_error():
     """As `| true` does; more text than a pipe holds, and once more after the pipe is closed."""
     code = "from engine.console import print_result; print_result('名' * 200_000); print_result('again')"

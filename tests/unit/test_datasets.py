@@ -76,9 +76,10 @@ AUGMENTATIONS = ["crop", "trivialaugment", "randomerasing"]
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each_image(config, digits, name):
     config = replace(config, augment=name, image_size=8, batch_size=10)
-    plain = epoch_of(replace(config, augment="none"), digits, seed=1, epoch=2)
-    first, again = (epoch_of(config, digits, seed=1, epoch=2) for _ in range(2))
-    resumed = epoch_of(config, digits, seed=1, epoch=2, first_step=3)
+    how = {"seed": 1, "epoch": 2, "subset": digits.subset(60)}
+    plain = epoch_of(replace(config, augment="none"), digits, **how)
+    first, again = (epoch_of(config, digits, **how) for _ in range(2))
+    resumed = epoch_of(config, digits, **how, first_step=3)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a.images, b.images) for a, b in zip(first[3:], resumed, strict=True))
     torch.rand(3)
@@ -97,7 +98,7 @@ def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each
         assert torch.equal(image, prepare(expected[None])[0])
         changed += not torch.equal(expected, original.flip(2) if flipped else original)
     assert changed >= 3
-    other = epoch_of(config, digits, seed=1, epoch=3)
+    other = epoch_of(config, digits, **{**how, "epoch": 3})
     assert not any(torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
 
 

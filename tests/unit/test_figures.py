@@ -56,7 +56,6 @@ def test_figures_of_many_classes_have_a_bounded_size():
     for figure in (
         figures.confusion_figure(counts, classes, "x"),
         figures.report_figure(scores, support, classes, "x"),
-        figures.confusion_difference_figure(counts, counts, classes, "x"),
         figures.class_differences_figure(comparison(classes), "black"),
     ):
         assert figure.get_size_inches().max() < 15

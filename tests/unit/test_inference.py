@@ -8,7 +8,7 @@ from conftest import random_images
 from torch import nn
 
 from custom_resnet import build_resnet
-from engine import inference
+from engine import distributed, inference
 from engine.images import prepare
 from engine.inference import NotFinite, fold_batchnorm, predict
 
@@ -192,3 +192,17 @@ def test_logits_that_are_not_finite_are_refused(model, device):
     floats[3] = 0
     with pytest.raises(NotFinite, match=r"of 1 of 5 images.*first those of image 3 "):
         predict(OnBlack(), floats, batch_size=2)
+
+
+def test_with_more_processes_than_images_each_image_is_predicted_once(model, device, monkeypatch):
+    """Of five processes on two images, three compute nothing; the sum over all is the prediction of one."""
+    images = random_images(2, 8, 8).to(device)
+    alone, parts = predict(model, images, 16), []
+    monkeypatch.setattr(inference, "all_reduce_sum", lambda logits: parts.append(logits) or logits)
+    for rank in range(5):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 5)
+        monkeypatch.setattr(inference, "all_reduce_max", lambda *values: list(values))
+        predict(model, images, 16)
+    assert sum(part.any().item() for part in parts) == 2
+    torch.testing.assert_close(sum(parts), alone, atol=1e-5, rtol=0)

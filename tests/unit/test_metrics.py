@@ -74,6 +74,14 @@ def test_the_order_of_equally_confident_images_does_not_matter():
     assert reliability([logits], labels)[:, 1].max() < 0.6  # in the order of the labels, 1.0
 
 
+def test_the_calibration_error_does_not_depend_on_the_order_of_the_images():
+    logits, labels = some_logits()
+    order = np.random.default_rng(1).permutation(len(labels))
+    error = expected_calibration_error(logits, labels)
+    assert expected_calibration_error(logits[order], labels[order]) == pytest.approx(error, rel=1e-12)
+    assert expected_calibration_error(logits, labels[order]) != pytest.approx(error, rel=1e-3)
+
+
 def test_ties_are_the_images_whose_highest_logit_several_classes_share():
     first = np.array([[2.0, 2.0, 1.0], [1.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
     second = np.array([[2.0, 1.0, 1.0], [1.0, 3.0, 3.0], [0.0, 0.1, 0.2]])

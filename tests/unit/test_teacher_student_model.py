@@ -1,16 +1,13 @@
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from conftest import fit, flags, override
+from conftest import fit
 
 import custom_resnet
-import evaluate
 import teacher_student_model
 from engine import checkpoints, datasets
 from engine.errors import UserError
@@ -247,17 +244,6 @@ def test_distillation_leaves_the_teacher_unchanged(config, digits):
     assert Model("teacher", 0, config).path.read_bytes() == before
 
 
-def test_the_script_trains_every_recipe_and_seed_once(trained, capsys):
-    folder = trained / "checkpoints"
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if path.is_file())  # no locks
-    names = ("student.pt", "student_kd.pt", "teacher.logits", "teacher.pt")
-    assert files == [f"demo/seed{seed}/{name}" for seed in (0, 1) for name in names]
-    times = {path: (folder / path).stat().st_mtime_ns for path in files}
-    teacher_student_model.main(flags(trained, "--seeds", "0", "1"))
-    assert {path: (folder / path).stat().st_mtime_ns for path in files} == times
-    assert capsys.readouterr().err.count("is finished") == 6
-
-
 def test_the_teacher_sees_the_very_pixels_of_the_student(config, digits, teacher):
     for changes in (
         {"crop_padding": 2},
@@ -349,69 +335,9 @@ def test_a_shuffled_teacher_needs_stored_logits(config):
             replace(config, recipes=recipes, **changes)
 
 
-def test_with_unlimited_views_the_teacher_runs_online(tmp_path, capsys):
-    teacher_student_model.main(flags(tmp_path, "--augment", "trivialaugment"))
-    assert "logits of teacher" not in capsys.readouterr().err
-    assert {path.name for path in tmp_path.rglob("[!.]*.*") if path.is_file()} == {
-        "teacher.pt",
-        "student.pt",
-        "student_kd.pt",
-    }
-
-
-def test_a_chain_of_teachers_is_trained_in_order(tmp_path, capsys):
-    chain = ["--student.teacher", "teacher", "--student_kd.teacher", "student", "--only", "student_kd", "student"]
-    with pytest.raises(SystemExit) as exit:
-        teacher_student_model.main(flags(tmp_path, *chain))
-    assert exit.value.code == 2
-    assert "the teacher 'teacher' is not trained yet" in capsys.readouterr().err
-    teacher_student_model.main(flags(tmp_path, *chain, "teacher"))
-    state = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student_kd.pt")
-    middle = checkpoints.load_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt")
-    assert state["settings"]["weights of the teacher"] == checkpoints.tensors_digest(middle["model"])
-
-
-def test_a_student_of_another_teacher_is_refused_and_overwrite_trains_only_what_differs(trained, tmp_path, capsys):
-    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    other = flags(tmp_path, "--teacher.lr", "0.02")
-    with pytest.raises(SystemExit):
-        teacher_student_model.main(other)
-    assert "teacher.lr was 0.01, is now 0.02" in capsys.readouterr().err
-    teacher_student_model.main(override(other, "--only", "teacher", "--overwrite"))
-    with pytest.raises(SystemExit):
-        teacher_student_model.main(other)
-    assert "weights of the teacher was" in capsys.readouterr().err
-    teacher_student_model.main(override(other, "--overwrite"))
-    output = capsys.readouterr().err
-    assert [line for line in output.splitlines() if "is finished" in line] == [
-        f"{name} seed 0  is {what}: {tmp_path}/checkpoints/demo/seed0/{name}.pt"
-        for name, what in (("teacher", "finished"), ("student", "finished"), ("student_kd", "finished"))
-    ]
-
-
 def test_load_teacher_reports_a_missing_file(config, digits):
     with pytest.raises(UserError, match=r"seed0/teacher.pt.*not trained yet"):
         load_teacher(Model("teacher", 0, config), digits)
-
-
-def test_a_teacher_with_other_settings_is_refused(trained, tmp_path, capsys):
-    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    with pytest.raises(SystemExit):
-        teacher_student_model.main(flags(tmp_path, "--teacher.lr=0.5", "--only=student_kd", "--student_kd.alpha=0.5"))
-    assert "student_kd.alpha was 0.25" in capsys.readouterr().err
-    (tmp_path / "checkpoints/demo/seed0/student_kd.pt").unlink()
-    with pytest.raises(SystemExit):
-        teacher_student_model.main(flags(tmp_path, "--teacher.lr=0.5", "--only=student_kd"))
-    assert "teacher.lr was 0.01, is now 0.5" in capsys.readouterr().err
-
-
-def test_a_finished_student_does_not_need_its_teacher(trained, tmp_path, capsys):
-    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    (tmp_path / "checkpoints/demo/seed0/teacher.pt").unlink()
-    words = flags(tmp_path, "--only", "student", "student_kd")
-    teacher_student_model.main(words)
-    assert capsys.readouterr().err.count("is finished") == 2
-    evaluate.main(words)
 
 
 def test_online_and_stored_logits_train_the_same_student(config, digits, teacher):
@@ -428,27 +354,3 @@ def test_online_and_stored_logits_train_the_same_student(config, digits, teacher
         assert len(history) == 2
     moved = (weights[0] - weights[1]).norm() / weights[0].norm()
     assert moved < 1e-3
-
-
-def test_the_original_set_up_runs_end_to_end(miniature_cifar10, hub, tmp_path, capsys):
-    """CIFAR-10 and ImageNet weights from torchvision's own places, with stand-ins in them; smaller and shorter."""
-    hub.mkdir(parents=True)
-    for arch, file in (("resnet18", "resnet18-f37072fd.pth"), ("resnet50", "resnet50-11ad3fa6.pth")):
-        torch.save(torchvision.models.get_model(arch).state_dict(), hub / file)
-    paths = {"data_path": miniature_cifar10.parent, "checkpoints_path": tmp_path / "c", "imgs_path": tmp_path / "i"}
-    small = {
-        "image_size": 32,
-        "precision": "fp32",
-        "batch_size": 50,
-        "teacher.epochs": 1,
-        "student.epochs": 1,
-        "student_kd.epochs": 2,
-    }
-    words = [f"--{name}={value}" for name, value in {**paths, **small, "device": "cpu"}.items()]
-    teacher_student_model.main(words)
-    evaluate.main(words)
-    output = capsys.readouterr()
-    assert "cifar10, 100 training and 20 test images of 10 classes at 32 px" in output.err
-    assert "resnet50, 23.5 million parameters, from ImageNet weights" in output.err
-    assert [line.split("|")[1].strip() for line in output.out.splitlines()[2:5]] == ["plane", "car", "bird"]
-    assert (tmp_path / "i/cifar10/results.md").is_file()
