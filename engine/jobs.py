@@ -27,7 +27,8 @@ def start_workers(work: Callable[..., None], jobs: int, method: str) -> Iterator
 
     Those that are at work are asked to stop, which saves their state.
     """
-    context, workers = multiprocessing.get_context(method), []
+    context: Any = multiprocessing.get_context(method)
+    workers: list[Worker] = []
     try:
         for _ in range(jobs):
             ours, theirs = context.Pipe()

@@ -9,13 +9,14 @@ trained once. What each row was expected to show is in docs/predictions.md.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from engine.recipes import Recipe
 from engine.settings import Config
 
-SCRATCH = {"pretrained": False, "schedule": "onecycle", "weight_decay": 5e-4, "nesterov": True}
-TEACHER = Recipe(arch="resnet50", epochs=4, lr=0.02, **SCRATCH)
-STUDENT = Recipe(arch="resnet18", epochs=15, lr=0.05, train_size=5000, **SCRATCH)
+scratch = partial(Recipe, pretrained=False, schedule="onecycle", weight_decay=5e-4, nesterov=True)
+TEACHER = scratch(arch="resnet50", epochs=4, lr=0.02)
+STUDENT = scratch(arch="resnet18", epochs=15, lr=0.05, train_size=5000)
 KD = replace(STUDENT, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
 VARIANT = replace(KD, baseline="kd")  # compared with plain KD, from which it differs in one setting
 ROWS = {"teacher": TEACHER, "student": STUDENT, "kd": KD}
@@ -87,12 +88,11 @@ METHODS = ROWS | {loss: replace(VARIANT, soft_loss=loss) for loss in ("dkd", "di
 
 # An experiment like the author's: all models start from ImageNet weights, see the same images, and are trained for five
 # epochs at a constant rate. 3.57 = 1 / (0.25 + 0.75 / 25) makes up for the smaller step without T^2.
-ROW = {"lr": 0.003, "epochs": 5}
-ALONE = Recipe(arch="timm:tf_efficientnet_lite0", weights="data/efficientnet_lite0.pth", **ROW)
+ALONE = Recipe(arch="timm:tf_efficientnet_lite0", weights="data/efficientnet_lite0.pth", lr=0.003, epochs=5)
 TAUGHT = replace(ALONE, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
 UNSCALED = replace(TAUGHT, scale_soft_loss=False, baseline="kd")
 FINETUNING = {
-    "teacher": Recipe(arch="timm:tf_efficientnet_lite2", weights="data/efficientnet_lite2.pth", **ROW),
+    "teacher": replace(ALONE, arch="timm:tf_efficientnet_lite2", weights="data/efficientnet_lite2.pth"),
     "student": ALONE,
     "kd": TAUGHT,
     "kd_unscaled": UNSCALED,
@@ -104,17 +104,16 @@ FINETUNING = {
     "kd_unscaled_lr_0_001": replace(UNSCALED, lr=0.001, baseline="kd_lr_0_001"),
 }
 
-COMMON = {"image_size": 64, "validation_size": 2000, "seeds": (0, 1, 2, 3, 4)}
-THREE_SEEDS = {**COMMON, "seeds": (2, 3, 4)}
+study = partial(Config, image_size=64, validation_size=2000)
 STUDY = {
-    "ablation": Config(ABLATION, run="ablation", **COMMON),
-    "controls": Config(CONTROLS, run="controls", **COMMON),
-    "low_data": Config(LOW_DATA, run="low_data", **THREE_SEEDS),
-    "teachers": Config(TEACHERS, run="teachers", **THREE_SEEDS),
-    "views": Config(VIEWS, run="views", augment="crop", **THREE_SEEDS),
-    "methods": Config(METHODS, run="methods", **THREE_SEEDS),
+    "ablation": study(ABLATION, run="ablation", seeds=(0, 1, 2, 3, 4)),
+    "controls": study(CONTROLS, run="controls", seeds=(0, 1, 2, 3, 4)),
+    "low_data": study(LOW_DATA, run="low_data", seeds=(2, 3, 4)),
+    "teachers": study(TEACHERS, run="teachers", seeds=(2, 3, 4)),
+    "views": study(VIEWS, run="views", augment="crop", seeds=(2, 3, 4)),
+    "methods": study(METHODS, run="methods", seeds=(2, 3, 4)),
 }
 # Not in docs/answer.md: docs/finetuning.md has its rules and predictions.
 FURTHER = {
-    "finetuning": Config(FINETUNING, run="finetuning", precision="fp32", **{**COMMON, "seeds": (1, 2, 3, 4, 5, 6)}),
+    "finetuning": study(FINETUNING, run="finetuning", precision="fp32", seeds=(1, 2, 3, 4, 5, 6)),
 }

@@ -123,8 +123,8 @@ def paired_interval(correct: np.ndarray, correct_baseline: np.ndarray) -> tuple[
 
     It covers the sampling of test images (normal) and, with several seeds, that of seeds (Student's t).
     """
-    mean, *errors = paired_errors(correct, correct_baseline)
-    half = half_width(0.05, *errors, len(correct))
+    mean, over_images, over_seeds = paired_errors(correct, correct_baseline)
+    half = half_width(0.05, over_images, over_seeds, len(correct))
     return max(-1.0, mean - half), min(1.0, mean + half)
 
 
@@ -133,10 +133,10 @@ def paired_p(correct: np.ndarray, correct_baseline: np.ndarray) -> float:
 
     At the level 0.05 the interval is `paired_interval`, so that p < 0.05 exactly if that excludes 0. At least 1e-300.
     """
-    mean, *errors = paired_errors(correct, correct_baseline)
+    mean, over_images, over_seeds = paired_errors(correct, correct_baseline)
 
     def excess(log_level: float) -> float:
-        return half_width(math.exp(log_level), *errors, len(correct)) - abs(mean)
+        return half_width(math.exp(log_level), over_images, over_seeds, len(correct)) - abs(mean)
 
     smallest = math.log(1e-300)
     if mean == 0:
