@@ -74,6 +74,7 @@ def test_every_number_can_be_recomputed_from_the_predictions(report):
         assert text == f"seed 0\n{reports[0]}\nseed 1\n{reports[1]}"  # each image counts once
     (comparison,) = results["comparisons"]
     assert (comparison["model"], comparison["baseline"]) == ("student_kd", "student")
+    assert comparison["environments_differ"] == []
     right = {model: np.array([p == labels for p in predictions[model]]) for model in models}
     difference = right["student_kd"].mean(1) - right["student"].mean(1)
     assert comparison["difference"] == pytest.approx(difference.mean())
