@@ -44,6 +44,7 @@ gpu: .venv/installed-for-tests
 lint: .venv/installed-for-tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 .venv/bin/python:
 	$(PYTHON3) -m venv .venv

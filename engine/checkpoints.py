@@ -116,6 +116,11 @@ class Checkpoint:
             )
         return checkpoint
 
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """Raises UserError if the file cannot be read, is damaged or holds something else."""
+        return cls.from_file(path, load_checkpoint(path))
+
     @property
     def finished(self) -> bool:
         return self.progress is None
@@ -148,7 +153,7 @@ def remove_export(path: Path) -> None:
 
 def load_training(path: Path) -> Checkpoint | None:
     """A model, finished or not; None if there is no file. Raises UserError if it is not ours."""
-    return Checkpoint.from_file(path, load_checkpoint(path)) if path.exists() else None
+    return Checkpoint.load(path) if path.exists() else None
 
 
 @on_rank0
@@ -202,7 +207,7 @@ def weights_digest(path: Path) -> str | None:
 
 @lru_cache
 def digest_of_version(path: Path, modified: int) -> str:
-    return tensors_digest(Checkpoint.from_file(path, load_checkpoint(path)).weights)
+    return tensors_digest(Checkpoint.load(path).weights)
 
 
 @on_rank0

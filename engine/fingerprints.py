@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import named
-from engine.checkpoints import (
-    Checkpoint,
-    load_checkpoint,
-    load_finished,
-    load_training,
-    read_metadata,
-    tensors_digest,
-    weights_digest,
-)
+from engine.checkpoints import Checkpoint, load_finished, load_training, read_metadata, tensors_digest, weights_digest
 from engine.console import log
 from engine.datasets import Dataset
 from engine.distributed import on_rank0
@@ -210,7 +202,7 @@ def find_identical_model(model: Model, settings: dict[str, Any]) -> tuple[Path, 
         if found.environment.get("code") != code_digest() or model.config.precision not in ("auto", found.precision):
             continue
         with contextlib.suppress(UserError):
-            return path, Checkpoint.from_file(path, load_checkpoint(path))
+            return path, Checkpoint.load(path)
     return None
 
 
