@@ -180,10 +180,12 @@ def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: 
 
 def differences(checkpoint: Checkpoint, config: Config) -> str:
     """What is said of a finished model if its code or its precision is not that of this run."""
+    if not checkpoint.history:  # its weights are used as they are
+        return ""
     found = []
     if checkpoint.environment.get("code") != code_digest():
         found.append("it was trained by another version of the code; --overwrite trains it again")
-    if checkpoint.history and checkpoint.precision != config.precision:
+    if checkpoint.precision != config.precision:
         found.append(f"it was trained in {checkpoint.precision}, and this run uses {config.precision}")
     return "".join(f"; {difference}" for difference in found)
 

@@ -128,7 +128,7 @@ class Checkpoint:
     @property
     def precision(self) -> str:
         """That of its training: fp32 or bf16."""
-        return self.environment["precision"].split()[0]
+        return self.environment.get("precision", "fp32").split()[0]
 
     @property
     def training_state(self) -> dict[str, Any]:

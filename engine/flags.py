@@ -80,7 +80,9 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     for setting, rows in taken.items():
         others = [name for name in preset.recipes if name not in rows]
         if not rows:
-            problems.append(f"--{setting} {show(of_all[setting])}: no recipe can take this value")
+            of_last = conflicts({**vars(list(preset.recipes.values())[-1]), setting: of_all[setting]})
+            why = "".join(f"; {problem}" for problem in of_last.values())
+            problems.append(f"--{setting} {show(of_all[setting])}: no recipe can take this value{why}")
         elif others:
             log.info(f"--{setting} {show(of_all[setting])} has no effect on {', '.join(others)}, which it leaves alone")
     try:
@@ -102,7 +104,12 @@ def values_for_row(name: str, recipe: Recipe, of_all: dict[str, Any], of_row: di
         del chosen["baseline"]
     if recipe.epochs == 0:  # its weights are used as they are
         chosen.pop("epochs", None)
-    while unsuitable := chosen.keys() & conflicts({**vars(recipe), **chosen, **of_row}).keys():
+    while chosen and (problems := conflicts({**vars(recipe), **chosen, **of_row})):
+        unsuitable = chosen.keys() & problems.keys()
+        if not unsuitable:  # they clash with settings that the row has
+            unsuitable = {setting for setting, value in chosen.items() if conflicts({**vars(recipe), setting: value})}
+        if not unsuitable:  # the flags of the row are wrong by themselves
+            break
         chosen = {setting: value for setting, value in chosen.items() if setting not in unsuitable}
     return chosen
 

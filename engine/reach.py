@@ -117,12 +117,12 @@ def imported(statement: ast.stmt, name: str | None, file: Path) -> Iterator[tupl
                 yield found, None if alias.name == "*" else alias.name
 
 
-def reach(path: Path, name: str | None) -> tuple[set[str], set[str]]:
-    """The sources of all that `name` of a file reaches, and the names of files that had to be taken as a whole.
+def reach(path: Path, name: str | None) -> tuple[list[str], set[str]]:
+    """The sources of all that `name` of a file reaches, in order, and the files that had to be taken as a whole.
 
     A file is taken as a whole where its reach is hidden, as by `getattr`; without a name it is taken so, too.
     """
-    parts: set[str] = set()
+    parts: dict[tuple[Path, int], str] = {}  # file and line -> source
     hidden: set[str] = set()
     waiting: list[tuple[Path, str | None]] = [(path, name)]
     visited = set()
@@ -141,12 +141,12 @@ def reach(path: Path, name: str | None) -> tuple[set[str], set[str]]:
                 waiting.append((file, None))
             waiting += [(file, name) for name in used]
             waiting += imported(statement, wanted, file)
-            parts.add(source.text(statement))
-    return parts - {""}, hidden
+            parts[file, statement.lineno] = source.text(statement)
+    return [parts[place] for place in sorted(parts) if parts[place]], hidden
 
 
 def digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 # Our code that weights depend on.

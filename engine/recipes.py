@@ -110,7 +110,8 @@ class Recipe:
     def __post_init__(self) -> None:
         invalid = invalid_fields(self)
         # Conflicts between fields are checked with the default in place of a value that is itself wrong.
-        problems = conflicts({**vars(self), **{field: DEFAULTS[field] for field in invalid}})
+        wrong = {*invalid, *(("loss_options",) if "soft_loss" in invalid else ())}
+        problems = conflicts({**vars(self), **{field: DEFAULTS[field] for field in wrong}})
         if invalid or problems:
             raise UserError(*{**problems, **invalid}.values())
         if self.weights not in (None, "random"):
