@@ -178,9 +178,8 @@ def load_or_copy(model: Model, dataset: Dataset) -> Checkpoint | None:
     """
     settings = training_settings(model, dataset)
     checkpoint = load_matching(model.path, settings, model.config.overwrite)
-    if checkpoint is None and (identical := find_identical_model(model, settings)):
-        source, found = identical
-        checkpoint = replace(found, name=model.name, config=asdict(model.config))
+    if checkpoint is None and (source := find_identical_model(model, settings)):
+        checkpoint = replace(Checkpoint.load(source), name=model.name, config=asdict(model.config))
         checkpoint.save(model.path)
         logits = source.with_suffix(".logits")
         if logits.exists():
@@ -189,7 +188,7 @@ def load_or_copy(model: Model, dataset: Dataset) -> Checkpoint | None:
     return checkpoint
 
 
-def find_identical_model(model: Model, settings: dict[str, Any]) -> tuple[Path, Checkpoint] | None:
+def find_identical_model(model: Model, settings: dict[str, Any]) -> Path | None:
     """A finished model with these settings, by this code and in this precision, in any run under `checkpoints_path`.
 
     One of the same name is preferred; damaged ones are passed over. With precision = auto either one will do.
@@ -202,7 +201,8 @@ def find_identical_model(model: Model, settings: dict[str, Any]) -> tuple[Path, 
         if found.environment.get("code") != code_digest() or model.config.precision not in ("auto", found.precision):
             continue
         with contextlib.suppress(UserError):
-            return path, Checkpoint.load(path)
+            Checkpoint.load(path)
+            return path
     return None
 
 

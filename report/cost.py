@@ -24,7 +24,7 @@ from report.comparisons import Models, distilled
 class Operations(TorchDispatchMode):
     """Records the operations that are executed in this context."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seen: set[torch._ops.OpOverload] = set()
 
