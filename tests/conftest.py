@@ -39,10 +39,11 @@ ROOT = Path(__file__).parent.parent
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SMALL = {"arch": "timm:test_resnet", "epochs": 2, "lr": 0.01, "pretrained": False}  # 1.5 MB, in place of 45
 SMALL |= {"train_size": 100, "schedule": "constant"}
-SMALL_FLAGS = [
-    *("--preset", "demo", "--image_size", "16", "--batch_size", "25", "--precision", "fp32", "--seeds", "0"),
-    *("--validation_size", "0", "--student_kd.teacher_seed", "none", "--student_kd.temperature", "5"),
-    *(f"--{name}.{field}={value}" for name in ("teacher", "student", "student_kd") for field, value in SMALL.items()),
+SMALL_FLAGS = [  # all that they depend on, so that config.py can be edited
+    *("--preset", "scratch", "--run", "demo", "--dataset", "digits", "--image_size", "16", "--batch_size", "25"),
+    *("--precision", "fp32", "--seeds", "0", "--horizontal_flip", "0", "--weight_decay", "0.0005", "--momentum", "0.9"),
+    *("--nesterov", "true", "--optimizer", "sgd", "--student_kd.temperature", "5", "--student_kd.alpha", "0.25"),
+    *(f"--{field}={value}" for field, value in SMALL.items()),
     "--teacher.weight_decay=0.001",  # otherwise teacher and student would be the same model
 ]
 

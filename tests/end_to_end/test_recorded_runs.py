@@ -116,27 +116,27 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
 
     for path in folder.glob("seed*/*.pt"):
         config = load_checkpoint(path)["config"]
-        assert config["preset"] == "demo"
+        assert config["preset"] == "scratch"
         config["recipes"]["student_kd"]["baseline"] = "teacher"
         rewrite(path, config=config)
     assert baseline() is None  # as config.py's demo has it
     monkeypatch.setattr("config.ALL_PRESETS", {})
     assert baseline() == "teacher"
-    edited = replace(PRESETS["demo"].recipes["student_kd"], baseline="student")
-    recipes = {**PRESETS["demo"].recipes, "student_kd": edited}
-    monkeypatch.setattr("config.ALL_PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
+    edited = replace(PRESETS["scratch"].recipes["student_kd"], baseline="student")
+    recipes = {**PRESETS["scratch"].recipes, "student_kd": edited}
+    monkeypatch.setattr("config.ALL_PRESETS", {"scratch": replace(PRESETS["scratch"], recipes=recipes)})
     assert baseline() == "student"
     parse_recorded(["--run=demo", *paths(tmp_path)], {})
     assert "student_kd.baseline is student in config.py, which counts, and teacher in the checkpoint" in (
         capsys.readouterr().err
     )
     assert baseline("--student_kd.baseline", "teacher") == "teacher"
-    swept = replace(PRESETS["demo"], recipes=recipes, sweep=("student.lr=0.01",))  # in config.py, not by a flag
-    monkeypatch.setattr("config.ALL_PRESETS", {"demo": swept})
+    swept = replace(PRESETS["scratch"], recipes=recipes, sweep=("student.lr=0.01",))  # in config.py, not by a flag
+    monkeypatch.setattr("config.ALL_PRESETS", {"scratch": swept})
     assert baseline() == "student-lr-0_01"
-    new = replace(PRESETS["demo"].recipes["student"], lr=0.5)
+    new = replace(PRESETS["scratch"].recipes["student"], lr=0.5)
     recipes |= {"unborn": new, "student_kd": replace(edited, baseline="unborn")}
-    monkeypatch.setattr("config.ALL_PRESETS", {"demo": replace(PRESETS["demo"], recipes=recipes)})
+    monkeypatch.setattr("config.ALL_PRESETS", {"scratch": replace(PRESETS["scratch"], recipes=recipes)})
     assert baseline() == "unborn"  # the report says that it is not trained yet
 
 

@@ -16,7 +16,7 @@ from report import write
 
 
 def test_a_sweep_replaces_a_row_by_all_combinations():
-    config = parse(["--preset", "demo", "--sweep", "student_kd.temperature=1,4.5", "student_kd.alpha=0,0.5"])
+    config = parse(["--preset", "scratch", "--sweep", "student_kd.temperature=1,4.5", "student_kd.alpha=0,0.5"])
     rows = {name: (r.temperature, r.alpha) for name, r in config.recipes.items() if r.teacher}
     assert rows == {
         "student_kd-temperature-1-alpha-0": (1.0, 0.0),
@@ -25,9 +25,11 @@ def test_a_sweep_replaces_a_row_by_all_combinations():
         "student_kd-temperature-4_5-alpha-0_5": (4.5, 0.5),
     }
     assert list(config.recipes)[:2] == ["teacher", "student"]
-    assert replace(PRESETS["demo"], sweep=config.sweep) == config  # as an edit of config.py
+    assert replace(PRESETS["scratch"], sweep=config.sweep) == config  # as an edit of config.py
     assert replace(config, seeds=(1,)).recipes == config.recipes
-    only = parse(["--preset", "demo", "--sweep", "student_kd.temperature=1,4", "--only", "teacher", "student_kd"]).only
+    only = parse(
+        ["--preset", "scratch", "--sweep", "student_kd.temperature=1,4", "--only", "teacher", "student_kd"]
+    ).only
     assert only == ("teacher", "student_kd-temperature-1", "student_kd-temperature-4")
 
 
@@ -48,7 +50,7 @@ def test_a_sweep_replaces_a_row_by_all_combinations():
 )
 def test_a_mistake_in_a_sweep_is_named(word, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        parse(["--preset", "demo", "--sweep", word])
+        parse(["--preset", "scratch", "--sweep", word])
 
 
 def test_rows_are_named_by_their_values():
@@ -61,7 +63,7 @@ def test_rows_are_named_by_their_values():
 def test_an_option_of_the_soft_loss_is_swept_beside_the_others_that_are_given():
     words = ["--student_kd.soft_loss=dist", "--student_kd.loss_options=inter_weight=2"]
     words += ["--sweep", "student_kd.loss_options.intra_weight=1,0.5", "student_kd.alpha=0"]
-    recipes = parse(["--preset", "demo", *words]).recipes
+    recipes = parse(["--preset", "scratch", *words]).recipes
     assert {name: r.loss_options for name, r in recipes.items() if r.teacher} == {
         "student_kd-intra_weight-1-alpha-0": {"inter_weight": 2.0, "intra_weight": 1.0},
         "student_kd-intra_weight-0_5-alpha-0": {"inter_weight": 2.0, "intra_weight": 0.5},
@@ -98,21 +100,21 @@ def test_of_sweeps_of_one_row_over_different_settings_the_larger_is_reported():
     assert write.sweeps(config, "x") == {}
 
 
-def baselines(*sweep: str, preset: str = "demo") -> dict[str, str | None]:
+def baselines(*sweep: str, preset: str = "scratch") -> dict[str, str | None]:
     """The baseline of student_kd, or of each row of its sweep."""
     recipes = parse(["--preset", preset, "--sweep", *sweep]).recipes
     return {name: baseline_of(name, recipes) for name in recipes if name.startswith("student_kd")}
 
 
 def test_a_swept_model_is_compared_with_the_row_of_its_own_settings():
-    """By hand: the demo's student_kd has 18 epochs and a learning rate of 0.01."""
+    """By hand: in the preset scratch, student_kd has 30 epochs and all images."""
     assert baselines("student.epochs=1,20") == {"student_kd": None}
-    assert baselines("student.epochs=1,18") == {"student_kd": "student-epochs-18"}
+    assert baselines("student.epochs=1,30") == {"student_kd": "student-epochs-30"}
     assert baselines("student.lr=0.001,0.02", "student_kd.lr=0.001,0.02") == {
         "student_kd-lr-0_001": "student-lr-0_001",
         "student_kd-lr-0_02": "student-lr-0_02",
     }
-    assert baselines("student.train_size=50,100") == {"student_kd": "student-train_size-100"}
+    assert baselines("student.train_size=500,none") == {"student_kd": "student-train_size-none"}
     assert baselines("student_kd.temperature=1,4") == {
         "student_kd-temperature-1": "student",
         "student_kd-temperature-4": "student",

@@ -74,21 +74,9 @@ def momentum_free(parameters, lr):
 '''
 MY_HELPERS = "def distance(p, q, power):\n    return (p - q).abs().pow(power).sum(1).mean()\n"
 FLAGS = [
-    *(
-        "--preset",
-        "demo",
-        "--run",
-        "mine",
-        "--seeds",
-        "0",
-        "--epochs",
-        "2",
-        "--train_size",
-        "none",
-        "--image_size",
-        "8",
-    ),
-    *("--validation_size", "0", "--device", "cpu", "--arch", "my_project:TinyNet", "--dataset", "my_project:load"),
+    *("--preset", "scratch", "--run", "mine", "--seeds", "0", "--epochs", "2", "--image_size", "8"),
+    *("--batch_size", "25", "--precision", "fp32", "--horizontal_flip", "0", "--lr", "0.01"),
+    *("--device", "cpu", "--arch", "my_project:TinyNet", "--dataset", "my_project:load"),
     *("--augment", "my_project:jitter", "--soft_loss", "my_project:powered", "--temperature", "2"),
     *("--student.optimizer", "my_project:momentum_free", "--student.nesterov", "false", "--student.weight_decay", "0"),
     *("--student.schedule", "my_project:milestones", "--student_kd.baseline", "student"),

@@ -74,9 +74,11 @@ def test_a_run_has_one_precision_whatever_it_copies(tmp_path, trained, capsys):
 
 def test_a_renamed_row_is_copied_and_evaluated_under_its_new_name(tmp_path, trained, monkeypatch, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    recipes = dict(config_module.PRESETS["demo"].recipes)
+    recipes = dict(config_module.PRESETS["scratch"].recipes)
     recipes["renamed"] = recipes.pop("student")
-    monkeypatch.setitem(config_module.ALL_PRESETS, "demo", replace(config_module.PRESETS["demo"], recipes=recipes))
+    monkeypatch.setitem(
+        config_module.ALL_PRESETS, "scratch", replace(config_module.PRESETS["scratch"], recipes=recipes)
+    )
     words = [word.replace("--student.", "--renamed.") for word in flags(tmp_path)]
     custom_resnet.main(override(words, "--only=renamed"))
     assert "copied from" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def names_and_seeds(models: list[Model]) -> list[tuple[str, int]]:
 
 
 def test_one_teacher_seed_for_all_students_trains_one_teacher():
-    flags = "--preset demo --seeds 0 1 2 --student_kd.teacher_seed 7"
+    flags = "--preset scratch --seeds 0 1 2 --student_kd.teacher_seed 7"
     config = parse(flags.split())
     students = [(name, seed) for seed in (0, 1, 2) for name in ("student", "student_kd")]
     models = names_and_seeds(config.models())
@@ -69,7 +70,7 @@ def test_one_teacher_seed_for_all_students_trains_one_teacher():
         config, recipes={"student": Recipe(), "kd": Recipe(teacher="student", teacher_seed=7)}
     )
     assert of_its_own_kind.seeds_of("student") == [0, 1, 2]  # it is also the baseline
-    own = parse(["--preset", "demo", "--seeds", "0", "1", "--student_kd.teacher_seed", "none"])
+    own = parse(["--preset", "scratch", "--seeds", "0", "1"])
     assert Model("student_kd", 1, own).teacher == Model("teacher", 1, own)
     assert names_and_seeds(own.models())[:3] == [("teacher", 0), ("student", 0), ("student_kd", 0)]
     assert Model("student", 1, own).teacher is None
@@ -116,16 +117,17 @@ def values(field: str, recipes: dict[str, Recipe]) -> dict[str, object]:
 
 
 def test_a_value_is_the_flags_of_the_row_else_that_of_all_rows_else_the_rows_own_else_the_shared_one():
-    """The demo's rows share lr = 0.01, and have 5 and 18 epochs of their own."""
-    words = ["--preset", "demo"]
-    shared = parse(words).recipes
+    row = partial(Recipe, lr=0.01, epochs=7)
+    rows = {"teacher": row(epochs=5), "student": row(), "student_kd": row(teacher="teacher")}
+    parse = partial(flags.parse, {"mine": Config(rows, run="mine")}, script_flags={})
+    shared = parse(argv=[]).recipes
     assert values("lr", shared) == {"teacher": 0.01, "student": 0.01, "student_kd": 0.01}
-    assert values("epochs", shared) == {"teacher": 5, "student": 18, "student_kd": 18}
-    for_all = parse([*words, "--epochs", "3", "--lr=0.5"]).recipes
+    assert values("epochs", shared) == {"teacher": 5, "student": 7, "student_kd": 7}
+    for_all = parse(argv=["--epochs", "3", "--lr=0.5"]).recipes
     assert values("lr", for_all) == {"teacher": 0.5, "student": 0.5, "student_kd": 0.5}
     assert values("epochs", for_all) == {"teacher": 3, "student": 3, "student_kd": 3}
     for more in (["--student.epochs", "7", "--epochs", "3"], ["--epochs", "3", "--student.epochs", "7"]):
-        assert values("epochs", parse([*words, *more]).recipes) == {"teacher": 3, "student": 7, "student_kd": 3}
+        assert values("epochs", parse(argv=more).recipes) == {"teacher": 3, "student": 7, "student_kd": 3}
 
 
 OWN = Config(
@@ -523,7 +525,7 @@ def test_first_line_of_an_error_without_a_message_is_its_type():
 )
 def test_a_flag_or_a_swept_setting_given_twice_is_refused(words):
     with pytest.raises(UserError, match="twice"):
-        parse(["--preset", "demo", *words])
+        parse(["--preset", "scratch", *words])
 
 
 def test_a_flag_of_a_script_given_twice_is_refused(capsys):
