@@ -56,19 +56,22 @@ def fit(training: Training, dataset: Dataset, loss_fn: LossFunction) -> list[dic
             with forward_pass(config.device, config.precision):
                 logits = training.forward(batch.images).float()  # (B, C)
             terms = loss_fn(logits, batch)
-            loss = training.total_loss(logits, batch.labels, terms)
+            loss = training.measure_and_sum(logits, batch.labels, terms)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             training.scheduler.step()
-            if training.step_done():
+            stop = training.finish_step()
+            if stop:
                 return training.history
-        if training.epoch_done(evaluated=finish_epoch(training, dataset)):
-            break
+        evaluated = evaluate_and_record(training, dataset)
+        stop = training.finish_epoch(evaluated)
+        if stop:
+            return training.history
     return training.history
 
 
-def finish_epoch(training: Training, dataset: Dataset) -> bool:
+def evaluate_and_record(training: Training, dataset: Dataset) -> bool:
     """Evaluate the model on the held-out images and add a record to the history. It is not used for model selection.
 
     Returns False if a signal interrupts the evaluation, which is repeated when training resumes.

@@ -18,6 +18,7 @@ from engine.files import write_durably
 from engine.settings import Config
 
 FORMAT = 4
+CODE = "{} (its code)"  # the key of a digest of the user's code in a fingerprint
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -94,7 +95,7 @@ class Checkpoint:
     environment: dict[str, str]
     history: list[dict[str, float]]  # a record for each epoch
     weights: dict[str, torch.Tensor]
-    progress: dict[str, Any] | None = None  # what else training resumes from; None: it is finished
+    progress: dict[str, Any] | None = None  # optimizer, scheduler, step, totals, seconds; None: it is finished
 
     @classmethod
     def from_file(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":

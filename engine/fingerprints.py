@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from engine import named
-from engine.checkpoints import Checkpoint, load_finished, load_training, read_metadata, tensors_digest, weights_digest
+from engine.checkpoints import (
+    CODE,
+    Checkpoint,
+    load_finished,
+    load_training,
+    read_metadata,
+    tensors_digest,
+    weights_digest,
+)
 from engine.console import log
 from engine.datasets import Dataset
 from engine.distributed import on_rank0
@@ -20,7 +28,6 @@ from engine.reach import code_digest
 from engine.recipes import Recipe, is_of_timm
 from engine.settings import Config, Model
 from engine.soft_losses import code_of_soft_loss
-from engine.sources import is_of_the_user
 from engine.sweeps import Grid
 
 # The settings of Config that no weights depend on; the images of the data set have a digest of their own. Precision is
@@ -42,7 +49,6 @@ IRRELEVANT = {
     "checkpoints_path",
     "imgs_path",
 }
-CODE = "{} (its code)"  # the key of a digest of code in a fingerprint
 
 
 @on_rank0
@@ -61,8 +67,6 @@ def training_settings(model: Model, dataset: Dataset) -> dict[str, Any]:
             settings["config"][CODE.format("augment")] = named.code_of(config.augment)
         settings["selected training images"] = hashlib.sha256(subset.numpy().data).hexdigest()
     settings["images of the data set"] = dataset.digest
-    if is_of_the_user(config.dataset):
-        settings[CODE.format("dataset")] = named.code_of(config.dataset)
     if model.teacher:
         try:
             digest = weights_digest(model.teacher.path)

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from engine import named
-from engine.checkpoints import RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
+from engine.checkpoints import CODE, RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
 from engine.device import place
 from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.images import NORMALISATION
@@ -251,6 +251,11 @@ def shorten(classes: Sequence[str]) -> str:
 def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
     """The network of a checkpoint, in evaluation mode. Raises UserError if its weights do not fit or are not finite."""
     title = f"{checkpoint.name} seed {checkpoint.seed}"
+    trained_with = checkpoint.settings["recipe"].get(CODE.format("arch"))
+    if trained_with and trained_with != named.code_of(checkpoint.arch):
+        raise UserError(
+            f"{title}: {checkpoint.arch} has been edited since it was trained; undo the edit, or train anew"
+        )
     if wrong := nonfinite_tensors(checkpoint.weights):
         raise UserError(
             f"{title}: its checkpoint has values that are NaN or infinite, in {', '.join(at_most_ten(wrong))}; "

@@ -6,6 +6,7 @@ stranger can name nothing else. In config.py the object itself may stand in plac
 
 import importlib
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,8 @@ def name_of(value: Any) -> str:
     """MODULE:NAME of an object in config.py. Raises UserError unless a file of the user's defines it."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     named = f"{module}:{name}"
-    if not is_named(named) or module in SCRIPTS or not (reach.ROOT / f"{module}.py").is_file():
+    of_the_user = is_named(named) and module not in SCRIPTS and (reach.ROOT / f"{module}.py").is_file()
+    if not of_the_user or getattr(sys.modules.get(module), name, None) is not value:  # as of a wrapped function
         raise UserError(
             "must be defined, with a name, in a file of yours beside config.py, such as my_project.py; import it from "
             "there, or write 'my_project:NAME'"
@@ -68,5 +70,8 @@ def code_of(value: str) -> str:
     path, name = split(value)
     parts, hidden = reach.reach(path, name)
     for file in sorted(hidden):
-        log.info(f"{value}: {file} looks names up in a way that hides what it uses, so every edit of that file counts")
+        log.info(
+            f"{value}: {file} looks names up in a way that hides what it uses, so every edit of that file counts, and "
+            "an edit of a file that it looks up by name does not"
+        )
     return reach.digest(parts)

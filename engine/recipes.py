@@ -174,8 +174,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
     ):
         problems["stem"] = "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
     unused = {}
-    if values["soft_loss"] == "ttm":
-        unused["scale_soft_loss"] = "with soft_loss = ttm"
+    if values["soft_loss"] == "ttm" or is_named(values["soft_loss"]):
+        unused["scale_soft_loss"] = f"with soft_loss = {values['soft_loss']}, whose scale is its own"
     if values["teacher"] is None:
         unused |= dict.fromkeys(DISTILLATION_FIELDS, "without a teacher")
     if values["optimizer"] == "adamw":

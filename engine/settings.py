@@ -110,7 +110,7 @@ class Config:
         "train a recipe with all combinations of these values, such as student_kd.temperature=1,2,4",
     )
     overwrite: bool = setting(
-        False, FLAG, "retrain, in place, models that were trained with other settings and only those"
+        False, FLAG, "retrain, in place, models that were trained with other settings or by other code, and only those"
     )
     jobs: int = setting(
         1,

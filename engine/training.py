@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -110,7 +110,7 @@ def explain_share(recipe: Recipe, share: float) -> str | None:
     return f"the soft loss has {share:.0%} of the gradient at the logits, its weight suggests {suggested:.0%}: {why}"
 
 
-def diverged(what: str, where: str) -> None:
+def diverged(what: str, where: str) -> NoReturn:
     raise Diverged(
         f"{where}: the {what} became NaN or infinite. The last good checkpoint is kept; train again with a lower lr "
         "(and --overwrite, or another --run)"
@@ -192,7 +192,9 @@ class Training:
                 seed_torch(DROPOUT, seed, epoch, self.step, rank())  # a resumed run draws the same masks
                 yield batch
 
-    def total_loss(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    def measure_and_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The sum of the `terms`, for `backward`; they, the logits (B, C) and the labels (B,) are measured.
 
         DDP averages the gradients over the ranks, whose parts of the batch may differ in size.
@@ -202,7 +204,7 @@ class Training:
         self.meter.update(logits, labels, terms, self.share)
         return total(terms) * (self.share * world_size())
 
-    def step_done(self) -> bool:
+    def finish_step(self) -> bool:
         """Count a step; show the progress and save when that is due. Returns whether to stop, after saving."""
         average_batchnorm_statistics(self.network, self.share)
         self.step += 1
@@ -215,7 +217,7 @@ class Training:
             self.save()
         return bool(stop)
 
-    def epoch_done(self, evaluated: bool) -> bool:
+    def finish_epoch(self, evaluated: bool) -> bool:
         """Save when that is due. Returns whether to stop, after saving; so if the evaluation was interrupted."""
         save, stop = all_reduce_max(self.epoch_save_due, not evaluated or self.stop())
         if save or stop:

@@ -123,6 +123,80 @@ def test_star_imports_and_packages_are_followed(digest_of, tmp_path):
     assert digest_of("f", files) == first
 
 
+REGISTRY = """
+REG = {}
+
+
+def register(function):
+    REG[function.__name__] = function
+    return function
+
+
+@register
+def tiny(x):
+    return x + 1
+
+
+class Base:
+    def __init_subclass__(cls):
+        REG[cls.__name__] = cls
+
+
+class Small(Base):
+    size = 3
+
+
+def f(x):
+    return REG["tiny"](x)
+"""
+SHOWN = "def f(n): 'a text'; return 1\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "file", "before", "after"),
+    [
+        ({"mine.py": REGISTRY}, "mine.py", "x + 1", "x + 2"),
+        ({"mine.py": REGISTRY}, "mine.py", "size = 3", "size = 4"),
+        (
+            {"mine.py": "import nets\nREG = nets.REG\n\ndef f(x):\n    return REG\n", "nets.py": REGISTRY},
+            "nets.py",
+            "+ 1",
+            "",
+        ),
+        ({"mine.py": "import other\n\ndef f(x):\n    return x\n", "other.py": REGISTRY}, "other.py", "x + 1", "x + 2"),
+        (
+            {"mine.py": "import torch\n_ = torch.manual_seed(1)\n\ndef f(x):\n    return x\n"},
+            "mine.py",
+            "seed(1)",
+            "seed(2)",
+        ),
+        (
+            {
+                "mine.py": "from lib.a import f\n",
+                "lib/__init__.py": "import os\nos.x = 1\n",
+                "lib/a.py": "def f(): 1\n",
+            },
+            "lib/__init__.py",
+            "1",
+            "2",
+        ),
+        ({"mine.py": "x = 1\n\x0c\ny = 2\n\ndef f():\n    return y\n"}, "mine.py", "y = 2", "y = 3"),
+        ({"mine.py": SHOWN}, "mine.py", "return 1", "return 2"),
+        ({"mine.py": "def f():\n    return a\n\na = 1\na = 2\n"}, "mine.py", "a = 1\na = 2", "a = 2\na = 1"),
+    ],
+)
+def test_what_works_behind_a_definition_is_reached(digest_of, tmp_path, files, file, before, after):
+    (tmp_path / "lib").mkdir()
+    assert before in files[file]
+    assert digest_of("f", {**files, file: files[file].replace(before, after)}) != digest_of("f", files)
+
+
+def test_what_is_imported_beside_changes_nothing(digest_of):
+    files = {"mine.py": "from torch import nn\n\n\ndef f():\n    return nn.Linear(1, 1)\n"}
+    assert digest_of("f", {"mine.py": files["mine.py"].replace("nn\n", "nn, optim\n", 1)}) == digest_of("f", files)
+    assert digest_of("f", {"mine.py": "\ufeff" + files["mine.py"]}) == digest_of("f", files)
+
+
 def test_two_files_that_import_one_another_end(digest_of):
     files = {
         "mine.py": "import helper\n\n\ndef f():\n    return helper.g()\n",
