@@ -35,7 +35,7 @@ from engine.errors import UserError
 from engine.images import augment
 from engine.recipes import Recipe
 
-DEMO = replace(PRESETS["demo"], device="cpu")
+DEMO = replace(PRESETS["demo"], device="cpu", image_size=32, batch_size=25)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_a_recipe_passes_its_weights_and_options_on(logits, name):
     z, v, y = tensors(*logits)
     changed = {parameter: default + 1 for parameter, default in options(name).items()}
     recipe = Recipe(teacher="t", soft_loss=name, temperature=T, soft_weight=9.0, alpha=0.1, loss_options=changed)
-    batch = type("Batch", (), {"labels": y, "index": torch.arange(B), "flipped": torch.zeros(B)})
+    batch = type("Batch", (), {"labels": y, "indices": torch.arange(B), "flipped": torch.zeros(B)})
     terms = Distillation(recipe, stored_logits(torch.stack([v, v + 1])))(z, batch)
     assert terms["soft"].item() == pytest.approx(9 * PLAIN[name](*logits, T, **changed), rel=1e-6)
     hard = -log_softmax(logits[0], axis=1)[np.arange(B), logits[2]].mean()
