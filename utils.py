@@ -18,10 +18,10 @@ from engine.distributed import main_process_first, on_rank0, process_group, worl
 from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
 from engine.files import lock, write_durably
-from engine.fingerprints import load_or_copy, load_teacher_state, recorded_config
+from engine.fingerprints import load_or_copy, load_teacher_state
 from engine.reach import code_digest
+from engine.recorded import recorded_config, with_baselines_of
 from engine.settings import Config, Model
-from engine.sweeps import row_of_same_values
 
 
 @contextlib.contextmanager
@@ -49,34 +49,10 @@ def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> C
     if given.run and not given.preset:
         recorded = recorded_config(Path(given.checkpoints_path or "checkpoints", given.run).expanduser())
         by_flag = {word.partition("=")[0] for word in rest}
-        recorded = compare_as_in_config_py(recorded, {n for n in recorded.recipes if f"--{n}.baseline" not in by_flag})
+        names = {name for name in recorded.recipes if f"--{name}.baseline" not in by_flag}
+        recorded = with_baselines_of(import_config().ALL_PRESETS.get(recorded.preset), recorded, names)
         return flags.parse({"recorded": recorded}, argv, script_flags)
     return import_config().parse(argv, script_flags)
-
-
-def compare_as_in_config_py(recorded: Config, names: Iterable[str]) -> Config:
-    """The recorded settings, except that config.py says what the recipes `names` are compared with, if it has them.
-
-    A line in the log names each recorded baseline that differs.
-    """
-    preset = import_config().ALL_PRESETS.get(recorded.preset or "")
-    if not isinstance(preset, Config):
-        return recorded
-    swept_row = {name: row for row, points in recorded.swept.items() for name in points}
-    recipes = dict(recorded.recipes)
-    for name in names:
-        row = preset.recipes.get(name) or preset.recipes.get(swept_row.get(name, name))
-        before = recipes[name].baseline
-        if row is None:
-            continue
-        baseline = row_of_same_values(recipes[name], row.baseline, recorded.swept)
-        if baseline != before:
-            recipes[name] = replace(recipes[name], baseline=baseline)
-            log.info(f"{name}.baseline is {baseline} in config.py, which counts, and {before} in the checkpoint")
-        if baseline and baseline in preset.recipes:  # it may not be trained yet
-            for other in (baseline, *preset.teachers_of(baseline)):
-                recipes.setdefault(other, preset.recipes[other])
-    return replace(recorded, recipes=recipes)
 
 
 def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:

@@ -24,9 +24,9 @@ from engine.datasets import Split, load_dataset
 from engine.device import configure_backends, forward_pass, resolve_device
 from engine.errors import UserError, exit_on_error
 from engine.files import write_durably
-from engine.fingerprints import recorded_config
 from engine.images import prepare
 from engine.models import load_model
+from engine.recorded import recorded_config
 from engine.settings import Config
 
 FAULTS = {

@@ -54,7 +54,7 @@ def load(value: str) -> Callable[..., Any]:
 
 def name_of(value: Any) -> str:
     """MODULE:NAME of an object in config.py. Raises UserError unless a file of the user's defines it."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    module, name = str(getattr(value, "__module__", "")), getattr(value, "__qualname__", "")
     named = f"{module}:{name}"
     of_the_user = is_named(named) and module not in SCRIPTS and (reach.ROOT / f"{module}.py").is_file()
     if not of_the_user or getattr(sys.modules.get(module), name, None) is not value:  # as of a wrapped function

@@ -131,9 +131,9 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
         capsys.readouterr().err
     )
     assert baseline("--student_kd.baseline", "teacher") == "teacher"
-    swept = replace(PRESETS["scratch"], recipes=recipes, sweep=("student.lr=0.01",))  # in config.py, not by a flag
+    swept = replace(PRESETS["scratch"], recipes=recipes, sweep=("student.lr=0.02",))  # in config.py, not by a flag
     monkeypatch.setattr("config.ALL_PRESETS", {"scratch": swept})
-    assert baseline() == "student-lr-0_01"
+    assert baseline() == "student-lr-0_02"
     new = replace(PRESETS["scratch"].recipes["student"], lr=0.5)
     recipes |= {"unborn": new, "student_kd": replace(edited, baseline="unborn")}
     monkeypatch.setattr("config.ALL_PRESETS", {"scratch": replace(PRESETS["scratch"], recipes=recipes)})

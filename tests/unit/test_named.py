@@ -13,10 +13,10 @@ from engine import checkpoints, named, reach
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.datasets import load_dataset
 from engine.errors import UserError
-from engine.fingerprints import recorded_config
 from engine.images import augment
 from engine.models import load_model
 from engine.recipes import Recipe
+from engine.recorded import recorded_config
 from engine.soft_losses import options
 
 MINE = """
