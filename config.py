@@ -36,7 +36,7 @@ SCRATCH = {
     "student_kd": Recipe(arch="resnet18", epochs=30, teacher="teacher", **FROM_SCRATCH),
 }
 
-# Takes two minutes on a CPU. One teacher of 1,200 digits; students of five seeds, on 50 of them (docs/demo.md).
+# Takes minutes on a CPU. One teacher of 1,200 digits; students of five seeds, on 50 of them (docs/demo.md).
 few = partial(Recipe, pretrained=False, lr=0.001, schedule="onecycle")
 DEMO = {
     "teacher": few(arch="resnet50", epochs=8, optimizer="adamw", weight_decay=0.01),
