@@ -251,7 +251,7 @@ def shorten(classes: Sequence[str]) -> str:
 def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
     """The network of a checkpoint, in evaluation mode. Raises UserError if its weights do not fit or are not finite."""
     title = f"{checkpoint.name} seed {checkpoint.seed}"
-    trained_with = checkpoint.settings["recipe"].get(CODE.format("arch"))
+    trained_with = checkpoint.settings.get("recipe", {}).get(CODE.format("arch"))
     if trained_with and trained_with != named.code_of(checkpoint.arch):
         raise UserError(
             f"{title}: {checkpoint.arch} has been edited since it was trained; undo the edit, or train anew"

@@ -20,7 +20,7 @@ from engine.training import make_optimizer, make_scheduler
 def test_two_processes_agree_with_a_plain_loop_over_both_shards(tmp_path, config, digits):
     """Gradients and BatchNorm's statistics, averaged; the second part of 25 images is larger by one."""
     words = small_flags(tmp_path, "--only=student", "--student.epochs=1", "--student.train_size=50")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "custom_resnet.py", *words]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--", "custom_resnet.py", *words]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("epoch  1/1") == 1
