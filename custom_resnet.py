@@ -1,7 +1,7 @@
 """Train the models that have no teacher; the training loop of all recipes.
 
     python custom_resnet.py                     # teacher, student and student_10 of the default preset
-    python custom_resnet.py --preset demo       # two minutes on a CPU, nothing to download
+    python custom_resnet.py --preset demo       # minutes on a CPU, nothing to download
 
 Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained again.
 """

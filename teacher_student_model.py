@@ -1,7 +1,7 @@
 """Train the whole experiment: teachers, students without a teacher, and distilled students.
 
     python teacher_student_model.py                             # downloads CIFAR-10; a GPU is recommended
-    python teacher_student_model.py --preset demo               # two to three minutes on a CPU, nothing to download
+    python teacher_student_model.py --preset demo               # minutes on a CPU, nothing to download
     python teacher_student_model.py --student_kd.temperature 4 --run warmer
 
 Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained again, an interrupted one is resumed.

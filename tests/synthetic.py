@@ -11,9 +11,20 @@ from report.comparisons import Comparison, Disagreements
 from report.metrics import Evaluated
 
 
-def example_results() -> dict:
-    """docs/example/results.json, with its comparisons as the report has them."""
+def without(found, name: str):
+    """What a JSON file holds, without the rows of a model."""
+    if isinstance(found, dict):
+        return {key: without(value, name) for key, value in found.items() if key != name}
+    if isinstance(found, list):
+        return [without(v, name) for v in found if not (isinstance(v, dict) and v.get("model") == name)]
+    return found
+
+
+def example_results(rows: tuple[str, ...] = ("teacher", "student", "student_kd")) -> dict:
+    """docs/example/results.json, or some of its rows, with its comparisons as the report has them."""
     results = json.loads((ROOT / "docs/example/results.json").read_text(encoding="utf-8"))
+    for name in [name for name in results["models"] if name not in rows]:
+        results = without(results, name)
     for entry in results["comparisons"]:
         del entry["verdict"]  # follows from the others
         entry["disagreements"] = Disagreements(**entry["disagreements"])

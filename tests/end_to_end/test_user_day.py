@@ -87,6 +87,8 @@ DRIVER = """
 import json, os, sys
 sys.path.insert(0, os.getcwd())
 import evaluate, teacher_student_model
+from report import figures
+figures.png = lambda figure: b""
 print("ready", flush=True)
 for line in sys.stdin:
     script, argv = json.loads(line)
@@ -122,6 +124,7 @@ class Repository:
     def reset(self) -> None:
         (self.folder / "my_project.py").write_text(MY_PROJECT)
         (self.folder / "my_helpers.py").write_text(MY_HELPERS)
+        shutil.copy(ROOT / "config.py", self.folder)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         if (self.folder / "trained").exists():
             shutil.copytree(self.folder / "trained", self.folder / "checkpoints")
@@ -215,31 +218,33 @@ def test_swept_evaluated_and_exported(mine):
     assert (mine.folder / "checkpoints/mine/seed0/student_kd.pt2").exists()
 
 
+IMPORTS = "\nfrom my_project import TinyNet, load, powered\nfrom engine import flags"
+OBJECTS = """PRESETS = {
+    "objects": Config(
+        {
+            "net": Recipe(TinyNet, epochs=1),
+            "kd": Recipe(TinyNet, epochs=1, teacher="net", soft_loss=powered),
+        },
+        run="objects",
+        dataset=load,
+        image_size=8,
+        batch_size=25,
+    ),
+"""
+
+
 def test_config_py_takes_the_objects_themselves(mine):
-    """As scripts that are started, because config.py is read when they are imported."""
-    config = mine.folder / "config.py"
-    before = config.read_text()
-    rows = '"net": Recipe(TinyNet, epochs=1), "kd": Recipe(TinyNet, epochs=1, teacher="net", soft_loss=powered)'
-    mine_too = (
-        f'PRESETS = {{\n    "objects": Config({{{rows}}}, run="objects", dataset=load, image_size=8, batch_size=25),'
-    )
-    try:
-        config.write_text(before.replace("PRESETS = {", mine_too, 1).replace("\nfrom engine import flags", MINE, 1))
-        words = [sys.executable, "teacher_student_model.py", "--preset", "objects"]
-        done = subprocess.run(words, cwd=mine.folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "my_project:TinyNet" in done.stderr
-        config.write_text(config.read_text().replace("soft_loss=powered", "soft_loss=lambda z, v, y, t: z.mean()"))
-        done = subprocess.run(words, cwd=mine.folder, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert "soft_loss" in done.stderr
-        assert "my_project" in done.stderr
-        assert "Traceback" not in done.stderr
-    finally:
-        config.write_text(before)
-
-
-MINE = "\nfrom my_project import TinyNet, load, powered\nfrom engine import flags"
+    mine.edit("\nfrom engine import flags", IMPORTS, "config.py")
+    mine.edit("PRESETS = {\n", OBJECTS, "config.py")
+    status, output = mine.run("teacher_student_model", "--preset", "objects")
+    assert status == 0, output
+    assert trained_in(output) == {"net", "kd"}
+    mine.edit("soft_loss=powered", "soft_loss=lambda z, v, y, t: z.mean()", "config.py")
+    status, output = mine.run("teacher_student_model", "--preset", "objects")
+    assert status == 2
+    assert "config.py, line" in output
+    assert "soft_loss" in output
+    assert "my_project" in output
 
 
 def test_a_checkpoint_says_which_file_it_needs(mine):

@@ -2,7 +2,6 @@ import dataclasses
 import importlib
 import re
 import shlex
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -389,16 +388,6 @@ def test_a_mistake_in_config_py_is_reported_with_its_line(edit, tmp_path, monkey
     with pytest.raises(UserError) as error:
         utils.import_config()
     assert f"{error.value}\n".startswith(f"config.py, line {number}: {message}")
-
-
-def test_a_mistake_in_config_py_exits_with_status_2(edit, script, tmp_path):
-    for name in ("utils.py", "custom_resnet.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    number = edit(TEACHER, "arch=resnet50, epochs=0)")
-    done = script("custom_resnet.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 2
-    assert done.stderr == f"error: config.py, line {number}: name 'resnet50' is not defined\n"
-    assert done.stdout == ""
 
 
 def test_several_mistakes_on_one_line_of_config_py_are_all_reported(tmp_path):
