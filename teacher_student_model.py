@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from custom_resnet import LossFunction, train_model
+from engine import named
 from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
@@ -36,6 +37,7 @@ from engine.models import layers, load_model
 from engine.recipes import Recipe
 from engine.settings import Config, Model
 from engine.soft_losses import find
+from engine.sources import is_of_the_user
 from utils import load_training_data, open_run, parse_config, prepare, run_script, set_up_device
 
 
@@ -260,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     with run_script():
         config = parse_config(argv)
         if config.jobs > 1 and world_size() == 1:
+            if is_of_the_user(config.dataset):
+                named.load(config.dataset)  # as it is now
             with start_workers(train_in_worker, config.jobs, START_METHOD) as workers:
                 train_at_the_same_time(config, workers)
         else:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from engine import soft_losses
 from engine.console import duration, log
 from engine.datasets import Dataset
 from engine.device import explain_device_errors, forward_pass, place, supports_bf16, synchronize
@@ -16,6 +17,7 @@ from engine.distributed import world_size
 from engine.errors import UserError
 from engine.images import prepare
 from engine.models import Architecture, check_image_size, initial_model
+from engine.named import is_named
 from engine.settings import Config, Model
 
 
@@ -148,7 +150,9 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
         resumed = all(job.resumed for job in jobs if job.model.name == name)  # and needs no initial weights
         arch = Architecture.of(recipe)
         model = arch.build(len(dataset.classes)) if resumed else initial_model(recipe, dataset.classes)
-        check_image_size(model, recipe.arch, config.image_size)
+        check_image_size(model, recipe.arch, config.image_size, len(dataset.classes))
+        if recipe.teacher and is_named(recipe.soft_loss):
+            soft_losses.check(recipe.soft_loss, recipe.soft_loss_options, len(dataset.classes))
         sizes[name] = sum(tensor.nbytes for tensor in model.state_dict().values())
     return sizes
 

@@ -146,9 +146,13 @@ def augment(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> 
         for number, image in enumerate(images, first):
             seed_torch(AUGMENTATION, seed, epoch, number)
             augmented.append(function(image))
-            if augmented[-1].dtype != torch.uint8 or augmented[-1].shape != image.shape:
+            found = augmented[-1]
+            if not isinstance(found, torch.Tensor) or found.dtype != torch.uint8 or found.shape != image.shape:
+                kind = (
+                    f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+                )
                 raise UserError(
                     f"augment = {name!r}: must return a uint8 image {tuple(image.shape)}, as it is given, and returned "
-                    f"{augmented[-1].dtype} {tuple(augmented[-1].shape)}"
+                    f"{kind}"
                 )
     return torch.stack(augmented)

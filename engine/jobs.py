@@ -47,6 +47,7 @@ def start_workers(work: Callable[..., None], jobs: int, method: str) -> Iterator
 
 def serve(work: Callable[..., None], pipe: Connection) -> None:
     """What a worker does until it is stopped, or until its parent has died."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too; training handles it by itself
     parent = multiprocessing.parent_process()
     while parent and parent.is_alive():

@@ -116,8 +116,8 @@ def build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
         raise UserError(f"arch = 'timm:{name}': its weights could not be loaded ({first_line(error)})") from None
 
 
-def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
-    """Raise UserError if a model on the CPU cannot be applied to images of this size, or does not return logits."""
+def check_image_size(model: nn.Module, arch: str, image_size: int, num_classes: int | None = None) -> None:
+    """Raise UserError if a model on the CPU cannot be applied to images of this size or does not return logits."""
     try:
         with torch.inference_mode():
             logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
@@ -126,8 +126,9 @@ def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
             f"image_size = {image_size}: {arch} cannot be applied to images of this size ({first_line(error)})"
             + usual_size(model, arch)
         ) from None
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise UserError(f"arch = {arch!r}: must return logits, a tensor (N, C), for images (N, 3, S, S)")
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
+    if len(shape) != 2 or num_classes not in (None, shape[1]):
+        raise UserError(f"arch = {arch!r}: must return a tensor of logits (1, {num_classes or 'C'}) for one image")
 
 
 def usual_size(model: nn.Module, arch: str) -> str:

@@ -22,6 +22,9 @@ DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 DYNAMIC = {"getattr", "globals", "locals", "vars", "eval", "exec", "__import__", "importlib", "import_module"}
 
 
+SCRIPT_ONLY = ast.dump(ast.parse("__name__ == '__main__'", mode="eval").body)
+
+
 class Source(NamedTuple):
     """A Python file: its statements, its lines without comments and docstrings, and the names that it defines."""
 
@@ -62,7 +65,7 @@ def read_source(path: Path) -> Source:
             blank(lines, node.body[0])
     own = set()
     for statement in tree.body:
-        if isinstance(statement, DOCUMENTED):
+        if isinstance(statement, (*DOCUMENTED, ast.Assign, ast.AnnAssign)):
             own |= set(names_bound(statement))
         for alias, module in imports(statement, path):
             if file_of(module) or file_of(f"{module}.{alias.name}"):
@@ -93,7 +96,7 @@ def does_something(statement: ast.stmt, source: Source) -> bool:
     """Whether a statement of a module may change other definitions: Net.width = 3, a loop, a class that registers."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):  # a docstring
         return False
-    if isinstance(statement, ast.If) and "__name__" in names_used(statement.test):  # runs in a script only
+    if isinstance(statement, ast.If) and ast.dump(statement.test) == SCRIPT_ONLY and not statement.orelse:
         return False
     if any(names_used(decorator) & source.own for decorator in getattr(statement, "decorator_list", [])):
         return True

@@ -131,6 +131,14 @@ def options(soft_loss: str) -> dict[str, float]:
     return {parameter.name: parameter.default for parameter in found[4:]}
 
 
+def check(soft_loss: str, chosen: dict[str, float], classes: int) -> None:
+    """Raise UserError unless a soft loss of the user's returns a number that has a gradient."""
+    z, v = torch.randn(2, 4, classes, generator=torch.Generator().manual_seed(0))
+    loss = find(soft_loss)(z.requires_grad_(), v, torch.arange(4) % classes, 2.0, **chosen)
+    if not isinstance(loss, Tensor) or loss.shape != () or not loss.requires_grad:
+        raise UserError(f"soft_loss = {soft_loss!r}: must return the mean over the batch, a tensor () with a gradient")
+
+
 # With two classes the first parameter has no effect, only the second one has: dkd has one class besides the label, and
 # in dist the correlation of two rows of two probabilities is always +-1.
 ON_TWO_CLASSES = {"dkd": ("nontarget_weight", "target_weight"), "dist": ("inter_weight", "intra_weight")}

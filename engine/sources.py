@@ -270,6 +270,8 @@ def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
                 f"dataset = {dataset!r}: image {number} must be a PIL image or a uint8 tensor (3, H, W), not {kind}; "
                 "leave out transforms such as ToTensor, because training does that"
             )
+        if isinstance(label, str) or int(label) != label:
+            raise UserError(f"dataset = {dataset!r}: label {number} must be an integer from 0, not {label!r}")
         labels.append(int(label))
     return images, labels
 

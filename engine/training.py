@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from engine import named
 from engine.checkpoints import nonfinite_tensors
@@ -22,7 +23,7 @@ from engine.distributed import (
     shard,
     world_size,
 )
-from engine.errors import Diverged
+from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.named import is_named
 from engine.recipes import Recipe
@@ -32,7 +33,10 @@ from engine.settings import Model
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
     """The recipe's optimizer; one of the user's is called with the parameters and the learning rate."""
     if is_named(recipe.optimizer):
-        return named.load(recipe.optimizer)(model.parameters(), recipe.lr)
+        optimizer = named.load(recipe.optimizer)(list(model.parameters()), recipe.lr)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(f"optimizer = {recipe.optimizer!r}: must return an optimizer of PyTorch, not {optimizer!r}")
+        return optimizer
     parameters, decay = model.parameters(), recipe.weight_decay
     fused = True if torch.device(device).type in ("cpu", "cuda") else None
     if recipe.optimizer == "adamw":
@@ -45,12 +49,26 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
     """The recipe's schedule over `steps` steps of the optimizer; one of the user's is called with both."""
     if is_named(recipe.schedule):
-        return named.load(recipe.schedule)(optimizer, steps)
+        scheduler = named.load(recipe.schedule)(optimizer, steps)
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError(
+                f"schedule = {recipe.schedule!r}: must return a scheduler of PyTorch whose step takes no argument"
+            )
+        return scheduler
     if recipe.schedule == "cosine":
         return CosineAnnealingLR(optimizer, steps)
     if recipe.schedule == "onecycle":
         return OneCycleLR(optimizer, recipe.lr, total_steps=steps, cycle_momentum=False)
     return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def without_numpy(value: Any) -> Any:
+    """A state with Python's numbers in place of NumPy's, which a checkpoint does not load."""
+    if isinstance(value, dict):
+        return {key: without_numpy(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -154,8 +172,8 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "optimizer": without_numpy(self.optimizer.state_dict()),
+            "scheduler": without_numpy(self.scheduler.state_dict()),
             "history": list(self.history),
             "step": self.step,
             "totals": all_reduce_sum(self.meter.sums).cpu(),

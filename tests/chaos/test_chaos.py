@@ -389,7 +389,7 @@ def accuracies(tmp_path_factory) -> dict[int, float]:
         words = ["--preset=demo", "--only=student", "--student.epochs=20", "--device=cpu"]
         words = override(words, f"--checkpoints_path={folder}", f"--imgs_path={folder}")
         for script in ("custom_resnet.py", "evaluate.py"):
-            subprocess.run([*TORCHRUN, f"--nproc_per_node={processes}", script, *words], cwd=ROOT, check=True)
+            subprocess.run([*TORCHRUN, f"--nproc_per_node={processes}", "--", script, *words], cwd=ROOT, check=True)
         results = json.loads((folder / "demo/results.json").read_text())
         arrays = np.load(folder / "demo/predictions.npz")
         assert results["n_test"] == len(arrays["student/seed0"]) == 500
@@ -414,7 +414,12 @@ def ranks(process: subprocess.Popen) -> list[int]:
 
 
 def test_after_any_rank_is_killed_all_exit_within_a_minute_and_the_run_resumes(tmp_path):
-    words = ["--nproc_per_node=3", "custom_resnet.py", *small_flags(tmp_path, "--only=student", "--student.epochs=30")]
+    words = [
+        "--nproc_per_node=3",
+        "--",
+        "custom_resnet.py",
+        *small_flags(tmp_path, "--only=student", "--student.epochs=30"),
+    ]
     for victim in (0, 1, 2):
         process = start(*TORCHRUN, *words)
         before = "".join(read_until(process, f"epoch  {3 * victim + 3}/30"))
@@ -433,7 +438,7 @@ def test_after_any_rank_is_killed_all_exit_within_a_minute_and_the_run_resumes(t
 
 
 def test_with_max_restarts_torchrun_resumes_the_run(tmp_path):
-    words = ["--nproc_per_node=2", "--max-restarts=2", "custom_resnet.py", *small_flags(tmp_path)]
+    words = ["--nproc_per_node=2", "--max-restarts=2", "--", "custom_resnet.py", *small_flags(tmp_path)]
     process = start(*TORCHRUN, *words, "--only=student", "--student.epochs=30")
     read_until(process, "epoch  3/30")
     os.kill(ranks(process)[1], signal.SIGKILL)
@@ -445,7 +450,7 @@ def test_with_max_restarts_torchrun_resumes_the_run(tmp_path):
 
 def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     words = small_flags(tmp_path, "--only=student", "--student.epochs=30")
-    process = start(*TORCHRUN, "--nproc_per_node=3", "custom_resnet.py", *words)
+    process = start(*TORCHRUN, "--nproc_per_node=3", "--", "custom_resnet.py", *words)
     read_until(process, "epoch  3/30")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)

@@ -9,12 +9,12 @@ from conftest import fit, start_training
 from torch import nn
 
 from config import PRESETS
-from engine import checkpoints, named, reach
+from engine import checkpoints, named, reach, soft_losses
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.images import augment
-from engine.models import load_model
+from engine.models import check_image_size, load_model
 from engine.recipes import Recipe
 from engine.recorded import recorded_config
 from engine.soft_losses import options
@@ -61,6 +61,44 @@ def halved(optimizer, steps):
 
 def only_train():
     return [1, 2]
+
+
+def unreduced(z, v, labels, temperature):
+    return (z - v).abs().mean(1)
+
+
+def wide(num_classes):
+    return Net(num_classes + 1)
+
+
+def groups(parameters, lr):
+    matrices = [p for p in parameters if p.ndim > 1]
+    return torch.optim.SGD([{"params": matrices}, {"params": [p for p in parameters if p.ndim == 1]}], lr)
+
+
+def nothing(*_):
+    return None
+
+
+def cosine(optimizer, steps):
+    import numpy as np
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + np.cos(np.pi * s / steps)))
+
+
+class Labels:
+    def __init__(self, label):
+        self.label = label
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), self.label
+
+
+def fractions():
+    return Labels(0.7), Labels(0.7)
 """
 
 
@@ -126,6 +164,36 @@ def test_what_is_named_must_be_there_and_fit(mine):
         augment(images, "mine:doubled", (0, 0, 0))
     with pytest.raises(UserError, match="dataset = 'mine:only_train'"):
         load_dataset(replace(PRESETS["demo"], dataset="mine:only_train", device="cpu"))
+
+
+def test_what_is_named_is_checked_before_training(mine):
+    with pytest.raises(UserError, match="mine:unreduced"):
+        soft_losses.check("mine:unreduced", {}, 10)
+    soft_losses.check("mine:loss", {"power": 2.0}, 10)
+    with pytest.raises(UserError, match=r"arch = 'mine:wide'.*\(1, 10\)"):
+        check_image_size(named.load("mine:wide")(10), "mine:wide", 8, 10)
+    with pytest.raises(UserError, match="label 0"):
+        load_dataset(replace(PRESETS["demo"], dataset="mine:fractions", device="cpu"))
+    network, config = named.load("mine:Net")(10), replace(PRESETS["demo"], device="cpu")
+    for field in ("optimizer", "schedule"):
+        with pytest.raises(UserError, match=f"{field} = 'mine:nothing'"):
+            start_training(network, Recipe(**{field: "mine:nothing"}), config, 0, 100)
+
+
+def test_an_optimizer_gets_all_parameters_as_often_as_it_looks(mine):
+    config = replace(PRESETS["demo"], device="cpu")
+    training = start_training(named.load("mine:Net")(10), Recipe(optimizer="mine:groups", lr=0.1), config, 0, 100)
+    assert [len(group["params"]) for group in training.optimizer.param_groups] == [1, 1]
+
+
+def test_a_schedule_with_numpys_numbers_can_be_loaded_again(mine, tmp_path):
+    config = replace(PRESETS["demo"], device="cpu")
+    training = start_training(named.load("mine:Net")(10), Recipe(schedule="mine:cosine"), config, 0, 100)
+    training.optimizer.step()
+    training.scheduler.step()
+    save_checkpoint(tmp_path / "a.pt", training.state_dict())
+    found = load_checkpoint(tmp_path / "a.pt")["scheduler"]["_last_lr"]
+    assert found == pytest.approx(training.scheduler.get_last_lr())
 
 
 def test_an_error_in_the_users_file_is_located(mine, tmp_path):

@@ -149,6 +149,27 @@ class Small(Base):
 def f(x):
     return REG["tiny"](x)
 """
+OF_AN_OBJECT = """
+B = Blocks()
+
+
+@B.register
+def head(n):
+    return n
+
+
+def f(n):
+    return B["head"](n)
+"""
+UNLESS = """
+x = 1
+if __name__ != "main":
+    x = 2
+
+
+def f():
+    return x
+"""
 SHOWN = "def f(n): 'a text'; return 1\n"
 
 
@@ -181,6 +202,8 @@ SHOWN = "def f(n): 'a text'; return 1\n"
             "2",
         ),
         ({"mine.py": "x = 1\n\x0c\ny = 2\n\ndef f():\n    return y\n"}, "mine.py", "y = 2", "y = 3"),
+        ({"mine.py": OF_AN_OBJECT}, "mine.py", "return n\n", "return 2 * n\n"),
+        ({"mine.py": UNLESS}, "mine.py", "x = 2", "x = 3"),
         ({"mine.py": SHOWN}, "mine.py", "return 1", "return 2"),
         ({"mine.py": "def f():\n    return a\n\na = 1\na = 2\n"}, "mine.py", "a = 1\na = 2", "a = 2\na = 1"),
     ],
