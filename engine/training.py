@@ -86,9 +86,11 @@ class Meter:
         self.nonfinite = torch.zeros(1, device=device)  # steps in which the logits, and each term, were not finite
 
     @torch.no_grad()
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], share: float) -> None:
-        """Add a step: logits (B, C), labels (B,), the terms of their loss, and their share of the whole batch."""
-        self.sums[:2] += torch.stack([total(terms) * share, (logits.argmax(1) == labels).sum()])
+    def update(
+        self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], loss: torch.Tensor
+    ) -> None:
+        """Add a step: logits (B, C), labels (B,), the terms, and their sum, weighted by the share of the whole batch."""
+        self.sums[:2] += torch.stack([loss, (logits.argmax(1) == labels).sum()])
         self.names = ["logits", *(f"{name} loss" for name in terms)]
         self.nonfinite = self.nonfinite + ~torch.stack([logits.float().sum(), *terms.values()]).isfinite()
 
@@ -219,8 +221,9 @@ class Training:
         """
         if "soft" in terms and self.step % max(1, self.steps // 50) == 0:
             self.meter.measure_gradients(logits, terms)
-        self.meter.update(logits, labels, terms, self.share)
-        return total(terms) * (self.share * world_size())
+        loss = total(terms)
+        self.meter.update(logits, labels, terms, loss.detach() * self.share)
+        return loss * (self.share * world_size())
 
     def finish_step(self) -> bool:
         """Count a step; show the progress and save when that is due. Returns whether to stop, after saving."""
