@@ -89,7 +89,7 @@ class Meter:
     def update(
         self, logits: torch.Tensor, labels: torch.Tensor, terms: dict[str, torch.Tensor], loss: torch.Tensor
     ) -> None:
-        """Add a step: logits (B, C), labels (B,), the terms, and their sum, weighted by the share of the whole batch."""
+        """Add a step: logits (B, C), labels (B,), the terms and their sum, each weighted by its share of the batch."""
         self.sums[:2] += torch.stack([loss, (logits.argmax(1) == labels).sum()])
         self.names = ["logits", *(f"{name} loss" for name in terms)]
         self.nonfinite = self.nonfinite + ~torch.stack([logits.float().sum(), *terms.values()]).isfinite()
