@@ -1,4 +1,4 @@
-"""Predictions: logits of many images from a model in evaluation mode, with BatchNorm folded."""
+"""Predictions: logits of many images from a model in evaluation mode."""
 
 import copy
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from engine.device import forward_pass
 from engine.distributed import all_reduce_max, all_reduce_sum, shard
 from engine.errors import UserError
 from engine.images import prepare
+
+FOLD_FROM = 1000  # images; folding takes as long as predicting some hundred small ones
 
 
 class Stopped(Exception):
@@ -72,7 +74,10 @@ def predict(
         chunk = chunk.to(device, non_blocking=True)
         return prepare(chunk, image_size) if chunk.dtype == torch.uint8 else chunk
 
-    folded = fold_batchnorm(model, prepared(images[:4]), precision)
+    if len(images) >= FOLD_FROM:
+        network = fold_batchnorm(model, prepared(images[:4]), precision)
+    else:
+        network = copy.deepcopy(model).eval()
     own, parts = shard(len(images)), []
     waiting = list(images[own].split(batch_size))
     with torch.inference_mode(), Progress(title, own.stop - own.start) as progress:
@@ -81,7 +86,7 @@ def predict(
             try:
                 batch = prepared(chunk)
                 with forward_pass(device, precision):
-                    parts.append(folded(batch).float())
+                    parts.append(network(batch).float())
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
