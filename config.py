@@ -58,7 +58,7 @@ SCRATCH = {
 # Takes minutes on a CPU. One teacher of 1,200 digits; students of five seeds, on 50 of them (docs/demo.md).
 few = partial(Recipe, pretrained=False, lr=0.001, schedule="onecycle")
 DEMO = {
-    "teacher": few(arch="resnet50", epochs=8, optimizer="adamw", weight_decay=0.01),
+    "teacher": few(arch="resnet50", epochs=6, optimizer="adamw", weight_decay=0.01),
     "student": few(arch="resnet18", epochs=20, train_size=50, weight_decay=5e-4, nesterov=True),
     "student_kd": few(
         arch="resnet18", epochs=20, train_size=50, weight_decay=5e-4, nesterov=True,

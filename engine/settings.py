@@ -118,7 +118,7 @@ class Config:
         "models to train at the same time, each with its share of the CPU's threads, whose number changes a model",
     )
     checkpoint_minutes: float = setting(
-        10, POSITIVE, "save the training state this often, and after an epoch if the last save was over 5 s ago"
+        10, POSITIVE, "save the training state this often, and after an epoch if the last save was over 10 s ago"
     )
     device: str = setting(
         "auto",

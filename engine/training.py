@@ -251,8 +251,8 @@ class Training:
 
     @property
     def epoch_save_due(self) -> bool:
-        """Whether to save after an epoch: after the first and the last, and if the last save was over 5 s ago."""
-        return len(self.history) in (1, self.recipe.epochs) or time.perf_counter() - self.saved > 5
+        """Whether to save after an epoch: after the first and the last, and if the last save was over 10 s ago."""
+        return len(self.history) in (1, self.recipe.epochs) or time.perf_counter() - self.saved > 10
 
     @property
     def averages(self) -> tuple[float, float]:

@@ -72,7 +72,7 @@ def quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 def time_inference(
-    archs: Iterable[Architecture], config: Config, dataset: Dataset, batch_size: int = 100, seconds: float = 5.0
+    archs: Iterable[Architecture], config: Config, dataset: Dataset, batch_size: int = 100, seconds: float = 2.0
 ) -> dict[Architecture, dict[str, Any]]:
     """Latency of one image and throughput of a large batch for each architecture, from uint8 images to logits.
 
