@@ -83,7 +83,7 @@ def ttm(z: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 
 def standardised_kd(z: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """`kd` of logits with mean 0 and standard deviation 1 over the classes. Sun et al. 2024, arXiv 2403.01878."""
+    """`kd` of logits with mean 0 and standard deviation 1 over the classes. Sun et al. 2024, arXiv 2403.01427."""
 
     def standardise(logits: Tensor) -> Tensor:
         return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)

@@ -105,6 +105,30 @@ def load(run: str, part: str = "") -> tuple[dict[str, Evaluated], np.ndarray]:
     return models, labels
 
 
+Correct = dict[
+    str, dict[int, np.ndarray]
+]  # model -> seed -> (n,): the share of its runs that classify each image right
+
+
+def load_correct(run: str, replaced: bool = True) -> tuple[Correct, np.ndarray]:
+    """Which test images each kept model of a run classifies correctly, and their labels (n,).
+
+    Some models of `ablation` were trained twice: an image that only one of the two runs gets right counts 0.5.
+    `replaced=False` leaves out the runs that were replaced.
+    """
+    models, labels = load(run)
+    correct: Correct = {}
+    for name, model in models.items():
+        correct[name] = dict(zip(model.logits, model.correct(labels).astype(float), strict=True))
+    again = load("ablation", "replaced")[0] if replaced else {}
+    for name in again.keys() & correct.keys():
+        if owner(run, name) == "ablation":
+            for seed in again[name].logits.keys() & correct[name].keys():
+                (before,) = again[name].correct(labels, [seed])
+                correct[name][seed] = (correct[name][seed] + before) / 2
+    return correct, labels
+
+
 if __name__ == "__main__":
     with exit_on_error():
         if len(sys.argv) != 2 or sys.argv[1] not in RUNS:
