@@ -159,7 +159,7 @@ def train_model(
             return
         loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
         with stop_requests() as stop:
-            images = len(dataset.subset(recipe.train_size))
+            images = len(dataset.subset(recipe.train_size, recipe.train_subset))
             state = checkpoint.training_state if checkpoint else None
             history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
             (stopped,) = all_reduce_max(stop())
@@ -217,7 +217,7 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
         line = f"{model}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from {initial_weights(recipe)}"
         if recipe.epochs:
             epochs = f"{recipe.epochs} epochs" if recipe.epochs > 1 else "1 epoch"
-            line += f", {epochs} of {len(dataset.subset(recipe.train_size)):,} images"
+            line += f", {epochs} of {len(dataset.subset(recipe.train_size, recipe.train_subset)):,} images"
         if recipe.teacher:
             line += f", distilled from {recipe.teacher}"
         log.info(line)

@@ -97,7 +97,7 @@ def logits_for_student(
     Those of all images if training has stored them for weights with this digest; otherwise at most `most` are computed.
     """
     config = student.config
-    subset, labels = dataset.subset(student.recipe.train_size), dataset.train.labels.cpu()
+    subset, labels = dataset.subset(student.recipe.train_size, student.recipe.train_subset), dataset.train.labels.cpu()
     fingerprint = logits_fingerprint(digest, config, dataset)
     shape = (2, len(labels), len(dataset.classes))
     stored = load_logits(teacher.logits_path, fingerprint, shape)

@@ -215,7 +215,7 @@ def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKN
         if config.unlimited_views:
             online = OnlineTeacher(teacher.model, config)
             return Distillation(recipe, online)
-        subset, path = dataset.subset(recipe.train_size), of_teacher.logits_path
+        subset, path = dataset.subset(recipe.train_size, recipe.train_subset), of_teacher.logits_path
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
             logits = teacher_logits(teacher, config, dataset, subset, path)
         if recipe.shuffle_teacher:

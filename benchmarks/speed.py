@@ -66,7 +66,9 @@ def fit_recipe(
 ) -> list[dict[str, float]]:
     """`fit` for a recipe that is not in the config. `more` is the rest of what Training takes."""
     model = Model("benchmark", 0, replace(config, recipes={**config.recipes, "benchmark": recipe}))
-    return fit(Training(network, model, len(dataset.subset(recipe.train_size)), **more), dataset, loss_fn)
+    return fit(
+        Training(network, model, len(dataset.subset(recipe.train_size, recipe.train_subset)), **more), dataset, loss_fn
+    )
 
 
 class PilImages(TorchDataset):

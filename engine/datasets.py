@@ -34,10 +34,13 @@ class Dataset(NamedTuple):
     test: Split
     digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
 
-    def subset(self, size: int | None) -> torch.Tensor:
-        """Indices (size,) of a stratified choice of training images, always the same; None: all of them."""
+    def subset(self, size: int | None, choice: int = 0) -> torch.Tensor:
+        """Indices (size,) of a stratified choice of training images; None: all of them.
+
+        The same numbers give the same images; other numbers for `choice` give other random ones.
+        """
         everything = torch.arange(len(self.train.labels))
-        return everything if size is None else stratified(self.train.labels, size, "train_size")[0]
+        return everything if size is None else stratified(self.train.labels, size, "train_size", choice)[0]
 
     @property
     def held_out(self) -> tuple[str, Split]:

@@ -90,7 +90,7 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
             return 0.0, 0.0
         recipe = job.model.recipe
         step = per_image[Architecture.of(recipe), precision]
-        steps = job.epochs * len(dataset.subset(recipe.train_size)) * step
+        steps = job.epochs * len(dataset.subset(recipe.train_size, recipe.train_subset)) * step
         total = steps + job.epochs * len(dataset.held_out[1].labels) * step / 3
         if job in asked:
             teacher, images = asked[job]
@@ -131,7 +131,7 @@ def teachers_asked(jobs: list[Job], config: Config, dataset: Dataset) -> dict[Jo
     asked: dict[Job, tuple[Architecture, int]] = {}
     for teacher, taught in students.items():
         arch = Architecture.of(teacher.recipe)
-        subsets = [dataset.subset(job.model.recipe.train_size) for job in taught]
+        subsets = [dataset.subset(job.model.recipe.train_size, job.model.recipe.train_subset) for job in taught]
         if config.unlimited_views:
             asked |= {job: (arch, job.epochs * len(subset)) for job, subset in zip(taught, subsets, strict=True)}
         elif teacher in trained or not teacher.logits_path.exists():

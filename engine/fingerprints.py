@@ -57,7 +57,11 @@ def training_settings(model: Model, dataset: Dataset) -> dict[str, Any]:
     Images, weights and code that the user may edit are represented by their digests. The digest of the weights that it
     starts from, or of its teacher's, is left out if there is no such file.
     """
-    recipe, config, subset = model.recipe, model.config, dataset.subset(model.recipe.train_size)
+    recipe, config, subset = (
+        model.recipe,
+        model.config,
+        dataset.subset(model.recipe.train_size, model.recipe.train_subset),
+    )
     settings: dict[str, Any] = {"seed": model.seed, "recipe": recipe_settings(recipe, len(subset)), "config": {}}
     if recipe.epochs:  # otherwise the weights are used as they are
         relevant = [field.name for field in settings_of(Config) if field.name not in IRRELEVANT]

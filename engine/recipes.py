@@ -106,6 +106,7 @@ class Recipe:
         optional(integer(1)),
         "number of training images, a stratified subset that is the same for every seed; none: all",
     )
+    train_subset: int = setting(0, SEED, "another number chooses another random subset of train_size images")
 
     def __post_init__(self) -> None:
         invalid = invalid_fields(self)
@@ -178,6 +179,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
         unused["scale_soft_loss"] = f"with soft_loss = {values['soft_loss']}, whose scale is its own"
     if values["teacher"] is None:
         unused |= dict.fromkeys(DISTILLATION_FIELDS, "without a teacher")
+    if values["train_size"] is None:
+        unused["train_subset"] = "without a train_size"
     if values["optimizer"] == "adamw":
         unused |= dict.fromkeys(("momentum", "nesterov"), "with optimizer = adamw")
     if is_named(values["optimizer"]):

@@ -276,8 +276,8 @@ def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
     return images, labels
 
 
-def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of `size` images, stratified by class, and of the others; both sorted, and always the same.
+def stratified(labels: torch.Tensor, size: int, setting: str, choice: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of `size` images, stratified by class, and of the others; both sorted. `choice` is the random seed.
 
     Raises UserError, naming the setting, if one of them would have no image of some class.
     """
@@ -286,7 +286,9 @@ def stratified(labels: torch.Tensor, size: int, setting: str) -> tuple[torch.Ten
         return torch.arange(size), torch.arange(0)
     images_of_class = np.unique(classes, return_counts=True)[1]
     try:
-        chosen, others = train_test_split(np.arange(len(classes)), train_size=size, stratify=classes, random_state=0)
+        chosen, others = train_test_split(
+            np.arange(len(classes)), train_size=size, stratify=classes, random_state=choice
+        )
     except ValueError:  # so few images, or of a class, that scikit-learn does not try
         chosen = others = np.arange(0)
     if min(len(np.unique(classes[part])) for part in (chosen, others)) < len(images_of_class):

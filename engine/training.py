@@ -204,7 +204,11 @@ class Training:
         if self.step == 0:
             self.meter, self.started = Meter(self.config.device), time.perf_counter()
         self.network.train()
-        epoch, seed, subset = len(self.history), self.model.seed, dataset.subset(self.recipe.train_size)
+        epoch, seed, subset = (
+            len(self.history),
+            self.model.seed,
+            dataset.subset(self.recipe.train_size, self.recipe.train_subset),
+        )
         title = f"{self.model} epoch {epoch + 1}/{self.recipe.epochs}"
         total, done = (count * self.images_per_step for count in (self.steps, self.step))
         with Progress(title, total, done) as self.progress:

@@ -104,6 +104,33 @@ FINETUNING = {
     "kd_unscaled_lr_0_001": replace(UNSCALED, lr=0.001, baseline="kd_lr_0_001"),
 }
 
+# Each arm of `ablation` at five learning rates. The best rate of each is confirmed with other seeds.
+RATES = {**ROWS, "kd_unscaled": replace(KD, scale_soft_loss=False)}
+FIVE_RATES = tuple(f"{row}.lr=0.025,0.05,0.1,0.2,0.4" for row in ("student", "kd", "kd_unscaled"))
+
+# The three arms on three other subsets of 5,000 images; `ablation` has subset 0.
+SUBSETS = {
+    "teacher": TEACHER,
+    "student_1": replace(STUDENT, train_subset=1),
+    "student_2": replace(STUDENT, train_subset=2),
+    "student_3": replace(STUDENT, train_subset=3),
+    "kd_1": replace(KD, train_subset=1, baseline="student_1"),
+    "kd_2": replace(KD, train_subset=2, baseline="student_2"),
+    "kd_3": replace(KD, train_subset=3, baseline="student_3"),
+    "kd_unscaled_1": replace(KD, train_subset=1, scale_soft_loss=False, baseline="kd_1"),
+    "kd_unscaled_2": replace(KD, train_subset=2, scale_soft_loss=False, baseline="kd_2"),
+    "kd_unscaled_3": replace(KD, train_subset=3, scale_soft_loss=False, baseline="kd_3"),
+}
+
+# The original's pair from random weights: all images for teacher and students, 32 px, and a first layer for that size.
+all_images = partial(scratch, stem="cifar", epochs=15, lr=0.05)
+SAME_IMAGES = {
+    "teacher": all_images(arch="resnet50"),
+    "student": all_images(arch="resnet18"),
+    "kd": all_images(arch="resnet18", teacher="teacher", teacher_seed=0, baseline="student"),
+    "kd_unscaled": all_images(arch="resnet18", teacher="teacher", teacher_seed=0, scale_soft_loss=False, baseline="kd"),
+}
+
 study = partial(Config, image_size=64, validation_size=2000)
 STUDY = {
     "ablation": study(ABLATION, run="ablation", seeds=(0, 1, 2, 3, 4)),
@@ -113,7 +140,10 @@ STUDY = {
     "views": study(VIEWS, run="views", augment="crop", seeds=(2, 3, 4)),
     "methods": study(METHODS, run="methods", seeds=(2, 3, 4)),
 }
-# Not in docs/answer.md: docs/finetuning.md has its rules and predictions.
+# Not in docs/answer.md: docs/finetuning.md and docs/tuned.md have their rules and predictions.
 FURTHER = {
     "finetuning": study(FINETUNING, run="finetuning", precision="fp32", seeds=(1, 2, 3, 4, 5, 6)),
+    "rates": study(RATES, run="rates", precision="bf16", sweep=FIVE_RATES, seeds=(5, 6, 7)),
+    "subsets": study(SUBSETS, run="subsets", precision="bf16", seeds=(5, 6, 7)),
+    "same_images": study(SAME_IMAGES, run="same_images", image_size=32, precision="fp32", seeds=(0, 1, 2)),
 }

@@ -85,7 +85,7 @@ def start_training(network: nn.Module, recipe: Recipe, config: Config, seed: int
 
 def fit(network, recipe, config, seed, dataset, loss_fn, **more) -> list[dict[str, float]]:
     """`custom_resnet.fit` for such a training."""
-    images = len(dataset.subset(recipe.train_size))
+    images = len(dataset.subset(recipe.train_size, recipe.train_subset))
     return custom_resnet.fit(start_training(network, recipe, config, seed, images, **more), dataset, loss_fn)
 
 

@@ -131,6 +131,15 @@ def test_a_subset_is_stratified_and_always_the_same(config, digits):
     assert set(shown.tolist()) == set(subset.tolist())
 
 
+def test_another_subset_is_as_stratified_and_overlaps_by_chance(digits):
+    first, other = (set(digits.subset(200, choice).tolist()) for choice in (0, 1))
+    assert other == set(digits.subset(200, 1).tolist())
+    counts = torch.bincount(digits.train.labels[digits.subset(200, 1)])
+    assert (counts - torch.bincount(digits.train.labels) * 200 / 1297).abs().max() < 1
+    expected = 200 * 200 / 1297  # hypergeometric, with a standard deviation of 4.7
+    assert abs(len(first & other) - expected) < 5 * 4.7
+
+
 def test_digits_match_scikit_learn(digits):
     assert digits.classes == tuple("0123456789")
     assert digits.train.images.shape == (1297, 3, 8, 8)
