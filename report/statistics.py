@@ -133,10 +133,14 @@ def paired_p(correct: np.ndarray, correct_baseline: np.ndarray) -> float:
 
     At the level 0.05 the interval is `paired_interval`, so that p < 0.05 exactly if that excludes 0. At least 1e-300.
     """
-    mean, over_images, over_seeds = paired_errors(correct, correct_baseline)
+    return level_at_zero(*paired_errors(correct, correct_baseline), len(correct))
+
+
+def level_at_zero(mean: float, over_images: float, over_seeds: float, seeds: int) -> float:
+    """The level whose interval, of `half_width` around the mean difference, just touches 0. At least 1e-300."""
 
     def excess(log_level: float) -> float:
-        return half_width(math.exp(log_level), over_images, over_seeds, len(correct)) - abs(mean)
+        return half_width(math.exp(log_level), over_images, over_seeds, seeds) - abs(mean)
 
     smallest = math.log(1e-300)
     if mean == 0:
