@@ -41,6 +41,7 @@ from utils import load_config, run_script
 FLAGS = {
     "--predict IMAGE ...": "no report: the class and the probabilities of these image files, and of those in these "
     "folders, from each trained model",
+    "--figures pdf": "write each figure as a PDF file, too",
     "--export": "no report: write MODEL.pt2, which needs only PyTorch, for each distilled model (or each in --only)",
 }
 TRAIN_FIRST = "train first: python teacher_student_model.py, with the same flags"
@@ -122,8 +123,8 @@ def training_logits(config: Config, dataset: Dataset, models: Models) -> Trainin
     return logits
 
 
-def evaluate(config: Config, dataset: Dataset) -> None:
-    """Write the report and print its table and its verdicts."""
+def evaluate(config: Config, dataset: Dataset, pdf: bool = False) -> None:
+    """Write the report, with figures in PDF if asked for, and print its table and its verdicts."""
     with lock(Path(config.imgs_path, config.run)):
         models, missing = evaluate_checkpoints(config, dataset)
         if not models:
@@ -133,7 +134,7 @@ def evaluate(config: Config, dataset: Dataset) -> None:
                 log.info(f"{first} and {second} have the same weights, and each counts among the comparisons")
         logits = training_logits(config, dataset, models)
         if rank() == 0:
-            results = write_report(config, dataset, models, logits, missing)
+            results = write_report(config, dataset, models, logits, missing, pdf)
             print_result(summary(results))
             log.info(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
 
@@ -168,6 +169,7 @@ def script_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--predict", nargs="+")
     one_of.add_argument("--export", action="store_true")
+    parser.add_argument("--figures", choices=("png", "pdf"), default="png")
     return parser.parse_known_args(argv)
 
 
@@ -194,7 +196,10 @@ def main(argv: list[str] | None = None) -> None:
             print_result("\n".join(tables).rstrip())
             return
         dataset = load_dataset(config)
-        (export if own.export else evaluate)(config, dataset)
+        if own.export:
+            export(config, dataset)
+        else:
+            evaluate(config, dataset, pdf=own.figures == "pdf")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import seaborn
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,6 +19,7 @@ from matplotlib.patches import Patch
 from engine.fields import show
 from report.comparisons import Comparison, Models
 from report.metrics import expected_calibration_error, reliability, row_shares
+from report.statistics import accuracy_interval
 
 ANNOTATED = 20  # up to this many classes, the cells of a matrix hold numbers
 
@@ -25,9 +29,39 @@ def model_colours(names: Iterable[str]) -> dict[str, Any]:
     return dict(zip(names, itertools.cycle(seaborn.color_palette("colorblind")), strict=False))
 
 
+def choose_fonts(names: Iterable[str]) -> str | None:
+    """Draw with fonts that have the characters of these names; returns a sentence if no installed font has some."""
+
+    def characters(font: str) -> set[str]:
+        return {*map(chr, font_manager.get_font(font).get_charmap())}
+
+    chosen = ["DejaVu Sans"]
+    missing = {c for c in "".join(names) if c.isprintable()} - characters(font_manager.findfont(chosen[0]))
+    for font in font_manager.fontManager.ttflist:
+        if missing and "Last Resort" not in font.name and missing & characters(font.fname):
+            chosen.append(font.name)
+            missing -= characters(font.fname)
+    matplotlib.rcParams["font.family"] = chosen
+    if not missing:
+        return None
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said once, in this sentence
+    return (
+        f"figures show boxes for {''.join(sorted(missing)[:10])}, which no installed font has; install one that does, "
+        "such as Noto Sans CJK for Chinese, Japanese and Korean"
+    )
+
+
 def png(figure: Figure) -> bytes:
+    return saved(figure, format="png", dpi=150)
+
+
+def pdf(figure: Figure) -> bytes:
+    return saved(figure, format="pdf", metadata={"CreationDate": None})
+
+
+def saved(figure: Figure, **how: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, **how)
     return buffer.getvalue()
 
 
@@ -100,12 +134,15 @@ def differences_figure(
     """Differences in accuracy with their 95% intervals, from the top; the points of those in `hollow` are hollow."""
     points = 100 * np.array([(difference, *ci95) for difference, ci95 in differences.values()])  # (rows, 3)
     rows, few = np.arange(len(points)), len(points) <= 2 * ANNOTATED
+    size = 30 if few else 4
     faces = ["white" if name in hollow else colour for name in differences]
     figure = blank_figure(7.5, min(0.32 * len(rows) + 1.3, 14))
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=1)
     axes.hlines(rows, points[:, 1], points[:, 2], color=colour, linewidth=2 if few else 1)
-    axes.scatter(points[:, 0], rows, s=36 if few else 4, facecolors=faces, edgecolors=[colour], zorder=3)
+    axes.scatter(points[:, 0], rows, s=size, facecolors=faces, edgecolors=[colour], zorder=3)
+    ends = points[:, 1:].T.ravel()  # in front of the points, which may be wider than the interval
+    axes.scatter(ends, np.tile(rows, 2), s=4 * size, marker="|", color=colour, zorder=4)
     axes.set_yticks(rows, [escape_mathtext(name, 60) for name in differences], fontsize=label_size(list(differences)))
     axes.set(xlabel=f"{xlabel} (percentage points), with 95% interval", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
@@ -121,10 +158,9 @@ def class_differences_figure(comparison: Comparison, colour: Any) -> Figure:
 
 
 def effects_figure(comparisons: Sequence[Comparison]) -> Figure:
-    """The difference of each model from its baseline, sorted; hollow if indistinguishable."""
+    """The difference of each model from its baseline, in the order of the rows; hollow if indistinguishable."""
     several = len({c.baseline for c in comparisons}) > 1
     names = {f"{c.model} − {c.baseline}" if several else c.model: c for c in comparisons}
-    names = dict(sorted(names.items(), key=lambda item: -item[1].difference))
     hollow = [name for name, c in names.items() if c.verdict == "indistinguishable"]
     baseline = "its baseline" if several else escape_mathtext(comparisons[0].baseline)
     effects = {name: (c.difference, c.ci95) for name, c in names.items()}
@@ -204,8 +240,13 @@ def gallery_figure(
     return figure
 
 
-def report_figure(scores: np.ndarray, support: np.ndarray, classes: tuple[str, ...], title: str) -> Figure:
-    """Precision, recall and F1 (C, 3) of each class, with its images (C,), and their means over the classes."""
+def report_figure(
+    scores: np.ndarray, support: np.ndarray, classes: tuple[str, ...], title: str, lowest: float = 0.0
+) -> Figure:
+    """Precision, recall and F1 (C, 3) of each class, with its images (C,), and their means over the classes.
+
+    The colours begin at the `lowest` score of all models, so that the figures of a run can be compared.
+    """
     averages = [scores.mean(0), np.average(scores, axis=0, weights=support)]
     values = 100 * np.vstack([scores, *averages])  # (C + 2, 3)
     names = [*map(escape_mathtext, classes), "macro average", "weighted average"]
@@ -216,7 +257,7 @@ def report_figure(scores: np.ndarray, support: np.ndarray, classes: tuple[str, .
         values,
         annot=few,
         fmt=".1f",
-        vmin=min(90.0, 10 * math.floor(values.min() / 10)),
+        vmin=min(90.0, 10 * math.floor(10 * lowest)),
         vmax=100,
         cmap="Blues",
         linewidths=0.5 if few else 0,
@@ -239,33 +280,57 @@ def curves_figure(models: Models, colours: Mapping[str, Any]) -> Figure:
     trained = {name: [history for history in model.history.values() if history] for name, model in models.items()}
     trained = {name: records for name, records in trained.items() if records}  # not: weights that are used as they are
     distilled = any("soft_share" in records[0][0] for records in trained.values())
-    figure = blank_figure(12.5 if distilled else 9, 3.8)
-    loss_axes, accuracy_axes, *share_axes = figure.subplots(1, 2 + distilled)
+    figure = blank_figure(4.5, 2.4 * (2 + distilled) + 0.12 * len(trained))  # legible in a column of 8 cm
+    loss_axes, accuracy_axes, *share_axes = figure.subplots(2 + distilled, sharex=True)
     panels = [(loss_axes, "loss", 1, "-"), (accuracy_axes, "train_accuracy", 100, ":")]
     panels += [(accuracy_axes, f"{held_out}_accuracy", 100, "-") for held_out in ("validation", "test")]
     panels += [(axes, "soft_share", 100, "-") for axes in share_axes]
-    for name, records in trained.items():
+    widths = np.linspace(3.5, 1, len(trained))  # a curve that lies on another lets it be seen
+    for (name, records), width in zip(trained.items(), widths, strict=True):
         epochs = [record["epoch"] for record in records[0]]
         for axes, key, scale, style in panels:
             if key in records[0][0]:
                 values = scale * np.array([[record[key] for record in history] for history in records])  # (S, epochs)
                 label = escape_mathtext(name)
-                axes.plot(epochs, values.mean(0), style, color=colours[name], marker=".", label=label)
+                look = {"color": colours[name], "linewidth": width, "marker": ".", "markersize": width + 3}
+                axes.plot(epochs, values.mean(0), style, label=label, **look)
                 low, high = values.min(0), values.max(0)
                 axes.fill_between(epochs, low, high, color=colours[name], alpha=0.2, linewidth=0)
-    loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    loss_axes.set(ylabel="loss (nats)", yscale="log")
     loss_axes.set_title("training loss (not comparable between recipes)", fontsize="medium")
-    accuracy_axes.set(xlabel="epoch", ylabel="accuracy (%)")
-    accuracy_axes.set_title("solid: test or validation images, dotted: training images", fontsize="medium")
+    accuracy_axes.set(ylabel="accuracy (%)")
+    accuracy_axes.set_title("solid: test or validation, dotted: training images", fontsize="medium")
     for axes in share_axes:
-        axes.set(xlabel="epoch", ylabel="share of the gradient (%)", ylim=(0, 100))
-        axes.set_title("soft loss: share of the gradient at the logits", fontsize="medium")
-    for axes in {loss_axes, accuracy_axes, *share_axes}:
+        axes.set(ylabel="soft loss (%)", ylim=(0, 100))
+        axes.set_title("share of the gradient at the logits", fontsize="medium")
+    for axes in (loss_axes, accuracy_axes, *share_axes):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("epoch")
     lines, names = loss_axes.get_legend_handles_labels()
     if lines:
-        figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+        figure.legend(lines, names, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def accuracy_figure(models: Models, labels: np.ndarray, colours: Mapping[str, Any]) -> Figure:
+    """The accuracy of each model: its mean with 95% interval, and each seed."""
+    few = len(models) <= 2 * ANNOTATED
+    figure = blank_figure(6.5, min(0.36 * len(models) + 1.1, 14))
+    axes = figure.subplots()
+    for row, (name, model) in enumerate(models.items()):
+        correct = model.correct(labels)
+        low, high = accuracy_interval(correct)
+        colour, mean = colours[name], 100 * correct.mean()
+        axes.hlines(row, 100 * low, 100 * high, color=colour, linewidth=6 if few else 2, alpha=0.35)
+        axes.plot(100 * correct.mean(1), [row] * len(correct), "o", color=colour, markersize=4 if few else 2)
+        axes.plot(mean, row, "|", color=colour, markersize=14 if few else 4, markeredgewidth=2)
+        if few:
+            axes.annotate(f"{mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axes.set_yticks(range(len(models)), [escape_mathtext(name) for name in models], fontsize=label_size([*models]))
+    axes.set_ylim(len(models) - 0.4, -0.6)
+    axes.set_xlabel("test accuracy (%): mean, seeds, and 95% interval")
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
@@ -284,6 +349,10 @@ def sweep_figure(
     for values, model in points:
         lines.setdefault(tuple(values[field] for field in others), []).append((values[first], model["accuracy"]))
     ticks = list(dict.fromkeys(values[first] for values, _ in points))
+    if all(isinstance(tick, (int, float)) for tick in ticks):
+        ticks.sort()
+        for line in lines.values():
+            line.sort(key=lambda point: point[0])
     figure = blank_figure(6.5, 4)
     axes = figure.subplots()
     palette = ["black"] if len(lines) == 1 else seaborn.color_palette("crest", len(lines))

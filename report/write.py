@@ -1,10 +1,11 @@
-"""The report's files: results.json, predictions.npz, figures and results.md."""
+"""The report's files: results.json, predictions.npz, tables in CSV, figures and results.md."""
 
+import csv
 import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, precision_recall_fscore_support
 
+from engine.console import log
 from engine.datasets import Dataset
 from engine.device import environment
 from engine.files import replace_files
@@ -36,16 +38,25 @@ from report.metrics import Evaluated, confusion_counts, fit_temperature, log_pro
 
 # Every file of a report. Those of an earlier one that a report does not have are removed.
 FILES = (
-    *("results.md", "results.json", "predictions.npz", "training_curves.png", "reliability.png", "effects.png"),
-    *("sweep_*.png", "*/confusion_matrix.png", "*/classification_report.png", "*/classification_report.txt"),
-    *("*/class_differences.png", "*/confusion_difference.png", "*/disagreements.png"),
+    *("results.md", "results.json", "predictions.npz", "history.csv", "predictions.csv"),
+    *("accuracy.png", "training_curves.png", "reliability.png", "effects.png", "sweep_*.png"),
+    *("*/confusion_matrix.png", "*/classification_report.png", "*/classification_report.txt"),
+    *("*/class_differences.png", "*/confusion_difference.png", "*/disagreements.png", "*.pdf", "*/*.pdf"),
 )
 
 
 def write_report(
-    config: Config, dataset: Dataset, models: Models, training_logits: TrainingLogits, missing: list[Path]
+    config: Config,
+    dataset: Dataset,
+    models: Models,
+    training_logits: TrainingLogits,
+    missing: list[Path],
+    pdf: bool = False,
 ) -> Results:
-    """Write every file of the report in place of an earlier one's, and return what results.json holds."""
+    """Write every file of the report in place of an earlier one's, and return what results.json holds.
+
+    `pdf` writes each figure as a PDF file, too, for a paper.
+    """
     labels, folder = dataset.test.labels.cpu().numpy(), Path(config.imgs_path, config.run)
     arrays = {"labels": labels}
     arrays |= {f"{name}/seed{seed}": logits for name, model in models.items() for seed, logits in model.logits.items()}
@@ -56,14 +67,22 @@ def write_report(
         models = {name: with_temperatures(model, held_out) for name, model in models.items()}
     results = collect(config, dataset, models, training_logits, missing, labels)
     colours = figures.model_colours(config.recipes)
+    if problem := figures.choose_fonts([*dataset.classes, *models]):
+        log.info(problem)
     drawn = itertools.chain(
         model_figures(models, labels, dataset.classes, colours),
         run_figures(config, results, colours),
         *(comparison_figures(comparison, dataset, models, labels, colours) for comparison in results["comparisons"]),
     )
-    files = {path: figures.png(figure) for path, figure in drawn}
+    files = {}
+    for name, figure in drawn:
+        files[f"{name}.png"] = figures.png(figure)
+        if pdf:
+            files[f"{name}.pdf"] = figures.pdf(figure)
     for name, model in models.items():
         files[f"{name}/classification_report.txt"] = classification_reports(model, labels, dataset.classes).encode()
+    files["history.csv"] = history_csv(models)
+    files["predictions.csv"] = predictions_csv(models, labels, dataset.classes)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     files["predictions.npz"] = buffer.getvalue()
@@ -122,6 +141,43 @@ def collect(
     }
 
 
+def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+HISTORY = ("epoch", "loss", "train_accuracy", "validation_accuracy", "test_accuracy", "soft_share", "seconds")
+
+
+def history_csv(models: Models) -> bytes:
+    """A line for each epoch of each model and seed; a cell is empty where there is no such number."""
+    rows = [
+        (name, seed, *(record.get(column, "") for column in HISTORY))
+        for name, model in models.items()
+        for seed, history in model.history.items()
+        for record in history
+    ]
+    return as_csv([("model", "seed", *HISTORY), *rows])
+
+
+def predictions_csv(models: Models, labels: np.ndarray, classes: Sequence[str]) -> bytes:
+    """A line for each test image: its number and label, and each model's class with its probability.
+
+    Images that most models get wrong come first.
+    """
+    columns: list[tuple[str, Sequence[Any]]] = [("image", range(len(labels))), ("label", [classes[y] for y in labels])]
+    wrong = np.zeros(len(labels), dtype=int)
+    for name, model in models.items():
+        for seed, predicted in model.predictions.items():
+            wrong += predicted != labels
+            probabilities = log_probabilities(model.logits[seed]).exp().max(1).values
+            columns.append((f"{name}/seed{seed}", [classes[c] for c in predicted]))
+            columns.append((f"{name}/seed{seed}/probability", [f"{p:.4f}" for p in probabilities]))
+    order = np.argsort(-wrong, kind="stable")
+    return as_csv([[title for title, _ in columns], *([column[i] for _, column in columns] for i in order)])
+
+
 def as_json(comparison: Comparison) -> dict[str, Any]:
     return {**dataclasses.asdict(comparison), "verdict": comparison.verdict}
 
@@ -155,44 +211,52 @@ def classification_reports(model: Evaluated, labels: np.ndarray, classes: tuple[
 def model_figures(
     models: Models, labels: np.ndarray, classes: tuple[str, ...], colours: dict[str, Any]
 ) -> Iterator[tuple[str, Figure]]:
-    """Path and figure of everything that shows one model, or all of them."""
+    """Name and figure of everything that shows one model, or all of them."""
+    scores_of = {
+        name: np.mean(
+            [
+                precision_recall_fscore_support(labels, p, labels=range(len(classes)), zero_division=0)[:3]
+                for p in model.predictions.values()
+            ],
+            axis=0,
+        ).T  # (C, 3)
+        for name, model in models.items()
+    }
+    lowest, support = min(scores.min() for scores in scores_of.values()), np.bincount(labels, minlength=len(classes))
+    yield "accuracy", figures.accuracy_figure(models, labels, colours)
     for name, model in models.items():
         title, seeds = f"{name}, {model.recipe.arch}", len(model.logits)
         counts = confusion_counts(model, labels, len(classes))
         over = f", sum of {seeds} seeds" if seeds > 1 else ""
-        yield f"{name}/confusion_matrix.png", figures.confusion_figure(counts, classes, title + over)
-        scores = [
-            precision_recall_fscore_support(labels, p, labels=range(len(classes)), zero_division=0)[:3]
-            for p in model.predictions.values()
-        ]
-        mean, support = np.mean(scores, axis=0).T, np.bincount(labels, minlength=len(classes))  # (C, 3), (C,)
+        yield f"{name}/confusion_matrix", figures.confusion_figure(counts, classes, title + over)
         over = f", mean of {seeds} seeds" if seeds > 1 else ""
-        yield f"{name}/classification_report.png", figures.report_figure(mean, support, classes, title + over)
-    yield "training_curves.png", figures.curves_figure(models, colours)
-    yield "reliability.png", figures.reliability_figure(models, labels, colours)
+        figure = figures.report_figure(scores_of[name], support, classes, title + over, lowest)
+        yield f"{name}/classification_report", figure
+    yield "training_curves", figures.curves_figure(models, colours)
+    yield "reliability", figures.reliability_figure(models, labels, colours)
 
 
 def run_figures(config: Config, results: Results, colours: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    """Path and figure of what shows many rows: the effects, if there are more than two, and each sweep."""
+    """Name and figure of what shows many rows: the effects, if there are more than two, and each sweep."""
     comparisons, models = results["comparisons"], results["models"]
     if len(comparisons) > 2:
-        yield "effects.png", figures.effects_figure(comparisons)
+        yield "effects", figures.effects_figure(comparisons)
     for row, points in results["sweeps"].items():
         found = {point["row"]: (point["values"], models[point["row"]]) for point in points}
         shown = [name for c in comparisons if c.model in found for name in (c.baseline, models[c.model]["teacher"])]
         references = {name: models[name] for name in shown if name in models}
-        yield f"sweep_{row}.png", figures.sweep_figure(list(found.values()), references, colours)
+        yield f"sweep_{row}", figures.sweep_figure(list(found.values()), references, colours)
 
 
 def comparison_figures(
     comparison: Comparison, dataset: Dataset, models: Models, labels: np.ndarray, colours: dict[str, Any]
 ) -> Iterator[tuple[str, Figure]]:
-    """Path and figure of everything that shows a model and its baseline."""
+    """Name and figure of everything that shows a model and its baseline."""
     name, baseline, classes = comparison.model, comparison.baseline, dataset.classes
-    yield f"{name}/class_differences.png", figures.class_differences_figure(comparison, colours[name])
+    yield f"{name}/class_differences", figures.class_differences_figure(comparison, colours[name])
     counts = {m: confusion_counts(models[m], labels, len(classes), comparison.seeds) for m in (name, baseline)}
     figure = figures.confusion_difference_figure(counts[name], counts[baseline], classes, f"{name} minus {baseline}")
-    yield f"{name}/confusion_difference.png", figure
+    yield f"{name}/confusion_difference", figure
     if gallery := comparison.disagreements:
         shown = np.array(gallery.shown)
         probabilities = {
@@ -202,4 +266,4 @@ def comparison_figures(
         index = torch.as_tensor(shown, device=dataset.test.images.device)
         images = dataset.test.images[index].permute(0, 2, 3, 1).cpu().numpy()
         figure = figures.gallery_figure(images, labels[shown], probabilities, classes, colours)
-        yield f"{name}/disagreements.png", figure
+        yield f"{name}/disagreements", figure

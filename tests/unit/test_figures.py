@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import matplotlib.colors
@@ -11,6 +12,7 @@ from engine.recipes import Recipe
 from report import figures
 from report.comparisons import Comparison
 from report.metrics import Evaluated
+from report.statistics import accuracy_interval
 
 RECORD = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.4}
 HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
@@ -99,23 +101,25 @@ def effect(model, difference, p_holm, baseline="student"):
     return replace(example, model=model, baseline=baseline, difference=difference, ci95=interval, p_holm=p_holm)
 
 
-def test_effects_are_sorted_with_their_intervals_and_hollow_if_indistinguishable():
+def test_effects_are_in_the_order_of_the_rows_with_their_intervals_and_hollow_if_indistinguishable():
     rows = [
         effect("a", 0.005, p_holm=0.3),
         effect("b", -0.02, p_holm=0.01),
         effect("c", 0.03, p_holm=0.001),
     ]
     axes = figures.effects_figure(rows).axes[0]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["c", "a", "b"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b", "c"]
     assert axes.yaxis_inverted()
-    intervals, points = axes.collections
-    np.testing.assert_allclose([line[:, 0] for line in intervals.get_segments()], [(2, 4), (-0.5, 1.5), (-3, -1)])
-    np.testing.assert_allclose(points.get_offsets()[:, 0], [3, 0.5, -2])
+    intervals, points, ends = axes.collections
+    np.testing.assert_allclose([line[:, 0] for line in intervals.get_segments()], [(-0.5, 1.5), (-3, -1), (2, 4)])
+    np.testing.assert_allclose(points.get_offsets()[:, 0], [0.5, -2, 3])
+    np.testing.assert_allclose(np.sort(ends.get_offsets()[:, 0]), [-3, -1, -0.5, 1.5, 2, 4])
+    assert ends.get_zorder() > points.get_zorder()  # an interval narrower than its point is seen
     hollow = [matplotlib.colors.to_hex(face) == "#ffffff" for face in points.get_facecolors()]
-    assert hollow == [False, True, False]
+    assert hollow == [True, False, False]
     assert "accuracy minus that of student" in axes.get_xlabel()
     both = figures.effects_figure([*rows, effect("d", 0.1, 0.01, baseline="other")]).axes[0]
-    assert both.get_yticklabels()[0].get_text() == "d − other"
+    assert both.get_yticklabels()[3].get_text() == "d − other"
 
 
 def entry(mean):
@@ -142,3 +146,51 @@ def test_a_sweep_shows_each_accuracy_with_its_interval(values):
     intervals = [segment[:, 1].tolist() for segment in first[2][0].get_segments()]
     np.testing.assert_allclose(intervals, [(48, 51), (58, 61), (68, 71)])
     assert figures.png(figure).startswith(b"\x89PNG")
+
+
+def test_the_accuracy_figure_shows_means_seeds_and_intervals():
+    logits, labels = some_logits(n=60)
+    other = np.roll(logits, 1, axis=0)
+    models = {"a": Evaluated(Recipe(), {0: logits, 1: other}, {}), "b": Evaluated(Recipe(), {0: logits}, {})}
+    (axes,) = figures.accuracy_figure(models, labels, figures.model_colours(models)).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+    shares = [100 * (z.argmax(1) == labels).mean() for z in (logits, other)]
+    seeds, mean, *_ = axes.lines
+    np.testing.assert_allclose(seeds.get_xdata(), shares)
+    np.testing.assert_allclose(mean.get_xdata(), np.mean(shares))
+    low, high = accuracy_interval(models["a"].correct(labels))
+    np.testing.assert_allclose(axes.collections[0].get_segments()[0][:, 0], [100 * low, 100 * high])
+
+
+def test_curves_that_coincide_can_be_told_apart():
+    logits = some_logits(n=30)[0]
+    models = {name: model(logits) for name in ("a", "b", "c")}
+    lines = figures.curves_figure(models, figures.model_colours(models)).axes[0].lines
+    widths = [line.get_linewidth() for line in lines]
+    assert widths == sorted(widths, reverse=True)
+    assert min(np.diff(widths[::-1])) > 1  # points: what lies below shows on both sides
+
+
+def test_reports_of_one_run_have_one_colour_scale():
+    limits = [
+        figures.report_figure(np.full((3, 3), score), np.ones(3, int), ("a", "b", "c"), "x", lowest=0.32)
+        .axes[0]
+        .collections[0]
+        .get_clim()
+        for score in (0.4, 0.95)
+    ]
+    assert limits == [(30, 100), (30, 100)]
+
+
+def test_class_names_are_drawn_with_fonts_that_have_their_characters(monkeypatch):
+    circled = "\u20dd"  # in STIXGeneral, which comes with matplotlib, and not in DejaVu Sans
+    assert figures.choose_fonts(["cat", f"dog{circled}"]) is None
+    assert "STIXGeneral" in matplotlib.rcParams["font.family"]
+    own = [font for font in figures.font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(figures.font_manager.fontManager, "ttflist", own)
+    assert "\u732b" in figures.choose_fonts(["cat", "\u732b"])
+    with warnings.catch_warnings(record=True) as said:
+        figures.choose_fonts(["cat", "\u732b"])
+        figures.png(figures.confusion_figure(np.eye(2, dtype=int), ("cat", "\u732b"), "x"))
+    assert not said
+    assert figures.choose_fonts(["cat"]) is None

@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import re
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import sklearn.metrics
 from conftest import ROOT, flags
@@ -38,8 +40,51 @@ def test_the_report_writes_every_file(report):
     assert files == {
         *(f"{model}/{file}" for model in ("teacher", "student", "student_kd") for file in of_models),
         *(f"student_kd/{file}" for file in of_comparisons),
-        *("training_curves.png", "reliability.png", "results.md", "results.json", "predictions.npz"),
+        *("accuracy.png", "training_curves.png", "reliability.png", "results.md", "results.json", "predictions.npz"),
+        *("history.csv", "predictions.csv"),
     }
+
+
+def test_the_tables_in_csv_hold_what_the_other_files_do(report):
+    results = json.loads((report / "results.json").read_text(encoding="utf-8"))
+    with open(report / "history.csv", newline="", encoding="utf-8") as file:
+        epochs = list(csv.DictReader(file))
+    found = {(row["model"], row["seed"], int(row["epoch"])): row for row in epochs}
+    assert len(found) == len(epochs)
+    columns = "model,seed,epoch,loss,train_accuracy,validation_accuracy,test_accuracy,soft_share,seconds"
+    assert list(epochs[0]) == columns.split(",")
+    for name, model in results["models"].items():
+        for seed, history in model["history"].items():
+            for record in history:
+                row = found.pop((name, seed, record["epoch"]))
+                assert {key: float(row[key]) for key in row if key in record} == record
+                assert not any(row[key] for key in row if key not in record and key not in ("model", "seed"))
+    assert not found
+    with open(report / "predictions.csv", newline="", encoding="utf-8") as file:
+        images = list(csv.DictReader(file))
+    with np.load(report / "predictions.npz") as arrays:
+        labels, logits = arrays["labels"], {key: arrays[key] for key in arrays if "/" in key}
+    classes = results["classes"]
+    assert sorted(int(row["image"]) for row in images) == list(range(len(labels)))
+    wrong = []
+    for row in images:
+        image = int(row["image"])
+        assert row["label"] == classes[labels[image]]
+        for key, z in logits.items():
+            p = scipy.special.softmax(z[image].astype(float))
+            assert row[key] == classes[p.argmax()]
+            assert float(row[f"{key}/probability"]) == pytest.approx(p.max(), abs=1e-4)
+        wrong.append(sum(row[key] != row["label"] for key in logits))
+    assert wrong == sorted(wrong, reverse=True)
+
+
+def test_figures_are_written_as_pdf_if_asked_for(trained, tmp_path):
+    evaluate.main(flags(trained, "--imgs_path", str(tmp_path), "--figures", "pdf"))
+    folder = tmp_path / "demo"
+    drawn = {path.relative_to(folder).with_suffix("") for path in folder.rglob("*.png")}
+    assert drawn == {path.relative_to(folder).with_suffix("") for path in folder.rglob("*.pdf")}
+    evaluate.main(flags(trained, "--imgs_path", str(tmp_path)))
+    assert not list(folder.rglob("*.pdf"))
 
 
 def test_every_number_can_be_recomputed_from_the_predictions(report):
@@ -282,7 +327,7 @@ def test_the_markdown_report_shows_figures_that_exist(report):
     text = (report / "results.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert {f"{model}/confusion_matrix.png" for model in ("teacher", "student", "student_kd")} < set(shown)
-    assert len(shown) == len(set(shown)) == 4 + 4
+    assert len(shown) == len(set(shown)) == 4 + 5
     assert all((report / path).is_file() for path in shown)
     assert text.splitlines()[2].startswith("- student_kd is ")  # the verdict, right under the title
     sentence = r"(retains [\d.]+% of|is [\d.]+ points more accurate than) teacher('s accuracy)?"
