@@ -4,6 +4,7 @@
     python evaluate.py --run NAME               # every model in checkpoints/NAME, with the settings that it records
     python evaluate.py --run NAME --predict IMAGE ...   # instead: each model's prediction for your own images
     python evaluate.py --run NAME --export      # instead: checkpoints/RUN/seedS/MODEL.pt2, which needs only PyTorch
+    python evaluate.py --run NAME --export onnx
 
 Writes imgs/RUN/results.md and its figures, results.json (every number) and predictions.npz (the logits behind them),
 and prints the table. Three layers: logits from checkpoints; metrics, functions of arrays; figures and text from them.
@@ -31,7 +32,7 @@ from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config, Model
 from report.comparisons import Models, TrainingLogits, distilled
-from report.export import check_export, export_program
+from report.export import check_export, export_program, load_onnx, load_pt2, onnx_program
 from report.markdown import summary
 from report.metrics import Evaluated
 from report.predict import predict_files
@@ -42,7 +43,8 @@ FLAGS = {
     "--predict IMAGE ...": "no report: the class and the probabilities of these image files, and of those in these "
     "folders, from each trained model",
     "--figures pdf": "write each figure as a PDF file, too",
-    "--export": "no report: write MODEL.pt2, which needs only PyTorch, for each distilled model (or each in --only)",
+    "--export [pt2|onnx]": "no report: write MODEL.pt2, which needs only PyTorch, or MODEL.onnx, for each distilled "
+    "model (or each in --only)",
 }
 TRAIN_FIRST = "train first: python teacher_student_model.py, with the same flags"
 
@@ -139,19 +141,22 @@ def evaluate(config: Config, dataset: Dataset, pdf: bool = False) -> None:
             log.info(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
 
 
-def export(config: Config, dataset: Dataset) -> None:
-    """Write MODEL.pt2 for each distilled model (or each that `only` names), checked on the test images."""
+def export(config: Config, dataset: Dataset, suffix: str) -> None:
+    """Write MODEL.pt2 or .onnx for each distilled model (or each that `only` names), checked on the test images."""
     selected = config.selected()
     names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
         for model, checkpoint, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
-            network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(".pt2")
+            network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(f".{suffix}")
             logits = predict(network, images, config.image_size, "fp32", title=f"{model} test images")
             about = {"name": model.name, "seed": model.seed, "classes": checkpoint.classes}
             about |= {"image_size": config.image_size, "weights": digest}
             content = export_program(network, config.image_size, about)
-            largest = check_export(content, path, images, torch.softmax(logits, dim=1))
+            if suffix == "onnx":
+                content = onnx_program(content, about)
+            program = load_onnx(content) if suffix == "onnx" else load_pt2(content)
+            largest = check_export(program, path, images, torch.softmax(logits, dim=1))
             write_durably(path, content)
             log.info(
                 f"{model}  exported: {path}, {len(content) / 1e6:.1f} MB. Loaded back, it predicts the "
@@ -168,7 +173,7 @@ def script_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     parser = Parser(add_help=False, allow_abbrev=False)
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--predict", nargs="+")
-    one_of.add_argument("--export", action="store_true")
+    one_of.add_argument("--export", nargs="?", const="pt2", choices=("pt2", "onnx"))
     parser.add_argument("--figures", choices=("png", "pdf"), default="png")
     return parser.parse_known_args(argv)
 
@@ -197,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         dataset = load_dataset(config)
         if own.export:
-            export(config, dataset)
+            export(config, dataset, own.export)
         else:
             evaluate(config, dataset, pdf=own.figures == "pdf")
 

@@ -1,7 +1,8 @@
-"""A model as a torch.export program, from uint8 images to probabilities, that needs nothing but PyTorch to run."""
+"""A model as a program from uint8 images to probabilities: of torch.export, which needs only PyTorch, or ONNX."""
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,42 @@ def export_program(model: nn.Module, image_size: int, about: dict[str, Any]) -> 
     return buffer.getvalue()
 
 
-def check_export(content: bytes, path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
+def onnx_program(pt2: bytes, about: dict[str, Any]) -> bytes:
+    """An ONNX file of a .pt2 file: input `images`, output `probabilities`. `about` is its metadata of that name.
+
+    Raises UserError if a package is not installed.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--export onnx: {error.name} is not installed; pip install onnx onnxscript onnxruntime"
+        ) from None
+    program = torch.onnx.export(
+        torch.export.load(io.BytesIO(pt2)), input_names=["images"], output_names=["probabilities"], verbose=False
+    )
+    model = program.model_proto  # type: ignore[union-attr]
+    model.metadata_props.add(key="about", value=json.dumps(about))
+    return model.SerializeToString()
+
+
+Run = Callable[[torch.Tensor], torch.Tensor]  # uint8 images (n, 3, H, W) -> probabilities (n, C)
+
+
+def load_pt2(content: bytes) -> Run:
+    return torch.export.load(io.BytesIO(content)).module()
+
+
+def load_onnx(content: bytes) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content)
+    return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
+
+
+def check_export(program: Run, path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference from the expected probabilities (n, C). Raises UserError if the predictions differ."""
-    program = torch.export.load(io.BytesIO(content)).module()
     with torch.inference_mode():
         found = torch.cat([program(chunk) for chunk in images.split(100)])
     differing, largest = int((found.argmax(1) != expected.argmax(1)).sum()), (found - expected).abs().max().item()

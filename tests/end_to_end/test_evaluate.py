@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import sys
 
 import filelock
 import numpy as np
@@ -148,6 +149,35 @@ torch.save(probabilities, sys.argv[3])
     assert done.stdout == f"{right} True\n(2, 10) torch.float32 True\n", done.stderr
     found = torch.load(tmp_path / "out.pt").numpy()
     np.testing.assert_allclose(found, probabilities_of(arrays["student_kd/seed0"]), atol=1e-4)
+
+
+def test_an_onnx_model_predicts_the_same(exported, report, digits):
+    runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    evaluate.main(flags(exported, "--seeds", "0", "--export", "onnx"))
+    path = exported / "checkpoints/demo/seed0/student_kd.onnx"
+    session = runtime.InferenceSession(str(path))
+    (given,), (returned,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape[1]) == ("images", "tensor(uint8)", 3)
+    assert not any(isinstance(given.shape[axis], int) for axis in (0, 2, 3))
+    assert returned.name == "probabilities"
+    with np.load(report / "predictions.npz") as arrays:
+        expected = probabilities_of(arrays["student_kd/seed0"])
+    (found,) = session.run(None, {"images": digits.test.images.cpu().numpy()})
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    (large,) = session.run(None, {"images": np.zeros((2, 3, 50, 400), np.uint8)})
+    assert large.shape == (2, 10)
+    (about,) = (entry.value for entry in onnx.load(path).metadata_props if entry.key == "about")
+    assert json.loads(about)["classes"] == list("0123456789")
+
+
+def test_onnx_without_its_packages_says_what_to_install(exported, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(flags(exported, "--seeds", "0", "--export", "onnx"))
+    assert exit.value.code == 2
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
 
 
 def test_an_export_lists_its_classes(exported):
