@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from custom_resnet import LossFunction, train_model
+from diagnose.loss import NOT_RECOGNISED, CannotExamine, examine
 from engine import named
 from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
 from engine.console import log
@@ -34,6 +35,7 @@ from engine.fingerprints import load_teacher_state, logits_fingerprint
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import Worker, run_in_workers, start_workers
 from engine.models import layers, load_model
+from engine.named import is_named
 from engine.recipes import Recipe
 from engine.settings import Config, Model
 from engine.soft_losses import find
@@ -76,6 +78,18 @@ def distillation_terms(
     if not recipe.scale_soft_loss:
         soft = soft / recipe.temperature**2
     return {"hard": recipe.alpha * hard, "soft": recipe.weight_of_soft_loss * soft}
+
+
+def diagnose_soft_loss(recipe: Recipe, classes: int) -> str | None:
+    """What a soft loss of the user's computes at the recipe's temperature; None if it is not recognised, or is ours."""
+    if not is_named(recipe.soft_loss):
+        return None
+    soft_loss, options = find(recipe.soft_loss), recipe.soft_loss_options
+    try:
+        found = examine(lambda z, v, y: soft_loss(z, v, y, recipe.temperature, **options), num_classes=classes)
+    except CannotExamine:  # of float64, or on the CPU
+        return None
+    return None if found.name == NOT_RECOGNISED else f"{recipe.soft_loss} computes {found.findings[0]}"
 
 
 class Teacher(NamedTuple):
@@ -211,6 +225,8 @@ def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKN
 
     def make_loss() -> LossFunction:
         nonlocal online
+        if said := diagnose_soft_loss(recipe, len(dataset.classes)):
+            log.info(f"{model}  {said}")
         teacher = load_teacher(of_teacher, dataset)
         if config.unlimited_views:
             online = OnlineTeacher(teacher.model, config)

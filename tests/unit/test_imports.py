@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import report.figures  # noqa: F401 - matplotlib says so on stderr when it builds its font cache, the first time
 
-PACKAGES = ("engine", "report", "experiments", "benchmarks")
+PACKAGES = ("engine", "report", "experiments", "diagnose", "benchmarks")
 SCRIPTS = ("config", "utils", "custom_resnet", "teacher_student_model", "evaluate")
 MAY_IMPORT = {
     "engine": {"engine"},
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "config": {"engine", "experiments"},
     "utils": {"engine", "config"},
     "custom_resnet": {"engine", "config", "utils"},
-    "teacher_student_model": {"engine", "config", "utils", "custom_resnet"},
+    "diagnose": {"diagnose"},
+    "teacher_student_model": {"engine", "config", "utils", "custom_resnet", "diagnose"},
     "evaluate": {"engine", "config", "utils", "custom_resnet", "teacher_student_model", "report"},
     "benchmarks": {"engine", "report", *SCRIPTS, "benchmarks"},
 }
