@@ -6,6 +6,15 @@
 Each model goes to checkpoints/RUN/seedS/MODEL.pt; a finished one is not trained again.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import os
+    import signal
+    import sys
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
+    sys.path.insert(0, os.path.dirname(__file__))  # which python -P leaves out
+
 import time
 from collections.abc import Callable
 from dataclasses import asdict

@@ -10,6 +10,15 @@ Writes imgs/RUN/results.md and its figures, results.json (every number) and pred
 and prints the table. Three layers: logits from checkpoints; metrics, functions of arrays; figures and text from them.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import os
+    import signal
+    import sys
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
+    sys.path.insert(0, os.path.dirname(__file__))  # which python -P leaves out
+
 import argparse
 import itertools
 from collections.abc import Iterator

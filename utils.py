@@ -35,9 +35,13 @@ def run_script() -> Iterator[None]:
 
 def import_config() -> ModuleType:
     """config.py. Raises UserError, with file and line, for a mistake in it."""
-    check_duplicate_keys(Path(__file__).with_name("config.py"))
-    with locate_errors():
-        return importlib.import_module("config")
+    path = Path(__file__).with_name("config.py")
+    check_duplicate_keys(path)
+    with locate_errors(path):
+        config = importlib.import_module("config")
+        config.ALL_PRESETS, config.parse  # noqa: B018 - what the scripts use
+    flags.check_presets(config.ALL_PRESETS)
+    return config
 
 
 def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:

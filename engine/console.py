@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.distributed import rank, world_size
-from engine.errors import escape_control
+from engine.errors import UserError, escape_control
 
 log = logging.getLogger("distillation")
 
@@ -34,13 +34,15 @@ def configure_logging() -> None:
 
 
 def print_result(text: str) -> None:
-    """Print to stdout, escaping what its encoding lacks; a closed pipe (`| head`) is no error."""
+    """Print to stdout, escaping what its encoding lacks; a closed pipe (`| head`) is no error, a full disk is."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a BrokenPipeError at exit
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left as it exits
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"the standard output cannot be written ({error.strerror})") from None
 
 
 def duration(seconds: float) -> str:

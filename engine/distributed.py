@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, explain_system_errors, first_line
 
 T = TypeVar("T")
 
@@ -95,7 +95,8 @@ def on_rank0(function: Callable[..., T]) -> Callable[..., T]:
         if rank() == 0:
             on_rank0_now = True
             try:
-                outcome[0] = function(*args, **kwargs)
+                with explain_system_errors():
+                    outcome[0] = function(*args, **kwargs)
             except (UserError, SystemExit) as error:
                 outcome[1] = error
             finally:
@@ -120,7 +121,8 @@ def main_process_first(function: Callable[[], T]) -> T:
         error: UserError | SystemExit | None = None
         if (local_rank() == 0) == first:
             try:
-                result = function()
+                with explain_system_errors():
+                    result = function()
             except (UserError, SystemExit) as raised:
                 error = raised
         errors: list[Any] = [None] * world_size()

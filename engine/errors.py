@@ -3,6 +3,8 @@
 import ast
 import contextlib
 import difflib
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -41,14 +43,36 @@ class Diverged(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    """Of its message; an error of the system without its number and path."""
+    reason = isinstance(error, OSError) and error.strerror
+    return str(reason or error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explain_system_errors() -> Iterator[None]:
+    """Turn an error of the system, as for a path that cannot be looked at, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # raised by a library, for a reason of its own
+            raise
+        raise UserError(": ".join(str(part) for part in (error.filename, error.strerror) if part)) from None
 
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print a UserError to stderr and exit with its status; exit with 130 on Ctrl-C."""
+    """Print a UserError or an error of the system to stderr and exit with its status; exit with 130 on Ctrl-C.
+
+    A standard stream that is closed (`2>&-`) is replaced, because the next file to be opened would get its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as a script sets it during its imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        yield
+        with explain_system_errors():
+            yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         error.end_process()
@@ -57,22 +81,24 @@ def exit_on_error() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-# What an edit of config.py can raise while it is imported; anything else keeps its traceback.
-MISTAKES = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, TypeError, ValueError)
-
-
 @contextlib.contextmanager
-def locate_errors() -> Iterator[None]:
-    """Turn errors in a module imported here, such as an edited config.py, into a UserError with file and line."""
+def locate_errors(path: Path) -> Iterator[None]:
+    """Turn an error while a file of the user's, such as config.py, is imported here into a UserError with its line."""
     try:
         yield
-    except SyntaxError as error:
-        raise UserError(f"{Path(error.filename or '').name}, line {error.lineno}: {error.msg}") from None
-    except (UserError, *MISTAKES) as error:
-        frame = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"][-1]
-        messages = error.messages if isinstance(error, UserError) else [first_line(error)]
-        where = f"{Path(frame.filename).name}, line {frame.lineno}"
-        raise UserError(*(f"{where}: {message}" for message in messages)) from None
+    except Exception as error:
+        lines = [
+            (frame.filename, frame.lineno)
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.name == "<module>"
+        ]
+        if isinstance(error, SyntaxError) and error.filename:
+            lines.append((error.filename, error.lineno))
+        messages = traceback.format_exception_only(error)[-1:]
+        if isinstance(error, UserError):
+            messages = list(error.messages)
+        where = f"{Path(lines[-1][0]).name}, line {lines[-1][1]}" if lines else path.name
+        raise UserError(*(f"{where}: {message.strip()}" for message in messages)) from None
 
 
 def check_duplicate_keys(path: Path) -> None:

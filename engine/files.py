@@ -1,9 +1,11 @@
 """Crash-safe file writes, and a lock on a run's folder."""
 
 import contextlib
+import errno
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +14,12 @@ import filelock
 from engine.console import log
 from engine.distributed import on_rank0
 from engine.errors import UserError
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raise OSError unless this is a file; reading a pipe or a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a file", os.fspath(path))
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:

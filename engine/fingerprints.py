@@ -189,7 +189,7 @@ def load_or_copy(model: Model, dataset: Dataset) -> Checkpoint | None:
         checkpoint = replace(Checkpoint.load(source), name=model.name, config=asdict(model.config))
         checkpoint.save(model.path)
         logits = source.with_suffix(".logits")
-        if logits.exists():
+        if logits.is_file():
             write_durably(model.logits_path, logits.read_bytes())
         log.info(f"{model.path}: copied from {source}, which was trained with the same settings")
     return checkpoint

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from engine.console import log
+from engine.console import log, print_result
 from engine.errors import UserError, closest, suggest
 from engine.fields import kind_of, problem_with, settings_of, show, value_of
 from engine.recipes import Recipe, conflicts
@@ -38,6 +38,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
+    def print_help(self, file: Any = None) -> None:
+        print_result(self.format_help().rstrip())
+
 
 def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: Mapping[str, str]) -> Config:
     """The preset that `--preset` names (the first by default) with the flags in `argv` (sys.argv[1:]) applied to it.
@@ -53,9 +56,6 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     if known.preset not in presets:
         raise UserError(f"--preset {known.preset}: no such preset; {suggest(known.preset, presets)}")
     preset = presets[known.preset]
-    if not isinstance(preset, Config):
-        raise UserError(f"PRESETS[{known.preset!r}]: must be a Config, such as Config(RECIPES, run={known.preset!r})")
-
     parser = make_parser(preset, help_text(preset, known.preset, presets, script_flags), script_flags)
     namespace, unknown = parser.parse_known_args(rest)
     words = vars(namespace)
@@ -93,6 +93,17 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
     if problems:
         raise UserError(*problems)
     return config
+
+
+def check_presets(presets: Any) -> None:
+    """Raise UserError unless this is a table of one Config or more, by their names."""
+    if not isinstance(presets, dict) or not presets:
+        raise UserError("PRESETS: must be a table of one preset or more, such as {'mine': Config(RECIPES, run='mine')}")
+    odd = [name for name, preset in presets.items() if not (isinstance(name, str) and isinstance(preset, Config))]
+    if odd:
+        raise UserError(
+            *(f"PRESETS: {name!r} must be a name and a Config, 'mine': Config(RECIPES, run='mine')" for name in odd)
+        )
 
 
 def values_for_row(name: str, recipe: Recipe, of_all: dict[str, Any], of_row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from engine import named
 from engine.checkpoints import CODE, RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
 from engine.device import place
 from engine.errors import UserError, at_most_ten, first_line, suggest
+from engine.files import check_file
 from engine.images import NORMALISATION
 from engine.recipes import ARCHS, Recipe, is_of_timm
 
@@ -159,9 +160,8 @@ def initial_model(recipe: Recipe, classes: Sequence[str], note: Callable[[str], 
 
 def read_file(path: str) -> Any:
     """What a file of weights holds; no code in it is executed. Raises UserError if it cannot be read."""
-    if not Path(path).is_file():
-        raise UserError(f"weights = {path!r}: no such file")
     try:
+        check_file(path)
         return load_checkpoint(path) if is_checkpoint(path) else torch.load(path, "cpu", weights_only=True)
     except UserError:
         raise

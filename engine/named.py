@@ -38,7 +38,7 @@ def split(value: str) -> tuple[Path, str]:
 def load(value: str) -> Callable[..., Any]:
     """What MODULE:NAME names. Raises UserError if it is not there or cannot be called."""
     path, name = split(value)
-    with locate_errors():
+    with locate_errors(path):
         module = importlib.import_module(path.stem)
         reach.reach(path, name)  # reads the files, as they are now
     if Path(module.__file__ or "").resolve() != path.resolve():

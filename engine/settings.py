@@ -152,6 +152,11 @@ class Config:
     swept: Grid = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recipes, dict) or not self.recipes:
+            raise UserError(f"recipes = {self.recipes!r}: must be a table of one recipe or more")
+        odd = [name for name, row in self.recipes.items() if not (isinstance(name, str) and isinstance(row, Recipe))]
+        if odd:
+            raise UserError(*(f"recipe {name!r}: must be a name and a Recipe(...)" for name in odd))
         invalid = invalid_fields(self)
         # Conflicts between fields are checked with the default in place of a value that is itself wrong.
         values = {field.name: getattr(self, field.name) for field in settings_of(Config)}
@@ -178,8 +183,6 @@ class Config:
 
     def _conflicts(self, seeds: tuple[int, ...], only: tuple[str, ...]) -> list[str]:
         problems = []
-        if not self.recipes:
-            problems.append("recipes = {}: must hold one recipe or more")
         if not seeds or len(set(seeds)) < len(seeds):
             problems.append(f"seeds = {seeds}: must be one or more distinct seeds")
         for name in only:
@@ -189,7 +192,7 @@ class Config:
 
     def _recipe_conflicts(self, batch_size: int, swept: Iterable[str]) -> list[str]:
         problems = []
-        same_file = Counter(str(name).casefold() for name in self.recipes)  # on file systems that ignore case
+        same_file = Counter(name.casefold() for name in self.recipes)  # on file systems that ignore case
         for name, recipe in self.recipes.items():
             if not RECIPE_NAME.accepts(name):
                 problems.append(f"recipe {name!r}: its name must be {RECIPE_NAME.expected}")

@@ -19,6 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from engine import named
 from engine.console import Progress, log
 from engine.errors import UserError, at_most_ten, first_line
+from engine.files import check_file
 from engine.settings import Config
 
 
@@ -54,10 +55,7 @@ def read_folder(config: Config) -> Contents:
         folders = {"train": root}
     if "train" not in folders:
         raise UserError(f"{root}: has {' and '.join(f'{name}/' for name in folders)}, but no folder train/")
-    try:
-        found = {split: image_files(folder) for split, folder in folders.items()}
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    found = {split: image_files(folder) for split, folder in folders.items()}
     classes = tuple(sorted(set().union(*found.values())))
     check_classes(classes, folders, found)
     parts = {name: read_images(folders[name], files, classes, config.image_size) for name, files in found.items()}
@@ -96,6 +94,8 @@ def is_image(path: Path) -> bool:
 
 def find_images(path: str | os.PathLike) -> list[Path]:
     """The file itself, or the images in a folder and its subfolders. Raises UserError if there are none."""
+    if not os.fspath(path):
+        raise UserError("'': is no path; is a variable of the shell unset?")
     if not Path(path).is_dir():
         return [Path(path)]
     found = sorted(file for file in Path(path).rglob("*") if is_image(file) and not file.name.startswith("."))
@@ -145,9 +145,9 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     Raises UserError if it cannot be read.
     """
     try:
-        if not Path(path).is_file():  # reading a pipe would never end
-            raise OSError("not a file" if Path(path).exists() else "no such file")
+        check_file(path)
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that PIL cannot read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as file:
                 if file.mode[0] in "IF":  # PIL would clip 16 bits to 8, which makes such an image white

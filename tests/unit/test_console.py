@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from engine import console
 from engine.console import Progress, duration, exit_on_signal, handle_signals, log, print_result, stop_requests
+from engine.errors import UserError, exit_on_error
+from engine.flags import Parser
 
 
 class Terminal(io.StringIO):
@@ -87,6 +89,44 @@ def test_a_closed_pipe_is_not_an_error():
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_results_that_cannot_be_printed_are_an_error(monkeypatch):
+    for print_it in (lambda: print_result("results"), Parser().print_help):
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            with pytest.raises(UserError, match="No space left on device"):
+                print_it()  # and closing it, as Python does at its end, is no second error
+
+
+def test_with_a_closed_stderr_nothing_is_printed_elsewhere(monkeypatch, capsys):
+    """As after `2>&-`, where Python sets it to None: the progress, a log line, and an error."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with exit_on_error(), Progress("work", 10) as progress:
+        progress.update(10)
+        log.info("a line")
+    with pytest.raises(SystemExit) as exit, exit_on_error():
+        raise UserError("a mistake")
+    assert exit.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("script", ["custom_resnet.py", "evaluate.py", "teacher_student_model.py"])
+def test_ctrl_c_during_the_imports_says_nothing_and_python_minus_p_finds_our_files(tmp_path, script):
+    code = (
+        "import importlib.util, time; print(importlib.util.find_spec('engine') is not None, flush=True); time.sleep(60)"
+    )
+    (tmp_path / "torch.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script], cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdout.readline() == "True\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == -signal.SIGINT
 
 
 # Durations

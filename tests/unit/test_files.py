@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import checkpoints, files
+from engine import checkpoints, files, models
 from engine.errors import UserError
+from engine.fingerprints import find_identical_model
+from engine.settings import Model
+from engine.sources import open_image
 
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
 
@@ -46,6 +49,24 @@ def test_a_failed_save_keeps_the_old_file_and_removes_the_temporary_one(tmp_path
         checkpoints.save_checkpoint(path, {"model": {}})
     assert torch.equal(checkpoints.load_checkpoint(path)["model"]["weight"], STATE["model"]["weight"])
     assert os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe with a name is POSIX")
+def test_a_pipe_is_not_read(tmp_path, config, digits):
+    """Reading one never ends. So it is with its own name, in another run, as stored logits and as weights."""
+    path = Model("student", 0, config).path
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    for read in (checkpoints.load_training, checkpoints.load_checkpoint, models.read_weights):
+        with pytest.raises(UserError, match="not a file"):
+            read(path)
+    assert checkpoints.read_metadata(path) is None
+    missing = checkpoints.load_logits(path, {}, (2, 3))
+    assert missing.isnan().all()
+    with pytest.raises(UserError, match="not a file"):
+        open_image(path)
+    path.rename(path.with_name("other.pt"))
+    assert find_identical_model(Model("student", 0, config), {}) is None
 
 
 def test_the_lock_refuses_a_second_process_and_outlives_no_process(tmp_path):

@@ -174,7 +174,7 @@ class Payload:
         ({"fc.weight": torch.zeros(10, 3)}, "does not fit a "),
         ({"bn1.running_var": torch.tensor([1.0, torch.nan])}, "NaN or infinite, in bn1.running_var"),
         ({"fc.weight": torch.zeros(1000, 128)}, "classifies into 1000 classes, and the data set has 10"),
-        (None, "no such file"),
+        (None, "No such file"),
     ],
 )
 def test_unusable_weights_are_one_error_and_nothing_is_trained(tmp_path, capsys, content, message):

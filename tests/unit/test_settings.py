@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import teacher_student_model
 import utils
 from config import PRESETS, RECIPES, parse
 from engine import flags
@@ -371,12 +373,16 @@ def edit(tmp_path):
     ("old", "new", "message"),
     [
         (TEACHER, 'arch="resnet50", epochs=-1)', "epochs = -1: must be an integer, 0 or more\n"),
-        (TEACHER, 'arch="resnet50", epoch=5)', "Recipe.__init__() got an unexpected keyword argument 'epoch'\n"),
-        (TEACHER, "arch=resnet50, epochs=5)", "name 'resnet50' is not defined\n"),
+        (
+            TEACHER,
+            'arch="resnet50", epoch=5)',
+            "TypeError: Recipe.__init__() got an unexpected keyword argument 'epoch'\n",
+        ),
+        (TEACHER, "arch=resnet50, epochs=5)", "NameError: name 'resnet50' is not defined\n"),
         (TEACHER, 'arch="resnet50" epochs=5)', ""),
         ('scratch(arch="resnet50")', 'scratch(arch="resnet50", lr=0)', "lr = 0: must be a number above 0\n"),
-        ("**STUDY", "**5", "'int' object is not a mapping\n"),
-        ("image_size=64", "image_size=64 / 0", "division by zero\n"),
+        ("**STUDY", "**5", "TypeError: 'int' object is not a mapping\n"),
+        ("image_size=64", "image_size=64 / 0", "ZeroDivisionError: division by zero\n"),
         ("image_size=64", "image_size=4", "image_size = 4: must be an integer, 8 or more\n"),
     ],
     ids=["value", "field", "name", "syntax", "partial", "type", "arithmetic", "preset"],
@@ -394,7 +400,7 @@ def test_several_mistakes_on_one_line_of_config_py_are_all_reported(tmp_path):
     module = tmp_path / "edited.py"
     module.write_text("from engine.settings import Recipe\n\nROW = Recipe(\n    epochs=-1,\n    lr=-1,\n)\n")
     spec = importlib.util.spec_from_file_location("edited", module)
-    with pytest.raises(UserError) as error, locate_errors():
+    with pytest.raises(UserError) as error, locate_errors(module):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert [message.split(" = ")[0] for message in error.value.messages] == [
         "edited.py, line 3: epochs",
@@ -470,13 +476,65 @@ def test_exit_statuses_of_divergence_and_interruption(capsys, error, status, mes
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), exit_on_error():
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError), locate_errors():
-        raise RuntimeError
 
 
-def test_a_preset_that_is_only_a_table_is_an_error():
-    with pytest.raises(UserError, match=r"PRESETS\['mine'\]: must be a Config, such as Config\(RECIPES, run='mine'\)"):
-        flags.parse({"mine": RECIPES}, [], {})
+@pytest.mark.parametrize("presets", [None, {}, [1], {"mine": RECIPES}, {1: PRESETS["scratch"]}], ids=repr)
+def test_presets_must_be_a_table_of_configs(presets):
+    with pytest.raises(UserError, match="PRESETS: "):
+        flags.check_presets(presets)
+
+
+@pytest.mark.parametrize("row", [{"arch": "resnet18"}, (1, 2), None, Recipe], ids=repr)
+def test_a_row_that_is_no_recipe_is_named(row):
+    with pytest.raises(UserError, match="recipe 'student'"):
+        Config({"teacher": Recipe(), "student": row})
+
+
+@pytest.mark.parametrize(("recipes", "message"), [(["student"], "recipes = "), ({10: Recipe()}, "recipe 10")], ids=repr)
+def test_recipes_must_be_a_table_of_names(recipes, message):
+    with pytest.raises(UserError, match=message):
+        Config(recipes)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "config.py: "),
+        ("ALL_PRESETS = {}\n", "config.py: "),  # no parse
+        ("import os\n\nos.environ['NOT_SET']\n", "config.py, line 3: KeyError: 'NOT_SET'"),
+        ("x = 1\0\n", "config.py: "),
+        ("assert 1 == 2\n", "config.py, line 1: AssertionError"),
+    ],
+    ids=["empty", "parse", "environment", "NUL", "assertion"],
+)
+def test_a_config_py_that_cannot_be_used_is_named(tmp_path, monkeypatch, text, where):
+    (tmp_path / "config.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "config", raising=False)
+    with pytest.raises(UserError) as error:
+        utils.import_config()
+    assert str(error.value).startswith(where)
+
+
+def test_an_error_of_the_system_is_one_line_with_its_path(tmp_path, capsys):
+    """Every path of a name that is too long; root may enter every folder."""
+    long = tmp_path / ("x" * 300)
+    for look in (Path.stat, os.listdir, Path.read_bytes):
+        with pytest.raises(SystemExit) as exit, exit_on_error():
+            look(long)
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == f"error: {long}: File name too long\n"
+    with pytest.raises(OSError, match="no source"), exit_on_error():
+        raise OSError("no source")  # of a library: a bug
+
+
+@pytest.mark.parametrize("words", [["--dataset"], ["--teacher.epochs=0", "--teacher.weights"], ["--predict"]], ids=str)
+def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path, capsys, words):
+    main = evaluate.main if words == ["--predict"] else teacher_student_model.main
+    with pytest.raises(SystemExit) as exit:
+        main(["--preset=demo", f"--checkpoints_path={tmp_path}", f"--imgs_path={tmp_path}", *words, "x" * 300])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {'x' * 300}: File name too long"
 
 
 def test_suggest_names_the_closest_or_all():
