@@ -82,8 +82,12 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     def acquire() -> None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            held.acquire(timeout=-1 if wait else 0)
+            held.acquire(timeout=0)
         except filelock.Timeout:
+            if wait:
+                log.info(f"{folder}: another process is writing there; waiting for it to finish")
+                held.acquire()
+                return
             raise UserError(
                 f"{folder}: another process is writing there. Wait for it, stop it, or choose another "
                 "name for this experiment (--run NAME)"
