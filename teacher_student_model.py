@@ -8,6 +8,7 @@ Each model goes to checkpoints/RUN/seedS/MODEL.pt. A finished one is not trained
 Then: python evaluate.py with the same flags.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -268,10 +269,10 @@ def main(argv: list[str] | None = None) -> None:
                 train_at_the_same_time(config, workers)
         else:
             train_one_by_one(config)
-        command = f"python evaluate.py --run {config.run}"
+        command = ["python", "evaluate.py", "--run", config.run]
         if config.checkpoints_path != "checkpoints":
-            command += f" --checkpoints_path {config.checkpoints_path}"
-        log.info(f"All selected models are trained. For the report: {command}")
+            command += ["--checkpoints_path", config.checkpoints_path]
+        log.info(f"All selected models are trained. For the report: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

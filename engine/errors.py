@@ -28,7 +28,7 @@ class UserError(Exception):
         return self.args
 
     def __str__(self) -> str:
-        return "\n       ".join(self.args)
+        return "; ".join(self.args)
 
     def end_process(self) -> NoReturn:
         raise SystemExit(self.status)
@@ -44,13 +44,17 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Print a UserError to stderr and exit with its status; exit with 130 on Ctrl-C."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", "\n       ".join(error.messages), file=sys.stderr)
         error.end_process()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -94,7 +98,7 @@ def check_duplicate_keys(path: Path) -> None:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)), None)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

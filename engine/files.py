@@ -1,6 +1,7 @@
 """Crash-safe file writes, and a lock on a run's folder."""
 
 import contextlib
+import errno
 import math
 import os
 import shutil
@@ -12,6 +13,8 @@ import filelock
 from engine.console import log
 from engine.distributed import on_rank0
 from engine.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user, or in one file
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:
@@ -29,10 +32,13 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        megabytes = math.ceil(sum(map(len, parts)) / 1e6) or 1
+        size, advice = "", "Choose another folder"
+        if error.errno in FULL:
+            size = f"it takes {math.ceil(sum(map(len, parts)) / 1e6) or 1} MB, and "
+            advice = "Free some space or choose another folder"
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); it takes {megabytes} MB, and an existing file is "
-            "unchanged. Free some space or choose another folder, and run this again"
+            f"{path}: cannot be written ({error.strerror}); {size}an existing file is unchanged. {advice}, and run "
+            "this again"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # after a success it is gone
