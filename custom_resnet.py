@@ -223,7 +223,7 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
         log.info(f"{model}  resumes after epoch {len(checkpoint.history)}, step {step}{changes}")
     else:
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        line = f"{model}  {recipe.arch}, {parameters / 1e6:.1f} million parameters, from {initial_weights(recipe)}"
+        line = f"{model}  {recipe.arch}, {parameters / 1e6:.3g} million parameters, from {initial_weights(recipe)}"
         if recipe.epochs:
             epochs = f"{recipe.epochs} epochs" if recipe.epochs > 1 else "1 epoch"
             line += f", {epochs} of {len(dataset.subset(recipe.train_size, recipe.train_subset)):,} images"

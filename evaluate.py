@@ -173,7 +173,9 @@ def export(config: Config, dataset: Dataset, suffix: str) -> None:
             )
             exported += 1
     if not exported:
-        raise UserError(f"nothing to export; {TRAIN_FIRST}")
+        raise UserError(
+            f"nothing to export: no {' and no '.join(names)} is trained. Name others with --only, or {TRAIN_FIRST}"
+        )
 
 
 @on_rank0

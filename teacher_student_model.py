@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     sys.path.insert(0, os.path.dirname(__file__))  # which python -P leaves out
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -293,10 +294,10 @@ def main(argv: list[str] | None = None) -> None:
                 train_at_the_same_time(config, workers)
         else:
             train_one_by_one(config)
-        command = f"python evaluate.py --run {config.run}"
+        command = ["python", "evaluate.py", "--run", config.run]
         if config.checkpoints_path != "checkpoints":
-            command += f" --checkpoints_path {config.checkpoints_path}"
-        log.info(f"All selected models are trained. For the report: {command}")
+            command += ["--checkpoints_path", config.checkpoints_path]
+        log.info(f"All selected models are trained. For the report: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

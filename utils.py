@@ -50,7 +50,7 @@ def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> C
     for name in ("run", "preset", "checkpoints_path"):
         parser.add_argument(f"--{name}")
     given, rest = parser.parse_known_args(argv)
-    if given.run and not given.preset:
+    if given.run and not given.preset and not {"-h", "--help"}.intersection(rest):
         recorded = recorded_config(Path(given.checkpoints_path or "checkpoints", given.run).expanduser())
         by_flag = {word.partition("=")[0] for word in rest}
         names = {name for name in recorded.recipes if f"--{name}.baseline" not in by_flag}
@@ -142,6 +142,9 @@ def unfinished(models: list[Model], dataset: Dataset) -> tuple[list[Job], str]:
         probe = model.path.with_suffix(".probe")
         write_durably(probe, b"")
         probe.unlink()
+        with contextlib.suppress(OSError):  # they are not empty
+            model.path.parent.rmdir()
+            model.path.parent.parent.rmdir()
         checkpoint = load_or_copy(model, dataset)
         if checkpoint and checkpoint.history and config.precision == "auto":
             config = replace(config, precision=checkpoint.precision)

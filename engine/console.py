@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,8 +101,11 @@ Handler = Callable[[int, Any], None]
 def handle_signals(handler: Handler, *names: str) -> Iterator[dict[int, Any]]:
     """Handle these signals, where the system has them, with `handler`. Yields the previous handlers.
 
-    A SIGHUP that is ignored stays ignored: this is how nohup lets a run outlive its terminal.
+    A SIGHUP that is ignored stays ignored: this is how nohup lets a run outlive its terminal. Outside of the main
+    thread, as in a notebook's or a server's, no signal can be handled, and none is.
     """
+    if threading.current_thread() is not threading.main_thread():
+        names = ()
     before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names if hasattr(signal, name)}
     before = {n: old for n, old in before.items() if not (n.name == "SIGHUP" and old is signal.SIG_IGN)}
     for number in before:
@@ -124,16 +128,10 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     """Record SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
 
     A process on its own acts on a second signal at once. Those of torchrun and of --jobs ignore it: from a terminal
-    they receive Ctrl-C twice, as their parent passes it on. Those of --jobs also stop when their parent has died.
+    they receive Ctrl-C twice, as their parent passes it on.
     """
     received: list[int] = []
-    parent = multiprocessing.parent_process()
-    alone = world_size() == 1 and parent is None
-
-    def requested() -> int:
-        if received:
-            return received[0]
-        return signal.SIGTERM if parent and not parent.is_alive() else 0
+    alone = world_size() == 1 and multiprocessing.parent_process() is None
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
@@ -144,4 +142,4 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             before[number](number, frame)
 
     with handle_signals(note, "SIGINT", "SIGTERM", "SIGHUP") as before:
-        yield requested
+        yield lambda: received[0] if received else 0

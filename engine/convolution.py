@@ -49,7 +49,8 @@ def convolution(
     for i, axis in enumerate((2, 3)):
         met = [tap for tap in range(weight.shape[axis]) if 0 <= tap * dilations[i] - paddings[i] < input.shape[axis]]
         if sizes[i] == 1 and met:  # the output's only position meets no other tap, and no other part of the input
-            weight = weight.narrow(axis, met[0], len(met))
+            if len(met) < weight.shape[axis]:  # a narrowed gradient has other strides, which DDP warns of
+                weight = weight.narrow(axis, met[0], len(met))
             input = input.narrow(axis, met[0] * dilations[i] - paddings[i], dilations[i] * (len(met) - 1) + 1)
             paddings[i] = 0
     if groups > 1 or len(input) == 1:  # here conv2d is faster

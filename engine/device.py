@@ -50,8 +50,12 @@ def supports_bf16(device: str) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch has no public name for these two.
-    return kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if kind != "cpu":
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch, which has no public name for these
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one on ARM
 
 
 def memory_format(device: str | torch.device) -> torch.memory_format:
@@ -173,7 +177,8 @@ def describe_threads(config: Config) -> str:
 def describe_precision(config: Config) -> str:
     """The precision, noting that cuDNN computes float32 convolutions in TF32 by default."""
     on_cuda = torch.device(config.device).type == "cuda"
-    tf32 = on_cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.is_tf32_supported()
+    convolution = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    tf32 = on_cuda and torch.cuda.is_tf32_supported() and convolution == "tf32"
     return config.precision + (" (convolutions in TF32)" if tf32 and config.precision == "fp32" else "")
 
 

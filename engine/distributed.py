@@ -170,4 +170,5 @@ def average_batchnorm_statistics(model: nn.Module, share: float) -> None:
     if not statistics:
         return
     averages = all_reduce_sum(torch.cat(statistics) * share).split([len(buffer) for buffer in statistics])
-    torch._foreach_copy_(statistics, averages)
+    for buffer, average in zip(statistics, averages, strict=True):
+        buffer.copy_(average)

@@ -30,7 +30,7 @@ class UserError(Exception):
         return self.args
 
     def __str__(self) -> str:
-        return "\n       ".join(self.args)
+        return "; ".join(self.args)
 
     def end_process(self) -> NoReturn:
         raise SystemExit(self.status)
@@ -59,6 +59,10 @@ def explain_system_errors() -> Iterator[None]:
         raise UserError(": ".join(str(part) for part in (error.filename, error.strerror) if part)) from None
 
 
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Print a UserError or an error of the system to stderr and exit with its status; exit with 130 on Ctrl-C.
@@ -74,7 +78,7 @@ def exit_on_error() -> Iterator[None]:
         with explain_system_errors():
             yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", "\n       ".join(error.messages), file=sys.stderr)
         error.end_process()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -120,7 +124,7 @@ def check_duplicate_keys(path: Path) -> None:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)), None)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,8 @@ from engine.console import log
 from engine.distributed import on_rank0
 from engine.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or for this user, or in one file
+
 
 def check_file(path: str | os.PathLike) -> None:
     """Raise OSError unless this is a file; reading a pipe or a device may never end."""
@@ -37,10 +39,13 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        megabytes = math.ceil(sum(map(len, parts)) / 1e6) or 1
+        size, advice = "", "Choose another folder"
+        if error.errno in FULL:
+            size = f"it takes {math.ceil(sum(map(len, parts)) / 1e6) or 1} MB, and "
+            advice = "Free some space or choose another folder"
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); it takes {megabytes} MB, and an existing file is "
-            "unchanged. Free some space or choose another folder, and run this again"
+            f"{path}: cannot be written ({error.strerror}); {size}an existing file is unchanged. {advice}, and run "
+            "this again"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # after a success it is gone
@@ -90,8 +95,12 @@ def lock(folder: Path, wait: bool = False) -> Iterator[None]:
     def acquire() -> None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            held.acquire(timeout=-1 if wait else 0)
+            held.acquire(timeout=0)
         except filelock.Timeout:
+            if wait:
+                log.info(f"{folder}: another process is writing there; waiting for it to finish")
+                held.acquire()
+                return
             raise UserError(
                 f"{folder}: another process is writing there. Wait for it, stop it, or choose another "
                 "name for this experiment (--run NAME)"

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from engine import named
@@ -124,12 +125,15 @@ def check_settings(path: Path, checkpoint: Checkpoint, settings: dict[str, Any])
     if not changed:
         return
     differing = "; ".join(f"{field} was {show(before)}, is now {show(now)}" for field, before, now in changed)
-    advice = "Restore them, choose another name for this experiment (--run NAME), or retrain in place (--overwrite)"
+    advice = (
+        f"Restore them, or train {checkpoint.name} again: python teacher_student_model.py, with the flags of its "
+        "training and --overwrite (in place) or --run NAME (beside it)"
+    )
     if [field for field, *_ in changed] == [f"{checkpoint.name}.epochs"] and checkpoint.finished:
         advice = (
             "A finished model is not trained further, because its schedule has ended: train anew under another name "
-            f"(--run NAME) or in place (--overwrite), or start from its weights (--{checkpoint.name}.weights {path} "
-            "--run NAME)"
+            f"(--run NAME) or in place (--overwrite), or start from its weights (--{checkpoint.name}.weights "
+            f"{quote(str(path))} --run NAME)"
         )
     raise UserError(f"{path}: was trained with different settings: {differing}. {advice}")
 
@@ -185,6 +189,9 @@ def load_or_copy(model: Model, dataset: Dataset) -> Checkpoint | None:
     """
     settings = training_settings(model, dataset)
     checkpoint = load_matching(model.path, settings, model.config.overwrite)
+    file = model.recipe.weights_file
+    if checkpoint and file and not Path(file).exists() and checkpoint.config["recipes"][model.name]["weights"] != file:
+        read_weights(file)  # which says that it is missing
     if checkpoint is None and (source := find_identical_model(model, settings)):
         checkpoint = replace(Checkpoint.load(source), name=model.name, config=asdict(model.config))
         checkpoint.save(model.path)

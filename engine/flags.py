@@ -156,7 +156,7 @@ def help_text(preset: Config, preset_name: str, presets: Iterable[str], script_f
     if script_flags:  # the script works on an existing run, whose settings are recorded
         shown = [field for field in shown if field.name in OF_A_RUN]
     for field in shown:
-        value = show(getattr(preset, field.name)) or "all"
+        value = show(getattr(preset, field.name)) or {"only": "all"}.get(field.name, "none")
         lines.append(wrap(f"--{field.name}", f"{field.metadata['help']} ({value})"))
     if script_flags:
         return "\n".join([*lines, "", "and the settings that training takes: python teacher_student_model.py --help"])

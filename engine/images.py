@@ -1,7 +1,7 @@
 """Image transforms on uint8 tensors, on any device: flip, shift, augment, resize bit-identically to PIL, normalise."""
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,8 @@ def augment(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> 
     """
     if name == "none":
         return images
-    function = named.load(name) if named.is_named(name) else transform(name, *images.shape[2:])
+    of_the_user = named.is_named(name)
+    function = partial(named.call, "augment", name) if of_the_user else transform(name, *images.shape[2:])
     seed, epoch, first = position
     augmented = []
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator

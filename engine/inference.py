@@ -34,7 +34,7 @@ def fold_batchnorm(model: nn.Module, images: torch.Tensor, precision: str = "fp3
     changes: tracing drops a model's own autocast.
     """
     model = copy.deepcopy(model).eval()
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     try:
         folded = fuse(model, inplace=True)

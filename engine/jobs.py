@@ -6,7 +6,9 @@ the run changes nothing. A fork is safe as long as PyTorch has used neither thre
 
 import contextlib
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -49,11 +51,19 @@ def serve(work: Callable[..., None], pipe: Connection) -> None:
     """What a worker does until it is stopped, or until its parent has died."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too; training handles it by itself
-    parent = multiprocessing.parent_process()
-    while parent and parent.is_alive():
-        if pipe.poll(1):
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has died
+        while True:
             work(*pipe.recv())
             pipe.send(None)
+
+
+def stop_with_parent() -> None:
+    """Send SIGTERM to this process when its parent has died, whatever the main thread is doing."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_in_workers(

@@ -4,17 +4,19 @@ MODULE is a Python file that lies directly beside the scripts and is not one of 
 stranger can name nothing else. In config.py the object itself may stand in place of its name.
 """
 
+import contextlib
 import importlib
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from engine import reach
 from engine.console import log
-from engine.errors import UserError, locate_errors, suggest
+from engine.errors import MISTAKES, UserError, first_line, locate_errors, suggest
 from engine.reach import OURS, SCRIPTS
 
 Named = Any  # the type of such a setting: a name of ours, MODULE:NAME, or in config.py the object itself
@@ -50,6 +52,26 @@ def load(value: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{name} in {path.name} cannot be called")
     return found
+
+
+@contextlib.contextmanager
+def running(setting: str, value: str) -> Iterator[None]:
+    """Within it the user's code runs. A mistake in it becomes a UserError, with the file and the line if it has one."""
+    try:
+        yield
+    except (RuntimeError, *MISTAKES) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(Path(frame.filename), frame.lineno) for frame in frames]
+        theirs = [place for place in places if place[0].parent == reach.ROOT and place[0].stem not in SCRIPTS]
+        where = f"{theirs[-1][0].name}, line {theirs[-1][1]}: " if theirs else ""
+        raise UserError(f"{setting} = {value!r}: {where}{first_line(error)}") from None
+
+
+def call(setting: str, value: str, *arguments: Any) -> Any:
+    """What MODULE:NAME returns for these arguments. Raises UserError for a mistake in it."""
+    function = load(value)
+    with running(setting, value):
+        return function(*arguments)
 
 
 def name_of(value: Any) -> str:

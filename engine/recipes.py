@@ -170,6 +170,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
         problems["epochs"] = "epochs = 0: needs weights, a file or random"
     if values["epochs"] == 0 and values["teacher"] is not None:
         problems["epochs"] = "epochs = 0: has no effect with a teacher; a distilled model must be trained"
+    if values["teacher"] is not None and values["alpha"] == values["soft_weight"] == 0:
+        problems["soft_weight"] = "soft_weight = 0: with alpha = 0 nothing is left of the loss; make one of them larger"
     if values["stem"] == "cifar" and (
         values["arch"] not in RESNETS or (values["pretrained"] and values["weights"] is None)
     ):

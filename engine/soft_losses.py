@@ -134,7 +134,8 @@ def options(soft_loss: str) -> dict[str, float]:
 def check(soft_loss: str, chosen: dict[str, float], classes: int) -> None:
     """Raise UserError unless a soft loss of the user's returns a number that has a gradient."""
     z, v = torch.randn(2, 4, classes, generator=torch.Generator().manual_seed(0))
-    loss = find(soft_loss)(z.requires_grad_(), v, torch.arange(4) % classes, 2.0, **chosen)
+    with named.running("soft_loss", soft_loss):
+        loss = find(soft_loss)(z.requires_grad_(), v, torch.arange(4) % classes, 2.0, **chosen)
     if not isinstance(loss, Tensor) or loss.shape != () or not loss.requires_grad:
         raise UserError(f"soft_loss = {soft_loss!r}: must return the mean over the batch, a tensor () with a gradient")
 

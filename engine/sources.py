@@ -229,15 +229,18 @@ def read_named(config: Config) -> Contents:
     Each is a map-style data set of (image, label): a PIL image or a uint8 tensor (3, H, W), and an int from 0. The
     classes are those of the first set's `classes`, if it has them. Raises UserError for anything else.
     """
-    parts = named.load(config.dataset)()
+    parts = named.call("dataset", config.dataset)
     if not isinstance(parts, tuple | list) or len(parts) not in (2, 3) or not all(map(is_data_set, parts)):
         raise UserError(
             f"dataset = {config.dataset!r}: must return (train, test) or (train, validation, test), data sets of "
             "(image, label)"
         )
-    read = [read_items(part, config.dataset) for part in parts]
+    with named.running("dataset", config.dataset):
+        read = [read_items(part, config.dataset) for part in parts]
     found = sorted({label for _, labels in read for label in labels}) or [0]
     classes = tuple(map(str, getattr(parts[0], "classes", range(found[-1] + 1))))
+    if len(set(classes)) < len(classes):
+        raise UserError(f"dataset = {config.dataset!r}: its classes must have different names, and they are {classes}")
     if found[0] < 0 or found[-1] >= len(classes) or len(classes) < 2 or not all(labels for _, labels in read):
         raise UserError(
             f"dataset = {config.dataset!r}: returned {', '.join(f'{len(labels):,}' for _, labels in read)} images of "
@@ -257,7 +260,10 @@ def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
     images: list[np.ndarray] = []
     labels: list[int] = []
     for number in range(len(part)):
-        image, label = part[number]
+        item = part[number]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UserError(f"dataset = {dataset!r}: item {number} must be (image, label), not {type(item).__name__}")
+        image, label = item
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
             images.append(image.permute(1, 2, 0).numpy())
         elif isinstance(image, Image.Image):
@@ -270,8 +276,8 @@ def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
                 f"dataset = {dataset!r}: image {number} must be a PIL image or a uint8 tensor (3, H, W), not {kind}; "
                 "leave out transforms such as ToTensor, because training does that"
             )
-        if isinstance(label, str) or int(label) != label:
-            raise UserError(f"dataset = {dataset!r}: label {number} must be an integer from 0, not {label!r}")
+        if isinstance(label, str) or np.ndim(label) or int(label) != label:
+            raise UserError(f"dataset = {dataset!r}: label {number} must be an integer from 0, not {label!r:.40}")
         labels.append(int(label))
     return images, labels
 

@@ -1,5 +1,6 @@
 """A training run: optimizer, schedule, running loss and history, saved and restored exactly."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -7,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from engine import named
 from engine.checkpoints import nonfinite_tensors
@@ -33,9 +34,11 @@ from engine.settings import Model
 def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
     """The recipe's optimizer; one of the user's is called with the parameters and the learning rate."""
     if is_named(recipe.optimizer):
-        optimizer = named.load(recipe.optimizer)(list(model.parameters()), recipe.lr)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError(f"optimizer = {recipe.optimizer!r}: must return an optimizer of PyTorch, not {optimizer!r}")
+        optimizer = named.call("optimizer", recipe.optimizer, list(model.parameters()), recipe.lr)
+        if not isinstance(optimizer, torch.optim.Optimizer) or not takes_nothing(optimizer.step):
+            raise UserError(
+                f"optimizer = {recipe.optimizer!r}: must return an optimizer of PyTorch whose step takes no argument"
+            )
         return optimizer
     parameters, decay = model.parameters(), recipe.weight_decay
     fused = True if torch.device(device).type in ("cpu", "cuda") else None
@@ -49,8 +52,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
     """The recipe's schedule over `steps` steps of the optimizer; one of the user's is called with both."""
     if is_named(recipe.schedule):
-        scheduler = named.load(recipe.schedule)(optimizer, steps)
-        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        scheduler = named.call("schedule", recipe.schedule, optimizer, steps)
+        if not isinstance(scheduler, LRScheduler) or not takes_nothing(scheduler.step):
             raise UserError(
                 f"schedule = {recipe.schedule!r}: must return a scheduler of PyTorch whose step takes no argument"
             )
@@ -60,6 +63,15 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int)
     if recipe.schedule == "onecycle":
         return OneCycleLR(optimizer, recipe.lr, total_steps=steps, cycle_momentum=False)
     return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def takes_nothing(step: Callable[..., Any]) -> bool:
+    """Whether a step can be called without arguments; LBFGS needs a closure, ReduceLROnPlateau a metric."""
+    try:
+        inspect.signature(step).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def without_numpy(value: Any) -> Any:
@@ -266,9 +278,9 @@ class Training:
 
     @property
     def soft_share(self) -> float | None:
-        """Share of the soft loss in the gradient at the logits, in the epoch so far; None without a soft loss."""
+        """Share of the soft loss in the gradient at the logits, in the epoch so far; None without a teacher."""
         *_, hard, soft = all_reduce_sum(self.meter.sums).tolist()
-        return soft / (hard + soft) if soft else None
+        return soft / ((hard + soft) or 1.0) if self.recipe.teacher else None
 
     def check(self) -> None:
         """Raise Diverged if the logits or a term of the loss has not been finite."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from engine.errors import UserError, exit_on_error
+from engine.errors import UserError, exit_on_error, first_line
 from experiments.archive import load
 
 Accuracies = Mapping[str, np.ndarray]  # model -> the accuracy of each seed (S,)
@@ -32,9 +32,12 @@ def read(path: Path) -> tuple[Accuracies, int]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         of_models = {name: model["accuracy"]["seeds"] for name, model in results["models"].items()}
-        return {name: np.array([*seeds.values()]) for name, seeds in of_models.items()}, results["n_test"]
+        accuracies = {name: np.array([*seeds.values()], np.float64) for name, seeds in of_models.items()}
+        if not all(len(a) and (a >= 0).all() and (a <= 1).all() for a in accuracies.values()) or results["n_test"] < 1:
+            raise ValueError("its accuracies must be numbers from 0 to 1, of one test image or more")
+        return accuracies, results["n_test"]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is not a results.json") from None
 
@@ -52,6 +55,8 @@ def p_value(first: np.ndarray, second: np.ndarray, n_test: int) -> float:
         variances.append(max(of_seeds, binomial) / len(each))
         if of_seeds > binomial:
             uncertainty += variances[-1] ** 2 / (len(each) - 1)
+    if not any(variances):  # both are always right, or always wrong
+        return float(first.mean() == second.mean())
     freedom = sum(variances) ** 2 / uncertainty if uncertainty else math.inf
     return float(2 * stats.t.sf(abs(first.mean() - second.mean()) / math.sqrt(sum(variances)), freedom))
 

@@ -76,9 +76,9 @@ TEACHERS = {
 }
 
 # The student's images are cropped at random, and the teacher of ablation, seed 3, is asked about each crop; kd of
-# ablation has stored logits of two views.
+# ablation has stored logits of two views. With --checkpoints_path elsewhere, name its file with --teacher.weights.
 VIEWS = {
-    "teacher": Recipe(arch="resnet50", weights="checkpoints/ablation/seed3/teacher.pt", epochs=0),
+    "teacher": Recipe(arch="resnet50", weights=f"{Config.checkpoints_path}/ablation/seed3/teacher.pt", epochs=0),
     "student": STUDENT,
     "kd": replace(KD, teacher_seed=0),
 }

@@ -37,6 +37,18 @@ def interval(bounds: Sequence[float], digits: int = 1, signed: bool = False) -> 
     return " to ".join(f"{100 * bound:{sign}.{digits}f}" for bound in bounds)
 
 
+def gap(difference: float) -> str:
+    """Such as "2.00 percentage points above", for a difference of accuracies."""
+    points = percent(abs(difference), 2)
+    if points == "0.00":
+        return "as accurate as"
+    return f"{points} percentage points {'above' if difference > 0 else 'below'}"
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.0f}" if count >= 1e8 else f"{count / 1e6:.3g}"
+
+
 def spread(entry: dict[str, Any], spec: str) -> str:
     low, high = entry["quartiles"]
     return f"{entry['median']:{spec}} ({low:{spec}} to {high:{spec}})"
@@ -128,12 +140,11 @@ def accuracy_table(results: Results) -> str:
 def verdict(c: Comparison, n_test: int) -> str:
     """One comparison in sentences."""
     n, several, compare = len(c.seeds), len(c.seeds) > 1, "--seeds 0 1 2 compares the recipes."
-    place = "above" if c.difference >= 0 else "below"
     p = f"p = {c.p_value:.2g}"
     if c.p_holm != c.p_value:
         p += f", {c.p_holm:.2g} after Holm's correction"
     words = (
-        f"{c.model} is {percent(abs(c.difference), 2)} percentage points {place} {c.baseline} (95% interval "
+        f"{c.model} is {gap(c.difference)} {c.baseline} (95% interval "
         f"{interval(c.ci95, 2, signed=True)}; {c.test}, {p}; {n} seed{'s' if several else ''}): "
     )
     if several:
@@ -160,6 +171,15 @@ def notes(results: Results) -> list[str]:
         if model["only_class"] is not None:
             predicted = escape_markdown(model["only_class"])
             sentences.append(f"Warning: {name} predicts {predicted} for every test image{in_seeds}.")
+            learned = max(
+                (records[-1]["train_accuracy"] for records in model["history"].values() if records), default=0
+            )
+            if learned > 1.5 * model["accuracy"]["mean"]:
+                sentences[-1] += (
+                    f" It classified {learned:.0%} of its training images correctly. Then the running statistics of "
+                    "BatchNorm, which only evaluation uses, are usually out of date, as after few steps with a small "
+                    "momentum: train for more steps, or use a network of your own whose BatchNorm has momentum 0.1."
+                )
     trained: dict[str, list[str]] = {}
     for c in results["comparisons"]:
         if c.environments_differ:
@@ -181,7 +201,7 @@ def results_markdown(results: Results) -> str:
         lstrip_blocks=True,
     )
     env.filters["escape"] = escape_markdown
-    for function in (number, percent, interval, spread, setting, value, pairs, significant_classes):
+    for function in (gap, millions, number, percent, interval, spread, setting, value, pairs, significant_classes):
         env.filters[function.__name__] = function
     recipes = results["settings"]["recipes"].values()
     hidden = {"baseline"}

@@ -49,6 +49,27 @@ def test_a_killed_process_is_named(tmp_path, capfd):
     assert "signal 9" in output
 
 
+def test_a_worker_ends_with_its_parent_whatever_it_computes():
+    """The parent is killed, so that it can tell its workers nothing."""
+    code = """
+import sys
+sys.path.append("tests")
+from work_for_jobs import note
+from engine.jobs import run_in_workers, start_workers
+with start_workers(note, 2, "fork") as workers:
+    run_in_workers(workers, {("for ever", ""): None, ("for ever", "too"): None}, lambda model: model)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    numbers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    try:
+        process.communicate(timeout=20)  # until nobody holds its stdout
+    except subprocess.TimeoutExpired:
+        for number in numbers:
+            os.kill(number, signal.SIGKILL)
+        raise
+
+
 def check_experiment(folder, output: str) -> None:
     """Two students start at the same time, and the logits of their teacher are computed once."""
     for name in ("teacher", "student_kd-temperature-1", "student_kd-temperature-4"):

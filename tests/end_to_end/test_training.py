@@ -60,7 +60,7 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
     custom_resnet.main(small)
     output = capsys.readouterr().err
     assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in output
-    assert "0.4 million parameters, from random weights, 2 epochs of 100 images" in output
+    assert "0.388 million parameters, from random weights, 2 epochs of 100 images" in output
     assert output.count("epoch  ") == 2
     path = tmp_path / "checkpoints/demo/seed0/student.pt"
     before = path.read_bytes()

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -280,13 +281,18 @@ def test_with_several_processes_a_second_signal_is_ignored(handlers, capsys, mon
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_process_of_jobs_stops_when_its_parent_has_died(handlers, monkeypatch):
-    parent = SimpleNamespace(is_alive=lambda: True)
-    monkeypatch.setattr(console.multiprocessing, "parent_process", lambda: parent)
-    with stop_requests() as stop:
-        assert stop() == 0
-        parent.is_alive = lambda: False
-        assert stop() == signal.SIGTERM
+def test_outside_of_the_main_thread_signals_are_left_alone(handlers):
+    """As in a notebook's thread, or in a server's, which call `main`."""
+    found = []
+
+    def run() -> None:
+        with handle_signals(exit_on_signal, "SIGTERM"), stop_requests() as stop:
+            found.append(stop())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [0]
 
 
 def test_previous_signal_handlers_are_restored(handlers):

@@ -54,6 +54,15 @@ def test_outputs_and_gradients_are_those_of_conv2d(outputs, size, kernel, groups
     assert compared > 0 or groups > 1
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_have_the_layout_of_the_weights(size):
+    """Otherwise several processes, which share buffers of that layout, copy them with a warning."""
+    layer = nn.Conv2d(8, 16, 1, bias=False).to(memory_format=torch.channels_last)
+    with SmallConvolutions():
+        layer(torch.randn(3, 8, size, size)).sum().backward()
+    assert layer.weight.grad.stride() == layer.weight.stride()
+
+
 def test_arguments_by_name_and_images_without_a_batch(outputs):
     images, weight = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 2, 2)
     with SmallConvolutions():

@@ -106,11 +106,11 @@ def test_devices_that_several_processes_cannot_use_are_refused(machine, monkeypa
 # Precision
 
 
-@pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
-def test_a_cpu_supports_bf16_if_it_has_the_instructions(monkeypatch, bf16, amx):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert supports_bf16("cpu") == (bf16 or amx)
+@pytest.mark.parametrize("instructions", [(), ("avx512_bf16",), ("amx_bf16",), ("bf16",)])
+def test_a_cpu_supports_bf16_if_it_has_the_instructions(monkeypatch, instructions):
+    found = {"avx2": True, "avx512_bf16": False} | dict.fromkeys(instructions, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert supports_bf16("cpu") == bool(instructions)
     assert not supports_bf16("mps")
 
 
@@ -133,7 +133,9 @@ def test_fp32_on_cuda_mentions_tf32_convolutions(monkeypatch):
     tf32 = "fp32 (convolutions in TF32)"
     for allowed, supported, description in ((True, True, tf32), (True, False, "fp32"), (False, True, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda supported=supported: supported)
-        with torch.backends.cudnn.flags(allow_tf32=allowed):
+        with monkeypatch.context() as patch:
+            precision = "tf32" if allowed else "ieee"
+            patch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=precision))
             assert describe_precision(replace(DEMO, device="cuda", precision="fp32")) == description
             assert describe_precision(replace(DEMO, device="cuda", precision="bf16")) == "bf16"
             assert describe_precision(replace(DEMO, device="cpu", precision="fp32")) == "fp32"

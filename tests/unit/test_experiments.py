@@ -77,7 +77,14 @@ def test_the_comparison_as_a_program(tmp_path, monkeypatch, capsys, other, statu
     assert row.endswith("differs") == bool(status)
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
+def test_two_perfect_models_have_the_same_mean_and_a_perfect_and_a_useless_one_have_not():
+    assert p_value(np.ones(3), np.ones(2), 500) == 1
+    assert p_value(np.ones(3), np.zeros(2), 500) == 0
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "{}", "[]", *(json.dumps(results(student=[wrong])) for wrong in ("abc", 5.0, None))]
+)
 def test_a_comparison_of_missing_or_foreign_files_is_one_error(tmp_path, monkeypatch, capsys, content):
     path = tmp_path / "results.json"
     if content:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -108,6 +109,33 @@ def test_a_lock_can_be_waited_for(tmp_path):
         assert not entered.wait(0.3)
     thread.join(timeout=10)
     assert entered.is_set()
+
+
+def test_the_lock_holds_while_the_folder_is_renamed(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with files.lock(folder):
+        folder.rename(tmp_path / "other")
+        with pytest.raises(UserError, match="another process is writing there"), files.lock(folder):
+            pass
+
+
+def test_all_who_wait_for_the_lock_on_a_folder_get_it_in_turn(tmp_path):
+    held, entered = [], []
+
+    def enter() -> None:
+        with files.lock(tmp_path / "runs" / "run", wait=True):
+            held.append(1)
+            entered.append(len(held))
+            time.sleep(0.01)
+            held.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert entered == [1] * 8
 
 
 def test_a_symbolic_link_as_lock_file_is_not_followed(tmp_path):

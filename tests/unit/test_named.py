@@ -14,7 +14,7 @@ from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.datasets import load_dataset
 from engine.errors import UserError
 from engine.images import augment
-from engine.models import check_image_size, load_model
+from engine.models import build_model, check_image_size, load_model
 from engine.recipes import Recipe
 from engine.recorded import recorded_config
 from engine.soft_losses import options
@@ -86,6 +86,26 @@ def cosine(optimizer, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + np.cos(np.pi * s / steps)))
 
 
+def without_classes():
+    return nn.Linear(3, 3)
+
+
+def with_a_mistake(num_classes):
+    return nn.Linear(3, num_classes).wieght
+
+
+def closure(parameters, lr):
+    return torch.optim.LBFGS(parameters, lr)
+
+
+def plateau(optimizer, steps):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def on_logits_alone(z, v, labels, temperature):
+    return z.no_such_method()
+
+
 class Labels:
     def __init__(self, label):
         self.label = label
@@ -99,6 +119,24 @@ class Labels:
 
 def fractions():
     return Labels(0.7), Labels(0.7)
+
+
+def one_hot():
+    return Labels(torch.eye(10)[0]), Labels(torch.eye(10)[0])
+
+
+def unlabelled():
+    return [torch.zeros(8, 8)] * 60, [torch.zeros(8, 8)] * 60
+
+
+def same_names():
+    sets = Labels(1), Labels(1)
+    sets[0].classes = ["cat", "cat"]
+    return sets
+
+
+def missing_file():
+    return open("/nowhere/images.npy")
 """
 
 
@@ -172,12 +210,29 @@ def test_what_is_named_is_checked_before_training(mine):
     soft_losses.check("mine:loss", {"power": 2.0}, 10)
     with pytest.raises(UserError, match=r"arch = 'mine:wide'.*\(1, 10\)"):
         check_image_size(named.load("mine:wide")(10), "mine:wide", 8, 10)
-    with pytest.raises(UserError, match="label 0"):
-        load_dataset(replace(PRESETS["demo"], dataset="mine:fractions", device="cpu"))
+    for name, words in [
+        ("fractions", "label 0"),
+        ("one_hot", "label 0"),
+        ("unlabelled", "item 0"),
+        ("same_names", "different names"),
+        ("missing_file", r"mine\.py, line \d+: .*No such file"),
+    ]:
+        with pytest.raises(UserError, match=rf"^dataset = 'mine:{name}': .*{words}"):
+            load_dataset(replace(PRESETS["demo"], dataset=f"mine:{name}", device="cpu"))
+    for name, words in [("without_classes", "takes 0 positional"), ("with_a_mistake", r"mine\.py, line \d+: .*wieght")]:
+        with pytest.raises(UserError, match=rf"^arch = 'mine:{name}': .*{words}"):
+            build_model(f"mine:{name}", 10)
+    with pytest.raises(UserError, match=r"^soft_loss = 'mine:on_logits_alone': mine\.py, line \d+: "):
+        soft_losses.check("mine:on_logits_alone", {}, 10)
     network, config = named.load("mine:Net")(10), replace(PRESETS["demo"], device="cpu")
-    for field in ("optimizer", "schedule"):
-        with pytest.raises(UserError, match=f"{field} = 'mine:nothing'"):
-            start_training(network, Recipe(**{field: "mine:nothing"}), config, 0, 100)
+    for field, name in [
+        ("optimizer", "nothing"),
+        ("schedule", "nothing"),
+        ("optimizer", "closure"),
+        ("schedule", "plateau"),
+    ]:
+        with pytest.raises(UserError, match=f"^{field} = 'mine:{name}'"):
+            start_training(network, Recipe(**{field: f"mine:{name}"}), config, 0, 100)
 
 
 def test_an_optimizer_gets_all_parameters_as_often_as_it_looks(mine):

@@ -225,6 +225,7 @@ UNDECIDED = {"p_value": 0.06, "p_holm": 0.06, "detectable_difference": 0.01}
     [
         ({**BETTER, "difference": -0.02}, "is 2.00 percentage points below student "),
         ({**BETTER, "difference": -0.02}, "3 seeds): worse."),
+        ({**UNDECIDED, "difference": -0.00004}, "student_kd is as accurate as student (95% interval"),
         (BETTER, "p = 0.01; 3 seeds): better."),
         ({"p_value": 0.01, "p_holm": 0.04}, "p = 0.01, 0.04 after Holm's correction; 3 seeds): better."),
         ({"p_value": 0.01, "p_holm": 0.05}, "p = 0.01, 0.05 after Holm's correction; 3 seeds): indistinguishable."),
@@ -330,7 +331,7 @@ def test_the_markdown_report_shows_figures_that_exist(report):
     assert len(shown) == len(set(shown)) == 4 + 5
     assert all((report / path).is_file() for path in shown)
     assert text.splitlines()[2].startswith("- student_kd is ")  # the verdict, right under the title
-    sentence = r"(retains [\d.]+% of|is [\d.]+ points more accurate than) teacher('s accuracy)?"
+    sentence = r"is ([\d.]+ percentage points (above|below)|as accurate as) teacher"
     assert re.search(rf"student_kd {sentence}, at \d+% of its inference time", text)
     headings = ["Set-up", "Accuracy", "Cost", "Calibration", "Fidelity", "Where they differ", "Training", "Environment"]
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == headings
