@@ -158,7 +158,7 @@ def log_summary(config: Config, dataset: Dataset) -> None:
     several = f", {world_size()} processes" if world_size() > 1 else ""
     pinned = ""
     if dataset.train.images.is_pinned():
-        pinned = ", training images in host memory, as they do not fit on the device"
+        pinned = ", training images in host memory"
     log.info(
         f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "

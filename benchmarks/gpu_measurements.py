@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed import fit_recipe
 from custom_resnet import LossFunction, build_resnet, cross_entropy
 from engine.checkpoints import load_checkpoint
-from engine.datasets import Dataset, Split, batches, to_device
+from engine.datasets import Dataset, Split, augments_on_host, batches, to_device
 from engine.device import configure_backends, memory_format, resolve_device, synchronize
 from engine.errors import first_line
 from engine.estimate import time_training
@@ -73,7 +73,8 @@ def random_dataset(config: Config, steps: int, images_on_host: bool = False) -> 
     generator = torch.Generator().manual_seed(0)
     n = config.batch_size * steps
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    split = to_device(Split(images, torch.randint(0, 10, (n,), generator=generator)), config.device, images_on_host)
+    split = Split(images, torch.randint(0, 10, (n,), generator=generator))
+    split = to_device(split, config.device, images_on_host or augments_on_host(config))
     return Dataset(tuple("0123456789"), split, None, Split(split.images[:2], split.labels[:2]), "")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -87,9 +88,21 @@ def seed_sequence(stream: int, *position: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(position, spawn_key=(stream,))
 
 
+seeding = threading.Lock()  # a thread may augment images, with PyTorch's one generator, while the network trains
+
+
 def seed_torch(stream: int, *position: int) -> None:
     """Seed torch's generators with `seed_sequence`."""
-    torch.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
+    with seeding:
+        torch.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
+
+
+@contextlib.contextmanager
+def seeded(stream: int, *position: int) -> Iterator[None]:
+    """A context in which the CPU's generator is seeded with `seed_sequence`; it is then as it was before."""
+    with seeding, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
+        yield
 
 
 def synchronize(device: str | torch.device) -> None:

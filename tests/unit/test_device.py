@@ -7,11 +7,9 @@ import pytest
 import torch
 import torch._dynamo
 import torchvision
-from conftest import fit
 from torch import nn
 
 from config import PRESETS
-from custom_resnet import cross_entropy
 from engine import device as devices
 from engine.device import (
     AUGMENTATION,
@@ -27,13 +25,13 @@ from engine.device import (
     memory_format,
     resolve_device,
     seed_sequence,
+    seed_torch,
+    seeded,
     supports_bf16,
     synchronize,
 )
 from engine.distributed import RankError
 from engine.errors import UserError
-from engine.images import augment
-from engine.recipes import Recipe
 
 DEMO = replace(PRESETS["demo"], device="cpu", image_size=32, batch_size=25)
 
@@ -246,15 +244,16 @@ def test_all_streams_of_random_numbers_differ():
     assert all(first >= 2**32 for first, _ in found)  # no seed of the initial weights is so large
 
 
-def test_dropout_and_augmentation_draw_other_numbers(config, digits, model, monkeypatch):
-    seeds, seed = [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda value: (seeds.append(value), seed(value))[1])
-    augment(digits.train.images[:8].cpu(), "crop", (3, 0, 0))
-    of_augmentation = {*seeds}
-    seeds.clear()
-    fit(model, Recipe(epochs=1, train_size=200), config, 3, digits, cross_entropy)
-    assert len(of_augmentation) == len({*seeds}) == 8
-    assert not of_augmentation & {*seeds}
+def test_the_numbers_of_an_image_leave_the_generator_as_it_was():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    with seeded(AUGMENTATION, 3, 0, 7):
+        of_the_image = torch.rand(3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    seed_torch(AUGMENTATION, 3, 0, 7)
+    assert torch.equal(torch.rand(3), of_the_image)
+    seed_torch(DROPOUT, 3, 0, 7)
+    assert not torch.equal(torch.rand(3), of_the_image)
 
 
 # What is recorded

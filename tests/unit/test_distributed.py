@@ -50,7 +50,7 @@ def test_shards_partition_the_range(monkeypatch, world_size):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@pytest.mark.parametrize("augment", ["none", "randomerasing"])
+@pytest.mark.parametrize("augment", ["none", "crop", "randomerasing", "trivialaugment"])
 def test_the_shards_of_a_batch_add_up_to_it(config, digits, monkeypatch, augment):
     config, subset = replace(config, augment=augment), digits.subset(75)
     alone = list(batches(digits.train, subset, config, seed=1, epoch=2))
