@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 import config
 from benchmarks import STARTED
 from benchmarks.gpu_measurements import ROOT, SECTIONS, Options, configure, records
@@ -282,8 +280,6 @@ def main() -> None:
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     words = argparse.Namespace(**{**(REHEARSAL if given["device"] == "cpu" else MEASUREMENT), **given})
     with exit_on_error(), handle_signals(exit_on_signal, "SIGTERM", "SIGHUP"):
-        if words.device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"device = {words.device}: this machine has no CUDA device; for a rehearsal: --device cpu")
         flags = f"{words.experiment} --dataset {words.dataset} --image_size {words.image_size}"
         flags = words.experiment if words.device == "cpu" else f"{flags} --batch_size {words.batch_size}"
         if "experiment" in words.only:

@@ -23,9 +23,12 @@ from engine.settings import Config
 
 def resolve_device(config: Config) -> Config:
     """The config with this process's own device in place of "auto". Raises UserError for one that is not available."""
-    device = config.device
+    device, gpus = config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    why = "" if gpus else why_gpus_are_unusable()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+        if why:
+            log.info(f"warning: device = auto: takes the {device}, because {why}")
     kind, _, number = device.partition(":")
     if world_size() > 1:
         if number or kind == "mps":
@@ -34,16 +37,26 @@ def resolve_device(config: Config) -> Config:
             raise UserError(f"batch_size = {config.batch_size}: must be 2 or more for each of {world_size()} processes")
         number = str(local_rank()) if kind == "cuda" else ""
         device = f"cuda:{number}" if number else device
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    if kind == "cuda" and int(number or 0) >= gpus:
         fewer = "start no more processes than that, or " if world_size() > 1 else ""
-        raise UserError(
-            f"device = {device!r}: the number of CUDA devices here is {torch.cuda.device_count()}; {fewer}try cpu"
-        )
+        why = why or f"the number of CUDA devices here is {gpus}"
+        raise UserError(f"device = {device!r}: {why}; {fewer}try cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
     if world_size() > 1 and config.jobs > 1:
         raise UserError(f"jobs = {config.jobs}: must be 1 with several processes, which train each model together")
     return replace(config, device=device)
+
+
+def why_gpus_are_unusable() -> str:
+    """The reason if there are GPUs that PyTorch cannot use, usually because of an old driver; else nothing."""
+    if not torch.cuda.device_count():  # which counts them without CUDA
+        return ""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return f"PyTorch, built for CUDA {torch.version.cuda}, cannot use the GPU here: {first_line(error)}"
+    return ""
 
 
 def supports_bf16(device: str) -> bool:

@@ -73,6 +73,25 @@ def test_an_unavailable_device_is_refused(machine, device):
         resolve_device(replace(DEMO, device=device))
 
 
+def test_a_gpu_that_pytorch_cannot_use_is_mentioned(monkeypatch, capsys):
+    """As with an old driver: the driver counts one device, and CUDA none."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device(replace(DEMO, device="auto")).device == "cpu"
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert resolve_device(replace(DEMO, device="auto")).device == "cpu"
+    assert "driver on your system is too old" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"device = 'cuda': .* too old \(found version 11040\)\.; try cpu"):
+        resolve_device(replace(DEMO, device="cuda"))
+
+
 def test_each_process_has_its_own_device(machine, monkeypatch):
     machine(cuda=2)
     monkeypatch.setattr(devices, "world_size", lambda: 2)
