@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine import distributed
 from engine.checkpoints import Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
 from engine.device import environment, explain_device_errors, forward_pass, place
-from engine.distributed import all_reduce_max, main_process_first, world_size
+from engine.distributed import OrderlyStop, all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
@@ -166,7 +167,7 @@ def train_model(
     finished = len(history) == recipe.epochs
     log.info(f"{model}  is {'finished' if finished else 'saved; the same command resumes it'}: {model.path}")
     if stopped:
-        raise SystemExit(128 + stopped)
+        raise OrderlyStop(128 + stopped)
 
 
 def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: Dataset) -> None:
@@ -205,7 +206,7 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
 
     network = main_process_first(build)
     if config.sync_batchnorm and world_size() > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network, distributed.gpu_group)
     if checkpoint:
         before, now = checkpoint.environment, environment(config)
         changed = [key for key in now if before.get(key, now[key]) != now[key]]
