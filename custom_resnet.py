@@ -20,7 +20,7 @@ from engine import distributed
 from engine.checkpoints import Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
-from engine.device import environment, explain_device_errors, forward_pass, place
+from engine.device import environment, forward_pass, place
 from engine.distributed import OrderlyStop, all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
@@ -153,17 +153,16 @@ def train_model(
             progress=None if len(history) == recipe.epochs else state,
         ).save(model.path)
 
-    with explain_device_errors(config):
-        if recipe.epochs == 0:
-            report_accuracy_of_given_weights(network, model, dataset)
-            write({"model": network.state_dict(), "history": []})
-            return
-        loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
-        with stop_requests() as stop:
-            images = len(dataset.subset(recipe.train_size))
-            state = checkpoint.training_state if checkpoint else None
-            history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
-            (stopped,) = all_reduce_max(stop())
+    if recipe.epochs == 0:
+        report_accuracy_of_given_weights(network, model, dataset)
+        write({"model": network.state_dict(), "history": []})
+        return
+    loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
+    with stop_requests() as stop:
+        images = len(dataset.subset(recipe.train_size))
+        state = checkpoint.training_state if checkpoint else None
+        history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
+        (stopped,) = all_reduce_max(stop())
     finished = len(history) == recipe.epochs
     log.info(f"{model}  is {'finished' if finished else 'saved; the same command resumes it'}: {model.path}")
     if stopped:

@@ -117,6 +117,11 @@ def exit_on_signal(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def asked_to_stop() -> bool:
+    """Whether the parent has asked this process to stop; in a process of --jobs, something else is in its place."""
+    return False
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
     """Record SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
@@ -131,7 +136,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
     def requested() -> int:
         if received:
             return received[0]
-        return signal.SIGTERM if parent and not parent.is_alive() else 0
+        return signal.SIGTERM if (parent and not parent.is_alive()) or asked_to_stop() else 0
 
     def note(number: int, frame: Any) -> None:
         received.append(number)

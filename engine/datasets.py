@@ -183,6 +183,10 @@ def read_dataset(config: Config) -> Dataset:
     if torch.device(config.device).type == "cuda":
         total = sum(split.images.nbytes for split in (train, validation, test) if split)
         on_host = total > torch.cuda.mem_get_info(config.device)[0] / 2
+        if on_host and config.jobs > 1:
+            raise UserError(
+                f"jobs = {config.jobs}: must be 1, as the images do not fit on the device; each would pin them"
+            )
     return Dataset(
         classes,
         to_device(train, config.device, on_host or augments_on_host(config)),

@@ -133,9 +133,11 @@ def configure_backends(config: Config) -> None:
     On a CPU, glibc is told to keep the memory of freed tensors: otherwise each large one is returned to the system and
     mapped anew, page by page, in the next step, which costs 40% of a ResNet50 step at 224 px.
     """
+    global configured
+    configured = config
     if torch.device(config.device).index is not None:
         torch.cuda.set_device(config.device)  # PyTorch answers questions about the current device only
-    torch.backends.cudnn.benchmark = not config.deterministic  # every batch of a run has the same shape
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches of training have one shape
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, before its first call
@@ -144,6 +146,17 @@ def configure_backends(config: Config) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
+
+
+@contextlib.contextmanager
+def without_tuning() -> Iterator[None]:
+    """A context in which cuDNN does not time its algorithms, as it would for each new size of a batch."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def compiled(model: nn.Module, config: Config, seconds: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -160,21 +173,35 @@ def compiled(model: nn.Module, config: Config, seconds: float) -> Callable[[torc
     return torch.compile(model)
 
 
+configured: Config | None = None  # what this process was last configured for
+OUT_OF_MEMORY = (  # as CUDA and MPS, a CPU, cuDNN while it tries algorithms, and CUDA's libraries say it
+    *("out of memory", "can't allocate memory", "unable to find an engine", "ALLOC_FAILED"),
+)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
-def explain_device_errors(config: Config) -> Iterator[None]:
+def explain_device_errors() -> Iterator[None]:
     """Turn out-of-memory and torch.compile errors into a UserError that says what to change."""
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA and MPS; CPU
+        config = configured
+        if config is None:
+            raise
+        if is_out_of_memory(error):
             other = ""
             if config.jobs > 1:
                 other = "fewer --jobs, or "
             elif torch.device(config.device).type == "cuda":
                 other = "more processes, or "
             raise RankError(
-                f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
-                f"use {other}a smaller --batch_size (with --overwrite)"
+                f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px "
+                f"({first_line(error)}); use {other}a smaller --batch_size (with --overwrite), or end other programs "
+                "that use the device"
             ) from None
         if "does not have a deterministic implementation" in str(error):
             raise UserError(f"deterministic = True: {first_line(error)}; leave it out, or use another arch") from None
