@@ -1,4 +1,4 @@
-# Every target sets itself up: a virtual environment in .venv, updated only when the requirements change.
+# Every target but gpu sets itself up: a virtual environment in .venv, updated only when the requirements change.
 # Flags go through ARGS, for example: make train ARGS="--preset scratch --seeds 0 1 2"
 
 PYTHON3 ?= python3
@@ -36,10 +36,10 @@ chaos: .venv/installed-for-tests
 bench: .venv/installed
 	$(PYTHON) -m benchmarks.speed $(ARGS)
 
-# Everything there is to measure on a CUDA GPU, into docs/gpu.json and docs/gpu.md
+# What there is to measure on a CUDA GPU, see docs/speed.md: in .venv if there is one, else in PYTHON3; installs nothing
 gpu: DATASET := cifar10
-gpu: .venv/installed-for-tests
-	$(PYTHON) -m benchmarks.gpu --dataset $(DATASET) $(ARGS)
+gpu:
+	$(or $(wildcard $(PYTHON)),$(PYTHON3)) -m benchmarks.gpu --dataset $(DATASET) $(ARGS)
 
 lint: .venv/installed-for-tests
 	$(PYTHON) -m ruff check .

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine import distributed
 from engine.checkpoints import Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
-from engine.device import environment, explain_device_errors, forward_pass, place
-from engine.distributed import all_reduce_max, main_process_first, world_size
+from engine.device import environment, forward_pass, place
+from engine.distributed import OrderlyStop, all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
@@ -161,21 +162,20 @@ def train_model(
             progress=None if len(history) == recipe.epochs else state,
         ).save(model.path)
 
-    with explain_device_errors(config):
-        if recipe.epochs == 0:
-            report_accuracy_of_given_weights(network, model, dataset)
-            write({"model": network.state_dict(), "history": []})
-            return
-        loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
-        with stop_requests() as stop:
-            images = len(dataset.subset(recipe.train_size, recipe.train_subset))
-            state = checkpoint.training_state if checkpoint else None
-            history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
-            (stopped,) = all_reduce_max(stop())
+    if recipe.epochs == 0:
+        report_accuracy_of_given_weights(network, model, dataset)
+        write({"model": network.state_dict(), "history": []})
+        return
+    loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
+    with stop_requests() as stop:
+        images = len(dataset.subset(recipe.train_size, recipe.train_subset))
+        state = checkpoint.training_state if checkpoint else None
+        history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
+        (stopped,) = all_reduce_max(stop())
     finished = len(history) == recipe.epochs
     log.info(f"{model}  is {'finished' if finished else 'saved; the same command resumes it'}: {model.path}")
     if stopped:
-        raise SystemExit(128 + stopped)
+        raise OrderlyStop(128 + stopped)
 
 
 def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: Dataset) -> None:
@@ -214,7 +214,7 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
 
     network = main_process_first(build)
     if config.sync_batchnorm and world_size() > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network, distributed.gpu_group)
     if checkpoint:
         before, now = checkpoint.environment, environment(config)
         changed = [key for key in now if before.get(key, now[key]) != now[key]]

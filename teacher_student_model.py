@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import SHUFFLED_TEACHER, configure_backends, forward_pass, seed_sequence
-from engine.distributed import all_reduce_max, world_size
+from engine.distributed import all_reduce_max, local_rank, world_size
 from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
@@ -266,6 +266,9 @@ START_METHOD = "fork" if __name__ == "__main__" and sys.platform == "linux" else
 def train_in_worker(model: Model, estimate: Estimate, threads: int) -> None:
     with run_script():
         torch.set_num_threads(threads)
+        if model.config.device == "cuda":
+            own = replace(model.config, device=f"cuda:{local_rank() % torch.cuda.device_count()}")
+            model = replace(model, config=own)
         configure_backends(model.config)
         train_with_teacher(model, load_dataset(model.config), estimate)
 

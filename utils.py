@@ -13,7 +13,14 @@ from engine import flags
 from engine.checkpoints import recorded_precision
 from engine.console import configure_logging, exit_on_signal, handle_signals, log
 from engine.datasets import Dataset, load_dataset
-from engine.device import configure_backends, describe_precision, describe_threads, device_name, resolve_device
+from engine.device import (
+    configure_backends,
+    describe_precision,
+    describe_threads,
+    device_name,
+    explain_device_errors,
+    resolve_device,
+)
 from engine.distributed import main_process_first, on_rank0, process_group, world_size
 from engine.errors import UserError, check_duplicate_keys, exit_on_error, locate_errors
 from engine.estimate import Estimate, Job, check_models, check_space, plan
@@ -29,7 +36,7 @@ def run_script() -> Iterator[None]:
     """The context of a script's main: logging to stderr, one-line errors, exit on signals, the process group."""
     configure_logging()
     code_digest()  # of the code that runs: the files may be edited later
-    with exit_on_error(), handle_signals(exit_on_signal, "SIGTERM", "SIGHUP"), process_group():
+    with exit_on_error(), handle_signals(exit_on_signal, "SIGTERM", "SIGHUP"), process_group(), explain_device_errors():
         yield
 
 
@@ -165,7 +172,7 @@ def log_summary(config: Config, dataset: Dataset) -> None:
     several = f", {world_size()} processes" if world_size() > 1 else ""
     pinned = ""
     if dataset.train.images.is_pinned():
-        pinned = ", training images in host memory, as they do not fit on the device"
+        pinned = ", training images in host memory"
     log.info(
         f"{config.run}: {config.dataset}, {len(dataset.train.labels):,} training{validation} and "
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "

@@ -1,6 +1,10 @@
-"""What `python -m benchmarks.gpu` measures: each function takes the options and returns what JSON can hold."""
+"""What `python -m benchmarks.gpu` measures: each section takes the options and gives its variants by name.
+
+A variant is a function without arguments that returns a record, which JSON can hold.
+"""
 
 import gc
+import importlib
 import json
 import os
 import re
@@ -10,11 +14,12 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,10 +29,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed import fit_recipe
-from custom_resnet import build_resnet, cross_entropy
+from custom_resnet import LossFunction, build_resnet, cross_entropy
 from engine.checkpoints import load_checkpoint
-from engine.datasets import Dataset, Split, batches, to_device
-from engine.device import configure_backends, environment, memory_format, resolve_device, synchronize
+from engine.datasets import Dataset, Split, augments_on_host, batches, to_device
+from engine.device import configure_backends, memory_format, resolve_device, synchronize
 from engine.errors import first_line
 from engine.estimate import time_training
 from engine.images import prepare, resize
@@ -36,7 +41,7 @@ from engine.models import Architecture
 from engine.recipes import Recipe
 from engine.settings import Config
 from report.metrics import kl_divergence
-from teacher_student_model import OnlineTeacher, Teacher, stored_logits, teacher_logits
+from teacher_student_model import Distillation, OnlineTeacher, Teacher, stored_logits, teacher_logits
 
 ROOT = Path(__file__).parent.parent
 ARCHS = ("resnet50", "resnet18")
@@ -50,6 +55,10 @@ class Options(NamedTuple):
     steps: int  # of a measurement of speed
     repeats: int  # of a measurement of speed, after a first call that is not counted
     experiment: str  # flags of the experiment from beginning to end
+    folder: str  # of gpu.json, gpu.md and the tests' logs
+
+
+Variants = dict[str, Callable[[], dict[str, Any]]]
 
 
 def configure(options: Options, **changes: Any) -> Config:
@@ -64,7 +73,8 @@ def random_dataset(config: Config, steps: int, images_on_host: bool = False) -> 
     generator = torch.Generator().manual_seed(0)
     n = config.batch_size * steps
     images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    split = to_device(Split(images, torch.randint(0, 10, (n,), generator=generator)), config.device, images_on_host)
+    split = Split(images, torch.randint(0, 10, (n,), generator=generator))
+    split = to_device(split, config.device, images_on_host or augments_on_host(config))
     return Dataset(tuple("0123456789"), split, None, Split(split.images[:2], split.labels[:2]), "")
 
 
@@ -94,69 +104,121 @@ def measure(function: Callable[[], Any], count: int, options: Options) -> dict[s
     return record | ({"peak_bytes": torch.cuda.max_memory_allocated()} if on_cuda else {})
 
 
-def try_each(variants: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+def records(variants: Variants) -> Iterator[tuple[str, dict[str, Any]]]:
     """The record of each variant, or the error that prevented it."""
-    found = {}
     for name, variant in variants.items():
         print(f"  {name}", file=sys.stderr)
         gc.collect()
         torch._dynamo.reset()  # so that nothing is left from the variant before
         try:
-            found[name] = variant()
+            record = variant()
         except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {first_line(error)}"}
-    return found
+            record = {"error": f"{type(error).__name__}: {first_line(error)}"}
+        yield name, record
 
 
-def ceilings(options: Options) -> dict[str, Any]:
-    """The machine, and the rates that bound everything else: of a copy, and of a matrix product in bfloat16."""
-    config = configure(options)
+def smoke(options: Options) -> Variants:
+    """Whether imports, training in each way, prediction and torch.compile work at all, in 20 seconds."""
+
+    def imports() -> dict[str, Any]:
+        names = ["pytest", "xdist"]
+        for package in ("engine", "report", "experiments"):
+            names += [f"{package}.{path.stem}" for path in sorted((ROOT / package).glob("*.py"))]
+        for name in (*names, "config", "evaluate"):
+            importlib.import_module(name)
+        return {"modules": len(names)}
+
+    def train(arch: str = "resnet18", **changes: Any) -> dict[str, Any]:
+        config = configure(options, **changes)
+        history = fit_recipe(make_model(arch, config), RECIPE, config, random_dataset(config, 3), cross_entropy)
+        return {"loss": history[-1]["loss"]}
+
+    def prediction() -> dict[str, Any]:
+        config = configure(options)
+        model, images = make_model("resnet18", config), random_dataset(config, 1).train.images[:8]
+        found = predict(model, images, config.image_size).cpu()
+        expected = predict(model.cpu(), images.cpu(), config.image_size)
+        return {"relative_difference_from_cpu": ((found - expected).norm() / expected.norm()).item()}
+
+    return {
+        "imports": imports,
+        "fit, deterministic": partial(train, deterministic=True),  # first: cuBLAS reads its setting only once
+        "fit, bf16": train,
+        "fit, fp32": partial(train, precision="fp32"),
+        "predict": prediction,
+        "fit, compiled": partial(train, "timm:test_resnet", compile="on"),
+    }
+
+
+def ceilings(options: Options) -> Variants:
+    """The rates that bound everything else: of a copy, and of a matrix product in bfloat16."""
     side, size = (8192, 2**32) if options.device.startswith("cuda") else (512, 2**24)
-    a, b = torch.randn(2, side, side, device=options.device, dtype=torch.bfloat16)
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=options.device)
-    target = torch.empty_like(source)
-    into = torch.empty_like(a)
 
-    def repeat(function: Callable[[], Any], times: int = 20) -> None:  # one alone takes a millisecond or two
-        for _ in range(times):
-            function()
+    def repeat(function: Callable[[], Any], count: int) -> dict[str, Any]:  # one alone takes a millisecond or two
+        return measure(lambda: [function() for _ in range(20)][:0], 20 * count, options)
 
-    copy = measure(lambda: repeat(lambda: target.copy_(source)), 20 * 2 * size, options)
-    product = measure(lambda: repeat(lambda: torch.mm(a, b, out=into)), 20 * 2 * side**3, options)
-    return {"environment": environment(config), "bytes_per_second": copy["rate"], "flop_per_second": product["rate"]}
+    def copy() -> dict[str, Any]:
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=options.device)
+        target = torch.empty_like(source)
+        return repeat(lambda: target.copy_(source), 2 * size)
 
+    def product() -> dict[str, Any]:
+        a, b = torch.randn(2, side, side, device=options.device, dtype=torch.bfloat16)
+        into = torch.empty_like(a)
+        return repeat(lambda: torch.mm(a, b, out=into), 2 * side**3)
 
-def suite(options: Options) -> dict[str, Any]:
-    """The test suite, whose device tests run on CUDA too where there is one."""
-    started = time.perf_counter()
-    words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider"]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=threads, capture_output=True, text=True)
-    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)s?\b", done.stdout[-500:])}
-    if done.returncode not in (0, 1) or not counts:
-        raise RuntimeError(f"pytest: exit status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
-    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, flags=re.MULTILINE)
-    return {"seconds": time.perf_counter() - started, **counts, "failures": failures, "tail": done.stdout[-4000:]}
+    return {"copy, bytes/s": copy, "matrix product, FLOP/s": product}
 
 
-def exact_resize(options: Options) -> dict[str, Any]:
+def device_tests(options: Options) -> Variants:
+    """The tests that take a device, on this one; each outcome is in FOLDER/tests-*.log as it comes."""
+
+    def run(folder: str) -> dict[str, Any]:
+        started, log = time.perf_counter(), ROOT / options.folder / f"tests-{folder}.log"
+        select = "cuda" if options.device.startswith("cuda") else "cpu and test_inference"
+        words = [sys.executable, "-m", "pytest", "-vv", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider"]
+        with open(log, "w") as file:
+            command = [*words, "-k", select, f"tests/{folder}"]
+            status = subprocess.call(command, cwd=ROOT, stdout=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        lines = log.read_text().splitlines()
+        counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])}
+        counts["errors"] = counts.pop("error", 0) + counts.get("errors", 0)
+        if status not in (0, 1) or not counts:
+            raise RuntimeError(f"pytest: exit status {status}, see {log}")
+        failures = [line for line in lines if re.match("(FAILED|ERROR) ", line)]
+        return {"seconds": time.perf_counter() - started, **counts, "failures": failures}
+
+    folders = ("unit", "end_to_end") if options.device.startswith("cuda") else ("unit",)
+    return {folder: partial(run, folder) for folder in folders}
+
+
+def exact_resize(options: Options) -> Variants:
     """Values of resized images that differ from PIL's, and how far prepared images are from the same on the CPU."""
-    random, found = np.random.default_rng(0), {}
-    for before, after in ((32, 33), (32, 64), (32, 224), (32, 299), (224, 32), (500, 224)):
-        images = random.integers(0, 256, (20, before, before, 3), dtype=np.uint8)
+
+    def resized(before: int, after: int) -> dict[str, Any]:
+        images = np.random.default_rng(0).integers(0, 256, (20, before, before, 3), dtype=np.uint8)
         ours = resize(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(options.device), after)
         by_pil = [
             np.asarray(Image.fromarray(image).resize((after, after), Image.Resampling.BILINEAR)) for image in images
         ]
         different = ours.cpu().permute(0, 2, 3, 1).numpy() != np.stack(by_pil)
-        found[f"{before} to {after} px"] = {"values": different.size, "different": int(different.sum())}
-    images = torch.from_numpy(random.integers(0, 256, (50, 3, 32, 32), dtype=np.uint8))
-    there, here = prepare(images.to(options.device), 224).cpu(), prepare(images, 224)
-    return {"sizes": found, "normalised_largest_difference": (there - here).abs().max().item()}
+        return {"values": different.size, "different": int(different.sum())}
+
+    def normalised() -> dict[str, Any]:
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32), dtype=np.uint8))
+        there, here = prepare(images.to(options.device), 224).cpu(), prepare(images, 224)
+        return {"largest_difference": (there - here).abs().max().item()}
+
+    sizes = ((32, 33), (32, 64), (32, 224), (32, 299), (224, 32), (500, 224))
+    return {f"{a} to {b} px": partial(resized, a, b) for a, b in sizes} | {"normalised": normalised}
 
 
-def stored_against_online(options: Options) -> dict[str, Any]:
+def stored_against_online(options: Options) -> Variants:
     """The teacher's stored logits against those that it gives on the student's batches."""
+    return {"resnet50": partial(compare_logits, options)}
+
+
+def compare_logits(options: Options) -> dict[str, Any]:
     config = configure(options)
     dataset, model = random_dataset(config, options.steps), make_model("resnet50", config)
     fit_recipe(model, RECIPE, config, dataset, cross_entropy)
@@ -179,14 +241,14 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
     return [tensor.cpu() for tensor in model.state_dict().values()]
 
 
-def exact_resume(options: Options) -> dict[str, Any]:
+def exact_resume(options: Options) -> Variants:
     """Whether training with --deterministic repeats, and resumes, bit for bit, and what it costs."""
-    found = {}
-    for deterministic in (True, False):  # True first: cuBLAS reads its setting only once
+
+    def run(deterministic: bool) -> dict[str, Any]:
         config = configure(options, deterministic=deterministic)
         dataset = random_dataset(config, options.steps)
 
-        def train(stop_after: int | None = None, state: dict | None = None, config=config, dataset=dataset) -> tuple:
+        def train(stop_after: int | None = None, state: dict | None = None) -> tuple:
             model, states, calls = make_model("resnet18", config), [], iter(range(10**9))
             more = {"state": state, "write": states.append, "stop": lambda: 15 * (next(calls) + 1 == stop_after)}
             history = fit_recipe(model, RECIPE, config, dataset, cross_entropy, **more)
@@ -195,15 +257,15 @@ def exact_resume(options: Options) -> dict[str, Any]:
         once, twice = train()[0], train()[0]
         state = train(options.steps // 2)[1][0]
         resumed = train(state=state)[0]
-        name = "deterministic" if deterministic else "default"
-        speed = measure(lambda train=train: train()[2][-1]["seconds"], len(dataset.train.labels), options)
-        found[name] = {
+        return {
             "repeats": all(map(torch.equal, weights(once), weights(twice))),
             "resumes": all(map(torch.equal, weights(once), weights(resumed))),
             "stopped_at_step": state["step"],
-            **speed,
+            **measure(lambda: train()[2][-1]["seconds"], len(dataset.train.labels), options),
         }
-    return found
+
+    # "deterministic" first: cuBLAS reads its setting only once
+    return {"deterministic": partial(run, True), "default": partial(run, False)}
 
 
 class Step:
@@ -262,13 +324,21 @@ def bare_step(options: Options, arch: str, precision: str = "bf16", tf32: bool =
     return record
 
 
-def whole_fit(options: Options, arch: str, compile: str = "off", on_host: bool = False) -> dict[str, Any]:
-    """Training images/s of `fit`, with its input, meter and schedule."""
-    config = configure(options, compile=compile)
+def whole_fit(
+    options: Options, arch: str, teacher: str = "none", on_host: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """Training images/s of `fit`, with its input, meter and schedule; distilled from "stored" or "online" logits."""
+    config = configure(options, **changes)
     dataset, model = random_dataset(config, options.steps, on_host), make_model(arch, config)
+    loss: LossFunction = cross_entropy
+    if teacher == "stored":
+        logits = torch.randn(2, len(dataset.train.labels), 10, device=config.device)
+        loss = Distillation(Recipe(teacher="teacher"), stored_logits(logits))
+    elif teacher == "online":
+        loss = Distillation(Recipe(teacher="teacher"), OnlineTeacher(make_model("resnet50", config).eval(), config))
 
     def epoch() -> float:
-        return fit_recipe(model, RECIPE, config, dataset, cross_entropy)[-1]["seconds"]
+        return fit_recipe(model, RECIPE, config, dataset, loss)[-1]["seconds"]
 
     return measure(epoch, len(dataset.train.labels), options)
 
@@ -281,21 +351,34 @@ def estimated(options: Options, arch: str) -> dict[str, Any]:
     return {"rate": 1 / seconds, "min": 1 / seconds, "max": 1 / seconds, "n": 1, "first_seconds": took}
 
 
-def for_each_arch(ways: dict[str, tuple], options: Options) -> dict[str, Any]:
-    return try_each(
-        {
-            f"{arch}: {way}": partial(function, options, arch, **how)
-            for arch in ARCHS
-            for way, (function, how) in ways.items()
-        }
-    )
+def for_each_arch(ways: dict[str, tuple], options: Options) -> Variants:
+    return {
+        f"{arch}: {way}": partial(function, options, arch, **how)
+        for way, (function, how) in ways.items()
+        for arch in ARCHS
+    }
 
 
-def training_speed(options: Options) -> dict[str, Any]:
-    """Training images/s of `fit`, and of a bare step in several ways."""
+def training_speed(options: Options) -> Variants:
+    """Training images/s of `fit`: plain, distilled, and with each augmentation."""
+    ways: dict[str, dict[str, Any]] = {
+        "distilled, stored logits": {"teacher": "stored"},
+        "shifted": {"crop_padding": 4},
+        "crop": {"augment": "crop"},
+        "randomerasing": {"augment": "randomerasing"},
+        "distilled, online teacher": {"teacher": "online"},
+        "trivialaugment": {"augment": "trivialaugment"},
+    }
+    plain = for_each_arch({"fit": (whole_fit, {})}, options)
+    return plain | {
+        f"resnet18: fit, {way}": partial(whole_fit, options, "resnet18", **how) for way, how in ways.items()
+    }
+
+
+def step_speed(options: Options) -> Variants:
+    """Training images/s of a bare step in several ways, of images in host memory, and as estimated before a run."""
     return for_each_arch(
         {
-            "fit": (whole_fit, {}),
             "fit, as estimated before a run": (estimated, {}),
             "fit, images in pinned host memory": (whole_fit, {"on_host": True}),
             "step": (bare_step, {}),
@@ -308,32 +391,36 @@ def training_speed(options: Options) -> dict[str, Any]:
     )
 
 
-def compiled_speed(options: Options) -> dict[str, Any]:
-    """Training images/s with torch.compile; the first call of `fit` compiles without a cache."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+def compiled_speed(options: Options) -> Variants:
+    """Training images/s with torch.compile; the first call compiles without a cache."""
+
+    def without_cache(function: Callable[..., dict], *arguments: Any, **how: Any) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            return function(*arguments, **how)
+
+    fit, step = partial(without_cache, whole_fit), partial(without_cache, bare_step)
     return for_each_arch(
         {
-            "fit, compiled": (whole_fit, {"compile": "on"}),
-            "step, compiled, reduce-overhead": (bare_step, {"compile": "reduce-overhead"}),
-            "step, compiled, CUDA graph": (bare_step, {"compile": "default", "graph": True}),
+            "fit, compiled": (fit, {"compile": "on"}),
+            "step, compiled, reduce-overhead": (step, {"compile": "reduce-overhead"}),
+            "step, compiled, CUDA graph": (step, {"compile": "default", "graph": True}),
         },
         options,
     )
 
 
-def evaluation_speed(options: Options) -> dict[str, Any]:
+def evaluation_speed(options: Options) -> Variants:
     """Images/s of `predict` by the size of its batches, which is 500 in the product."""
-    config = configure(options)
 
     def at(arch: str, batch_size: int) -> dict[str, Any]:
+        config = configure(options)
         dataset, model = random_dataset(config, 4 * options.steps), make_model(arch, config)
         images = dataset.train.images
         return measure(
             lambda: predict(model, images, config.image_size, config.precision, batch_size), len(images), options
         )
 
-    sizes = (100, 500, 1000, 2000)
-    return try_each({f"{arch}: batches of {b:,}": lambda a=arch, b=b: at(a, b) for arch in ARCHS for b in sizes})
+    return {f"{arch}: batches of {b:,}": partial(at, arch, b) for b in (500, 100, 1000, 2000) for arch in ARCHS}
 
 
 KERNELS = {  # kind -> a pattern of the kernels' names, the first that matches counts
@@ -347,11 +434,12 @@ KERNELS = {  # kind -> a pattern of the kernels' names, the first that matches c
 }
 
 
-def step_profile(options: Options) -> dict[str, Any]:
+def step_profile(options: Options) -> Variants:
     """Where the time of a step of `fit` goes: each kind of kernel's share of it, and of the gaps between kernels."""
-    config = configure(options)
-    on_cuda, found = options.device.startswith("cuda"), {}
-    for arch in ARCHS:
+    on_cuda = options.device.startswith("cuda")
+
+    def run(arch: str) -> dict[str, Any]:
+        config = configure(options)
         dataset, model = random_dataset(config, options.steps), make_model(arch, config)
         fit_recipe(model, RECIPE, config, dataset, cross_entropy)
         synchronize(config.device)
@@ -369,28 +457,42 @@ def step_profile(options: Options) -> dict[str, Any]:
         shares = {kind: took / wall for kind, took in seconds.items()}
         shares["gaps between kernels"] = max(0.0, 1 - sum(shares.values()))
         longest = {name: took / wall for name, took in names.most_common(12)}
-        found[arch] = {"step_milliseconds": 1e3 * wall / options.steps, "shares": shares, "longest": longest}
-    return found
+        return {"step_milliseconds": 1e3 * wall / options.steps, "shares": shares, "longest": longest}
+
+    return {arch: partial(run, arch) for arch in ARCHS}
 
 
-def synchronisations(options: Options) -> dict[str, Any]:
+def synchronisations(options: Options) -> Variants:
     """Where `fit` makes the host wait for the device, and how often in an epoch of `steps` steps."""
-    config = configure(options)
-    dataset, model, places = random_dataset(config, options.steps), make_model("resnet18", config), Counter()
-    fit_recipe(model, RECIPE, config, dataset, cross_entropy)
-    if options.device.startswith("cuda"):
-        torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+
+    def run(**changes: Any) -> dict[str, Any]:
+        config = configure(options, **changes)
+        dataset, model, places = random_dataset(config, options.steps), make_model("resnet18", config), Counter()
         fit_recipe(model, RECIPE, config, dataset, cross_entropy)
-    for warning in caught:
-        if "synchroniz" in str(warning.message):
-            places[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
-    return {"steps": options.steps, "places": dict(places)}
+        on_cuda = options.device.startswith("cuda")
+        if on_cuda:
+            torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit_recipe(model, RECIPE, config, dataset, cross_entropy)
+        if on_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        for warning in caught:
+            if "synchroniz" in str(warning.message):
+                places[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+        return {"steps": options.steps, "places": dict(places)}
+
+    ways = {"plain": {}, "shifted": {"crop_padding": 4}, "crop": {"augment": "crop"}}
+    ways |= {name: {"augment": name} for name in ("randomerasing", "trivialaugment")}
+    return {name: partial(run, **changes) for name, changes in ways.items()}
 
 
-def original_way(options: Options) -> dict[str, Any]:
+def original_way(options: Options) -> Variants:
     """benchmarks.speed: the original's way and this one, in alternation."""
+    return {"benchmarks.speed": partial(run_benchmark, options)}
+
+
+def run_benchmark(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "benchmark.json")
         flags = {"device": options.device, "image_size": options.image_size, "batch_size": options.batch_size}
@@ -400,8 +502,12 @@ def original_way(options: Options) -> dict[str, Any]:
         return json.loads(path.read_text())
 
 
-def experiment(options: Options) -> dict[str, Any]:
+def experiment(options: Options) -> Variants:
     """The whole experiment from beginning to end: wall time of each script, and of each model's epochs."""
+    return {"experiment": partial(run_experiment, options)}
+
+
+def run_experiment(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         flags = [*options.experiment.split(), "--device", options.device, "--checkpoints_path", f"{folder}/checkpoints"]
         flags += ["--imgs_path", f"{folder}/imgs"]
@@ -436,10 +542,16 @@ def experiment(options: Options) -> dict[str, Any]:
     }
 
 
-SECTIONS = {
-    function.__name__: function
-    for function in (
-        *(ceilings, exact_resize, stored_against_online, exact_resume, synchronisations, step_profile),
-        *(training_speed, compiled_speed, evaluation_speed, experiment, original_way, suite),
+class Section(NamedTuple):
+    variants: Callable[[Options], Variants]
+    seconds: int  # after which it is stopped
+
+
+SECTIONS = {  # what tells most in the shortest time comes first
+    function.__name__: Section(function, seconds)
+    for function, seconds in (
+        *((smoke, 60), (device_tests, 150), (exact_resume, 60), (step_profile, 60), (synchronisations, 45)),
+        *((ceilings, 30), (training_speed, 150), (stored_against_online, 45), (exact_resize, 45)),
+        *((evaluation_speed, 120), (step_speed, 240), (compiled_speed, 600), (experiment, 1200), (original_way, 900)),
     )
 }

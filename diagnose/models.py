@@ -12,8 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 def examine_models(student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, ...]) -> list[str]:
     """Sentences on what may go wrong in distilling `teacher` into `student`; an empty list if nothing is found.
 
-    Both return logits (B, C) and are in the mode in which they are used. The batch holds 100 images or more, their labels
-    (B,), and the teacher's logits if they are stored.
+    Both return logits (B, C) and are in the mode in which they are used. The batch holds 100 images or more, their
+    labels (B,), and the teacher's logits if they are stored.
     """
     images, labels, *stored = batch
     if {id(parameter) for parameter in student.parameters()} & {id(parameter) for parameter in teacher.parameters()}:

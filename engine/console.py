@@ -123,6 +123,11 @@ def exit_on_signal(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def asked_to_stop() -> bool:
+    """Whether the parent has asked this process to stop; in a process of --jobs, something else is in its place."""
+    return False
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
     """Record SIGINT, SIGTERM and SIGHUP instead of acting on them; yields a function that returns the first one, or 0.
@@ -142,4 +147,4 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             before[number](number, frame)
 
     with handle_signals(note, "SIGINT", "SIGTERM", "SIGHUP") as before:
-        yield lambda: received[0] if received else 0
+        yield lambda: received[0] if received else signal.SIGTERM * asked_to_stop()

@@ -1,17 +1,19 @@
 """Data sets: read once into tensors on the device, then served as batches."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from engine.console import log
+from engine.device import AUGMENTATION, seed_sequence
 from engine.distributed import RankError, main_process_first, on_rank0, rank, shard
 from engine.errors import UserError, suggest
-from engine.images import augment, flip, prepare, shift
+from engine.images import BATCHED, augment_one_by_one, crop, draw_boxes, erase, flip, prepare, shift
 from engine.settings import Config
 from engine.soft_losses import problems_of_two_classes
 from engine.sources import (
@@ -55,6 +57,34 @@ class Batch(NamedTuple):
     flipped: torch.Tensor | None  # (B,) bool; None if the images are augmented in other ways too
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def one_ahead(function: Callable[[T], R], arguments: Iterable[T]) -> Iterator[R]:
+    """function(x) for each x, in order; a thread computes the next while one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        following = None
+        for argument in arguments:
+            current, following = following, thread.submit(function, argument)
+            if current:
+                yield current.result()
+        if following:
+            yield following.result()
+
+
+def augments_on_host(config: Config) -> bool:
+    """Whether images are augmented one by one in the host's memory, because a GPU would be slow at that."""
+    return torch.device(config.device).type == "cuda" and config.augment not in ("none", *BATCHED)
+
+
+def move(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The images on the device. Copies to a GPU are asynchronous only from pinned memory."""
+    if images.device.type == "cpu" and device.type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True)
+
+
 def batches(
     split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[Batch]:
@@ -63,26 +93,46 @@ def batches(
     Each image of `subset` (M,) occurs at most once an epoch; the last M % batch_size of the shuffled images are
     dropped. With several processes each gets its own part of every batch.
     """
-    device = split.labels.device
+    device, n = split.labels.device, len(subset)
+    on_host = augments_on_host(config)
+    place = split.images.device if on_host else device  # where the images are augmented
     random = np.random.default_rng((seed, epoch))
-    order = subset[torch.from_numpy(random.permutation(len(subset)))]
+    order = subset[torch.from_numpy(random.permutation(n))]
     source = order.to(split.images.device)  # the images may be in the host's memory
     order = order.to(device)
-    flipped = torch.from_numpy(random.random(len(subset)) < config.horizontal_flip).to(device)
+    flipped = torch.from_numpy(random.random(n) < config.horizontal_flip).to(place)
     padding = config.crop_padding
-    down, right = torch.from_numpy(random.integers(-padding, padding, (2, len(subset)), endpoint=True)).to(device)
+    down, right = torch.from_numpy(random.integers(-padding, padding, (2, n), endpoint=True)).to(place)
+    if config.augment in BATCHED:
+        drawn = np.random.default_rng(seed_sequence(AUGMENTATION, seed, epoch))
+        boxes = draw_boxes(config.augment, drawn, n, *split.images.shape[2:]).to(place)
     own = shard(config.batch_size)
-    for step in range(first_step, len(subset) // config.batch_size):
-        here = slice(step * config.batch_size + own.start, step * config.batch_size + own.stop)
-        images = split.images[source[here]]
-        if split.images.is_pinned():
-            images = images.pin_memory()  # copies to the GPU are asynchronous only from pinned memory
-        images = images.to(device, non_blocking=True)
+
+    def here(step: int) -> slice:
+        return slice(step * config.batch_size + own.start, step * config.batch_size + own.stop)
+
+    def augmented(step: int) -> torch.Tensor:
+        part = here(step)
+        images = split.images[source[part]]
+        if not on_host:
+            images = move(images, device)
         if padding:
-            images = shift(images, down[here], right[here], padding)
-        images = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
-        view = None if config.unlimited_views else flipped[here]
-        yield Batch(prepare(images, config.image_size), split.labels[order[here]], order[here], view)
+            images = shift(images, down[part], right[part], padding)
+        images = flip(images, flipped[part])
+        if config.augment == "crop":
+            return crop(images, boxes[:, part])
+        if config.augment == "randomerasing":
+            return erase(images, boxes[:, part])
+        if config.augment != "none":
+            images = augment_one_by_one(images, config.augment, (seed, epoch, part.start))
+        return move(images, device)
+
+    steps = range(first_step, n // config.batch_size)
+    ahead = one_ahead if on_host and not config.deterministic else map
+    for step, images in zip(steps, ahead(augmented, steps), strict=True):
+        part = here(step)
+        view = None if config.unlimited_views else flipped[part]
+        yield Batch(prepare(images, config.image_size), split.labels[order[part]], order[part], view)
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -136,9 +186,13 @@ def read_dataset(config: Config) -> Dataset:
     if torch.device(config.device).type == "cuda":
         total = sum(split.images.nbytes for split in (train, validation, test) if split)
         on_host = total > torch.cuda.mem_get_info(config.device)[0] / 2
+        if on_host and config.jobs > 1:
+            raise UserError(
+                f"jobs = {config.jobs}: must be 1, as the images do not fit on the device; each would pin them"
+            )
     return Dataset(
         classes,
-        to_device(train, config.device, on_host),
+        to_device(train, config.device, on_host or augments_on_host(config)),
         to_device(validation, config.device, on_host) if validation else None,
         to_device(test, config.device, on_host),
         digest.hexdigest(),

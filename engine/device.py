@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -22,9 +23,12 @@ from engine.settings import Config
 
 def resolve_device(config: Config) -> Config:
     """The config with this process's own device in place of "auto". Raises UserError for one that is not available."""
-    device = config.device
+    device, gpus = config.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    why = "" if gpus else why_gpus_are_unusable()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+        if why:
+            log.info(f"warning: device = auto: takes the {device}, because {why}")
     kind, _, number = device.partition(":")
     if world_size() > 1:
         if number or kind == "mps":
@@ -33,16 +37,26 @@ def resolve_device(config: Config) -> Config:
             raise UserError(f"batch_size = {config.batch_size}: must be 2 or more for each of {world_size()} processes")
         number = str(local_rank()) if kind == "cuda" else ""
         device = f"cuda:{number}" if number else device
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    if kind == "cuda" and int(number or 0) >= gpus:
         fewer = "start no more processes than that, or " if world_size() > 1 else ""
-        raise UserError(
-            f"device = {device!r}: the number of CUDA devices here is {torch.cuda.device_count()}; {fewer}try cpu"
-        )
+        why = why or f"the number of CUDA devices here is {gpus}"
+        raise UserError(f"device = {device!r}: {why}; {fewer}try cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {device!r}: this machine has no MPS device; try cpu")
     if world_size() > 1 and config.jobs > 1:
         raise UserError(f"jobs = {config.jobs}: must be 1 with several processes, which train each model together")
     return replace(config, device=device)
+
+
+def why_gpus_are_unusable() -> str:
+    """The reason if there are GPUs that PyTorch cannot use, usually because of an old driver; else nothing."""
+    if not torch.cuda.device_count():  # which counts them without CUDA
+        return ""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return f"PyTorch, built for CUDA {torch.version.cuda}, cannot use the GPU here: {first_line(error)}"
+    return ""
 
 
 def supports_bf16(device: str) -> bool:
@@ -91,9 +105,21 @@ def seed_sequence(stream: int, *position: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(position, spawn_key=(stream,))
 
 
+seeding = threading.Lock()  # a thread may augment images, with PyTorch's one generator, while the network trains
+
+
 def seed_torch(stream: int, *position: int) -> None:
     """Seed torch's generators with `seed_sequence`."""
-    torch.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
+    with seeding:
+        torch.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
+
+
+@contextlib.contextmanager
+def seeded(stream: int, *position: int) -> Iterator[None]:
+    """A context in which the CPU's generator is seeded with `seed_sequence`; it is then as it was before."""
+    with seeding, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed_sequence(stream, *position).generate_state(1, np.uint64)[0]))
+        yield
 
 
 def synchronize(device: str | torch.device) -> None:
@@ -111,9 +137,11 @@ def configure_backends(config: Config) -> None:
     On a CPU, glibc is told to keep the memory of freed tensors: otherwise each large one is returned to the system and
     mapped anew, page by page, in the next step, which costs 40% of a ResNet50 step at 224 px.
     """
+    global configured
+    configured = config
     if torch.device(config.device).index is not None:
         torch.cuda.set_device(config.device)  # PyTorch answers questions about the current device only
-    torch.backends.cudnn.benchmark = not config.deterministic  # every batch of a run has the same shape
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches of training have one shape
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, before its first call
@@ -122,6 +150,17 @@ def configure_backends(config: Config) -> None:
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
+
+
+@contextlib.contextmanager
+def without_tuning() -> Iterator[None]:
+    """A context in which cuDNN does not time its algorithms, as it would for each new size of a batch."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def compiled(model: nn.Module, config: Config, seconds: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -138,21 +177,35 @@ def compiled(model: nn.Module, config: Config, seconds: float) -> Callable[[torc
     return torch.compile(model)
 
 
+configured: Config | None = None  # what this process was last configured for
+OUT_OF_MEMORY = (  # as CUDA and MPS, a CPU, cuDNN while it tries algorithms, and CUDA's libraries say it
+    *("out of memory", "can't allocate memory", "unable to find an engine", "ALLOC_FAILED"),
+)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
-def explain_device_errors(config: Config) -> Iterator[None]:
+def explain_device_errors() -> Iterator[None]:
     """Turn out-of-memory and torch.compile errors into a UserError that says what to change."""
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA and MPS; CPU
+        config = configured
+        if config is None:
+            raise
+        if is_out_of_memory(error):
             other = ""
             if config.jobs > 1:
                 other = "fewer --jobs, or "
             elif torch.device(config.device).type == "cuda":
                 other = "more processes, or "
             raise RankError(
-                f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px; "
-                f"use {other}a smaller --batch_size (with --overwrite)"
+                f"{config.device} ran out of memory with batch_size = {config.batch_size} at {config.image_size} px "
+                f"({first_line(error)}); use {other}a smaller --batch_size (with --overwrite), or end other programs "
+                "that use the device"
             ) from None
         if "does not have a deterministic implementation" in str(error):
             raise UserError(f"deterministic = True: {first_line(error)}; leave it out, or use another arch") from None

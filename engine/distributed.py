@@ -35,6 +35,10 @@ class PeerLost(RankError):
         os._exit(self.status)
 
 
+class OrderlyStop(SystemExit):
+    """All ranks end now, as they have agreed."""
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -48,6 +52,9 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+gpu_group: Any = None  # NCCL's, which reduces tensors on GPUs; the default group is gloo's
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Join the process group if torchrun started this process. Rank 0 reports a UserError that all ranks meet."""
@@ -57,14 +64,19 @@ def process_group() -> Iterator[None]:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-    timeout = timedelta(hours=2)  # one process of a machine may be downloading
+    timeout = timedelta(hours=2)  # of gloo: one process of a machine may be downloading
     # torchrun keeps its store when it restarts the processes (--max-restarts): each attempt needs keys of its own.
     store, this_rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-    dist.init_process_group(backend, store=store, rank=this_rank, world_size=size, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=this_rank, world_size=size, timeout=timeout)
+    if on_gpus:
+        global gpu_group
+        gpu_group = dist.new_group(backend="nccl", timeout=timedelta(minutes=10))
     try:
         yield
+    except OrderlyStop:
+        dist.destroy_process_group()
+        raise
     except UserError as error:
         if rank() > 0 and not isinstance(error, RankError):
             raise SystemExit(error.status) from None
@@ -145,7 +157,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over the ranks, as a new tensor."""
     tensor = tensor.clone()
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=gpu_group if tensor.is_cuda else None)
     return tensor
 
 
@@ -155,11 +167,20 @@ def shard(n: int) -> slice:
 
 
 def data_parallel(model: nn.Module, device: str) -> nn.Module:
-    """The model as several processes train it, with averaged gradients; the model itself in a single process."""
+    """The model as several processes train it, with averaged gradients; the model itself in a single process.
+
+    Buffers are not sent: every rank starts with the same, and `average_batchnorm_statistics` follows each step.
+    """
     if world_size() == 1:
         return model
-    device_ids = [torch.device(device)] if torch.device(device).type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    on_gpu = torch.device(device).type == "cuda"
+    return DistributedDataParallel(
+        model,
+        device_ids=[torch.device(device)] if on_gpu else None,
+        process_group=gpu_group if on_gpu else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
 
 
 def average_batchnorm_statistics(model: nn.Module, share: float) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from engine import soft_losses
 from engine.console import duration, log
 from engine.datasets import Dataset
-from engine.device import explain_device_errors, forward_pass, place, supports_bf16, synchronize
+from engine.device import forward_pass, place, supports_bf16, synchronize
 from engine.distributed import world_size
 from engine.errors import UserError
 from engine.images import prepare
@@ -80,8 +80,7 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
     asked = teachers_asked(training, config, dataset)
     archs = [Architecture.of(job.model.recipe) for job in training]
     archs += [teacher for teacher, _ in asked.values()]
-    with explain_device_errors(config):
-        per_image = time_training(dict.fromkeys(archs), config, dataset, precisions)
+    per_image = time_training(dict.fromkeys(archs), config, dataset, precisions)
     torch.cuda.empty_cache()  # with --jobs, other processes need the memory
 
     def seconds(job: Job, precision: str) -> tuple[float, float]:

@@ -88,11 +88,14 @@ def show(value: Any) -> str:
 
 
 FLAG = Kind("true or false", lambda v: isinstance(v, bool), lambda w: {"true": True, "false": False}[w.lower()], "?")
+NOT_OF_WINDOWS = r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))"  # whose devices have these names in every folder
 NAME = text(
-    "1 to 100 letters, digits, '.', '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+    "1 to 100 letters, digits, '.', '_' and '-', starting with a letter or digit, and no reserved name such as con",
+    NOT_OF_WINDOWS + r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}",
 )
 RECIPE_NAME = text(
-    "1 to 100 letters, digits, '_' and '-', starting with a letter or digit", r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
+    "1 to 100 letters, digits, '_' and '-', starting with a letter or digit, and no reserved name such as con",
+    NOT_OF_WINDOWS + r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}",
 )
 PATH = text("a path", r"[^\0\n]+")
 FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from engine import named
-from engine.device import AUGMENTATION, memory_format, seed_torch
+from engine.device import AUGMENTATION, memory_format, seeded
 from engine.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,39 +122,87 @@ def shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor, padding
     return windows[torch.arange(n, device=images.device), :, padding - down, padding - right]
 
 
-@cache
-def transform(name: str, height: int, width: int) -> v2.Transform:
-    """torchvision's transform of one uint8 image (3, H, W)."""
-    mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
-    return {
-        "crop": lambda: v2.RandomResizedCrop((height, width), scale=(0.25, 1.0)),
-        "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
-        "randomerasing": lambda: v2.RandomErasing(value=mean),
-    }[name]()
+BATCHED = ("crop", "randomerasing")  # the augmentations that are computed for a batch, where the images are
 
 
-def augment(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> torch.Tensor:
-    """Apply an augmentation (see Config.augment) to uint8 images (N, 3, H, W), each with random numbers of its own.
+def draw_boxes(name: str, random: np.random.Generator, n: int, height: int, width: int) -> torch.Tensor:
+    """Boxes for images (height, width) as torchvision draws them: top, left, height and width, (4, n) int64.
 
-    These depend on `position`, the (seed, epoch, number in the epoch) of the first image, and on nothing else.
+    `name` is crop, RandomResizedCrop(scale=(0.25, 1)), or randomerasing, RandomErasing(). The first of ten boxes that
+    fits counts. If none does, the largest in the middle is cropped, and nothing erased, which is a height of 0.
     """
-    if name == "none":
-        return images
-    of_the_user = named.is_named(name)
-    function = partial(named.call, "augment", name) if of_the_user else transform(name, *images.shape[2:])
+    scale, low, high, margin = (0.25, 1.0), 3 / 4, 4 / 3, 0
+    if name == "randomerasing":  # its ratio is that of height to width
+        scale, low, high, margin = (0.02, 0.33), 1 / 3.3, 1 / 0.3, 1
+    area = height * width * random.uniform(*scale, (10, n))
+    ratio = np.exp(random.uniform(np.log(low), np.log(high), (10, n)))
+    sizes = np.rint(np.sqrt([area / ratio, area * ratio])).astype(np.int64)  # heights and widths (2, 10, n)
+    fits = (sizes[0] <= height - margin) & (sizes[1] <= width - margin) & (sizes > 0).all(0)
+    size = sizes[:, fits.argmax(0), np.arange(n)]
+    room = np.array([[height], [width]]) - size
+    corner = (random.random((2, n)) * (room + 1)).astype(np.int64)
+    if name == "randomerasing":
+        size[0] *= fits.any(0) & (random.random(n) < 0.5)
+    else:
+        largest = np.array([[min(height, round(width / low))], [min(width, round(height * high))]])
+        size = np.where(fits.any(0), size, largest)
+        corner = np.where(fits.any(0), corner, (np.array([[height], [width]]) - size) // 2)
+    return torch.from_numpy(np.concatenate([corner, size]))
+
+
+def crop(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Crop each image of (N, 3, H, W) to its box of (4, N), and enlarge that to (H, W), bit-identically to PIL.
+
+    Enlarging takes two taps. Their weights in Pillow's fixed-point arithmetic are computed in integers: rounding is
+    never a tie, as long as H and W are below 2^22, and the two add up to 1.
+    """
+    top, left, height, width = boxes.unsqueeze(2)  # (N, 1) each
+    pixels = images.to(torch.int32)
+    for axis, start, before in ((3, left, width), (2, top, height)):
+        after = images.shape[axis]
+        shape = (-1, 1, 1, after) if axis == 3 else (-1, 1, after, 1)
+        center = torch.arange(1, 2 * after, 2, device=images.device) * before - after  # (N, after), in pixels / 2 after
+        first = center.div(2 * after, rounding_mode="floor")
+        weight = ((center - 2 * after * first << PRECISION_BITS) + after) // (2 * after)  # of the second tap
+        weight = weight.to(torch.int32).view(shape)
+        taps = (start + torch.minimum(tap.clamp(min=0), before - 1) for tap in (first, first + 1))
+        one, two = (pixels.gather(axis, tap.view(shape).expand_as(pixels)) for tap in taps)
+        pixels = (one << PRECISION_BITS) + (two - one) * weight + (1 << PRECISION_BITS - 1) >> PRECISION_BITS
+    return pixels.to(torch.uint8)
+
+
+def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Paint the box of (4, N) of each image (N, 3, H, W) in ImageNet's mean colour."""
+    top, left, height, width = boxes.view(4, -1, 1, 1, 1)
+    row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    row = row.unsqueeze(1)
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)  # (N, 1, H, W)
+    colour = imagenet_statistics(images.device)[0].mul(255).round().to(torch.uint8)
+    return torch.where(inside, colour, images)
+
+
+@cache
+def trivialaugment() -> v2.Transform:
+    return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+
+
+def augment_one_by_one(images: torch.Tensor, name: str, position: tuple[int, int, int]) -> torch.Tensor:
+    """Apply trivialaugment, or the user's own MODULE:NAME, to uint8 images (N, 3, H, W).
+
+    Each has random numbers of its own. These depend on `position`, the (seed, epoch, number in the epoch) of the first
+    image, and on nothing else.
+    """
+    function = partial(named.call, "augment", name) if named.is_named(name) else trivialaugment()
     seed, epoch, first = position
     augmented = []
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's generator
-        for number, image in enumerate(images, first):
-            seed_torch(AUGMENTATION, seed, epoch, number)
-            augmented.append(function(image))
-            found = augmented[-1]
-            if not isinstance(found, torch.Tensor) or found.dtype != torch.uint8 or found.shape != image.shape:
-                kind = (
-                    f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-                )
-                raise UserError(
-                    f"augment = {name!r}: must return a uint8 image {tuple(image.shape)}, as it is given, and returned "
-                    f"{kind}"
-                )
+    for number, image in enumerate(images, first):
+        with seeded(AUGMENTATION, seed, epoch, number):
+            found = function(image)
+        if not isinstance(found, torch.Tensor) or found.dtype != torch.uint8 or found.shape != image.shape:
+            kind = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+            raise UserError(
+                f"augment = {name!r}: must return a uint8 image {tuple(image.shape)}, as it is given, and returned "
+                f"{kind}"
+            )
+        augmented.append(found)
     return torch.stack(augmented)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from engine.console import Progress
-from engine.device import forward_pass
+from engine.device import forward_pass, is_out_of_memory, without_tuning
 from engine.distributed import all_reduce_max, all_reduce_sum, shard
 from engine.errors import UserError
 from engine.images import prepare
@@ -52,6 +52,7 @@ def fold_batchnorm(model: nn.Module, images: torch.Tensor, precision: str = "fp3
     return folded if found.dtype == own.dtype and (found - exact).norm() <= rounding else model
 
 
+@without_tuning()
 def predict(
     model: nn.Module,
     images: torch.Tensor,
@@ -87,8 +88,8 @@ def predict(
                 batch = prepared(chunk)
                 with forward_pass(device, precision):
                     parts.append(network(batch).float())
-            except torch.OutOfMemoryError:
-                if len(chunk) == 1:
+            except RuntimeError as error:
+                if len(chunk) == 1 or not is_out_of_memory(error):
                     raise
                 waiting = [half for chunk in (chunk, *waiting) for half in chunk.chunk(2)]
                 continue

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
+from engine import console
 from engine.console import log
 from engine.settings import Model
 
@@ -32,9 +33,9 @@ def start_workers(work: Callable[..., None], jobs: int, method: str) -> Iterator
     context: Any = multiprocessing.get_context(method)
     workers: list[Worker] = []
     try:
-        for _ in range(jobs):
+        for number in range(jobs):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(work, theirs))
+            process = context.Process(target=serve, args=(work, theirs, number))
             process.start()
             theirs.close()
             workers.append(Worker(process, ours))
@@ -42,19 +43,23 @@ def start_workers(work: Callable[..., None], jobs: int, method: str) -> Iterator
     finally:
         for worker in workers:
             with contextlib.suppress(OSError):
-                worker.process.terminate()
+                worker.pipe.send(None)
+                if os.name == "posix":  # elsewhere this would kill it
+                    worker.process.terminate()
         for worker in workers:
             worker.process.join()
 
 
-def serve(work: Callable[..., None], pipe: Connection) -> None:
-    """What a worker does until it is stopped, or until its parent has died."""
+def serve(work: Callable[..., None], pipe: Connection, number: int) -> None:
+    """What a worker does until it is stopped, or until its parent has died. Its number is its `local_rank`."""
+    os.environ["LOCAL_RANK"] = str(number)
+    console.asked_to_stop = pipe.poll  # nothing else is sent before it has answered
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too; training handles it by itself
     threading.Thread(target=stop_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has died
-        while True:
-            work(*pipe.recv())
+        while (arguments := pipe.recv()) is not None:
+            work(*arguments)
             pipe.send(None)
 
 
@@ -98,6 +103,6 @@ def raise_status(process: BaseProcess, what: str) -> None:
     """Raise SystemExit with the status of a process that has ended. One that was killed is named in the log."""
     code = process.exitcode or 0
     if code < 0:
-        memory = ", as when memory runs out: try fewer --jobs" if code == -signal.SIGKILL else ""
+        memory = ", as when memory runs out: try fewer --jobs" if code == -9 else ""
         log.info(f"{what}  was killed by signal {-code}{memory}; the same command resumes it")
     raise SystemExit(code if code > 0 else 128 - code)

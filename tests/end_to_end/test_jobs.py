@@ -5,19 +5,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, flags, override
 from work_for_jobs import note
 
 import teacher_student_model
+from config import PRESETS
+from engine import jobs
 from engine.checkpoints import load_checkpoint
 from engine.jobs import run_in_workers, start_workers
 from engine.reach import code_digest
+from engine.settings import Model
 
 
-def run(jobs: int, models: dict) -> None:
-    with start_workers(note, jobs, "fork") as workers:
+def run(number: int, models: dict) -> None:
+    with start_workers(note, number, "fork") as workers:
         run_in_workers(workers, models, lambda model: model)
 
 
@@ -68,6 +75,32 @@ with start_workers(note, 2, "fork") as workers:
         for number in numbers:
             os.kill(number, signal.SIGKILL)
         raise
+
+
+def test_a_job_is_asked_to_stop_where_a_signal_would_kill_it(tmp_path, monkeypatch):
+    """As on Windows, whose `terminate` does not ask."""
+    monkeypatch.setattr(jobs, "os", SimpleNamespace(name="nt", environ=os.environ))
+    with start_workers(note, 1, "fork") as workers:
+        workers[0].pipe.send(("saves", tmp_path))
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+    assert (tmp_path / "saves").exists()
+    assert workers[0].process.exitcode == 0
+
+
+def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    run(2, {("rank", tmp_path): None, ("rank", str(tmp_path)): None})
+    assert {path.name for path in tmp_path.iterdir()} == {"rank0", "rank1"}
+    used = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("load_dataset", "configure_backends"):
+        monkeypatch.setattr(teacher_student_model, name, lambda *_: None)
+    monkeypatch.setattr(teacher_student_model, "train_with_teacher", lambda model, *_: used.append(model.config.device))
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        config = replace(PRESETS["demo"], device="cuda")
+        teacher_student_model.train_in_worker(Model("teacher", 0, config), None, torch.get_num_threads())
+    assert used == ["cuda:0", "cuda:1", "cuda:0"]
 
 
 def check_experiment(folder, output: str) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import tarfile
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from config import PRESETS
 from engine import datasets
-from engine.device import AUGMENTATION, seed_torch
+from engine.device import AUGMENTATION, DROPOUT, seed_torch
 from engine.errors import UserError
 from engine.images import prepare
 from teacher_student_model import stored_logits
@@ -74,7 +75,7 @@ AUGMENTATIONS = ["crop", "trivialaugment", "randomerasing"]
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each_image(config, digits, name):
+def test_an_augmented_batch_is_a_function_of_seed_epoch_and_step(config, digits, name):
     config = replace(config, augment=name, image_size=8, batch_size=10)
     how = {"seed": 1, "epoch": 2, "subset": digits.subset(60)}
     plain = epoch_of(replace(config, augment="none"), digits, **how)
@@ -82,24 +83,59 @@ def test_an_augmentation_is_torchvisions_with_random_numbers_of_its_own_for_each
     resumed = epoch_of(config, digits, **how, first_step=3)
     assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a.images, b.images) for a, b in zip(first[3:], resumed, strict=True))
-    torch.rand(3)
-    theirs = {
-        "crop": v2.RandomResizedCrop((8, 8), scale=(0.25, 1.0)),
-        "trivialaugment": v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR),
-        "randomerasing": v2.RandomErasing(value=(124, 116, 104)),
-    }[name]
-    changed = 0
-    for number, (index, flipped, image) in enumerate(
-        zip(plain[1].indices, plain[1].flipped, first[1].images, strict=True), 10
-    ):
+    changed = [(a.images != b.images).flatten(1).any(1) for a, b in zip(plain, first, strict=True)]
+    assert torch.cat(changed).float().mean() > 0.3  # randomerasing: half of them, and some boxes lie in the margin
+    other = epoch_of(config, digits, **{**how, "epoch": 3})
+    assert not any(torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
+
+
+def test_trivialaugment_is_torchvisions_with_random_numbers_of_its_own_for_each_image(config, digits):
+    config = replace(config, image_size=8, batch_size=10)
+    plain, found = (epoch_of(replace(config, augment=a), digits, 1, 2)[1] for a in ("none", "trivialaugment"))
+    theirs = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+    for number, (index, flipped, image) in enumerate(zip(plain.indices, plain.flipped, found.images, strict=True), 10):
         seed_torch(AUGMENTATION, 1, 2, number)
         original = digits.train.images[index]
         expected = theirs(original.flip(2) if flipped else original)
         assert torch.equal(image, prepare(expected[None])[0])
-        changed += not torch.equal(expected, original.flip(2) if flipped else original)
-    assert changed >= 3
-    other = epoch_of(config, digits, **{**how, "epoch": 3})
-    assert not any(torch.equal(a.images, b.images) for a, b in zip(first, other, strict=True))
+
+
+def test_a_thread_that_works_ahead_changes_nothing(config, digits, monkeypatch):
+    config = replace(config, augment="trivialaugment", crop_padding=1)
+    how = {"seed": 1, "epoch": 2, "subset": digits.subset(75)}
+    expected = epoch_of(replace(config, deterministic=True), digits, **how)
+    monkeypatch.setattr(datasets, "augments_on_host", lambda _: True)
+    seed_torch(DROPOUT, 0)
+    drawn = torch.rand(3)
+    for batch, other in zip(expected, epoch_of(replace(config, deterministic=False), digits, **how), strict=True):
+        assert torch.equal(batch.images, other.images)
+        seed_torch(DROPOUT, 0)  # what the training loop does, while the thread draws
+        assert torch.equal(torch.rand(3), drawn)
+
+
+def test_one_ahead_keeps_the_order_and_computes_one_in_advance():
+    began, ended = [], []
+
+    def work(number):
+        began.append(number)
+        if number == 3:
+            raise UserError("the fourth")
+        ended.append(number)
+        return number
+
+    results = datasets.one_ahead(work, range(5))
+    assert next(results) == 0
+    assert next(results) == 1
+    assert began[:2] == [0, 1]
+    assert set(began) <= {0, 1, 2}
+    assert next(results) == 2
+    with pytest.raises(UserError, match="the fourth"):
+        next(results)
+    assert 4 not in ended or began == [0, 1, 2, 3, 4]
+    unfinished = datasets.one_ahead(work, range(3))
+    assert next(unfinished) == 0
+    unfinished.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch._dynamo
 import torchvision
-from conftest import fit
+from conftest import flags
 from torch import nn
 
+import evaluate
 from config import PRESETS
-from custom_resnet import cross_entropy
 from engine import device as devices
 from engine.device import (
     AUGMENTATION,
@@ -27,13 +27,13 @@ from engine.device import (
     memory_format,
     resolve_device,
     seed_sequence,
+    seed_torch,
+    seeded,
     supports_bf16,
     synchronize,
 )
 from engine.distributed import RankError
 from engine.errors import UserError
-from engine.images import augment
-from engine.recipes import Recipe
 
 DEMO = replace(PRESETS["demo"], device="cpu", image_size=32, batch_size=25)
 
@@ -73,6 +73,25 @@ def test_an_unavailable_device_is_refused(machine, device):
         match=rf"device = '{device}': (the number of CUDA devices here is|this machine has no MPS device).*; try cpu",
     ):
         resolve_device(replace(DEMO, device=device))
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_mentioned(monkeypatch, capsys):
+    """As with an old driver: the driver counts one device, and CUDA none."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device(replace(DEMO, device="auto")).device == "cpu"
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert resolve_device(replace(DEMO, device="auto")).device == "cpu"
+    assert "driver on your system is too old" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"device = 'cuda': .* too old \(found version 11040\)\.; try cpu"):
+        resolve_device(replace(DEMO, device="cuda"))
 
 
 def test_each_process_has_its_own_device(machine, monkeypatch):
@@ -194,40 +213,73 @@ def test_a_model_is_compiled_on_request_or_if_it_pays(monkeypatch, capsys, chang
 # Errors of the device
 
 
+@pytest.fixture
+def explained(monkeypatch):
+    """What a RuntimeError becomes in a run with this config: explained(DEMO, error)."""
+
+    def explain(config, error) -> None:
+        monkeypatch.setattr(devices, "configured", config)
+        with explain_device_errors():
+            raise error
+
+    return explain
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_out_of_memory_is_reported_with_the_batch_size(error):
-    with (
-        pytest.raises(RankError, match=r"cpu ran out of memory with batch_size = 25 at 32 px; .*--batch_size"),
-        explain_device_errors(DEMO),
-    ):
-        raise error
+def test_out_of_memory_is_reported_with_the_batch_size(explained, error):
+    with pytest.raises(
+        RankError, match=r"cpu ran out of memory with batch_size = 25 at 32 px \(.*--batch_size"
+    ) as found:
+        explained(DEMO, error)
+    assert str(error) in str(found.value)
 
 
-def test_an_architecture_that_cannot_be_deterministic_is_explained():
+def test_fewer_jobs_need_less_memory(explained):
+    with pytest.raises(RankError, match="use fewer --jobs, or a smaller --batch_size"):
+        explained(replace(DEMO, jobs=2), torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_an_architecture_that_cannot_be_deterministic_is_explained(explained):
     message = (
         r"deterministic = True: adaptive_avg_pool2d_backward_cuda does not have .*; leave it out, or use another arch"
     )
-    with pytest.raises(UserError, match=message), explain_device_errors(replace(DEMO, deterministic=True)):
-        raise RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but ...")
+    error = RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but ...")
+    with pytest.raises(UserError, match=message):
+        explained(replace(DEMO, deterministic=True), error)
 
 
-def test_a_torch_compile_failure_is_explained():
+def test_a_torch_compile_failure_is_explained(explained):
     failure = torch._dynamo.exc.Unsupported("a graph break\nand a long story")
     for value in ("on", "auto"):  # with auto, the backward pass is compiled where failures are not suppressed
         message = rf"compile = {value}: torch.compile failed \(a graph break\); try --compile off"
-        with pytest.raises(UserError, match=message), explain_device_errors(replace(DEMO, compile=value)):
-            raise failure
-    with pytest.raises(torch._dynamo.exc.Unsupported), explain_device_errors(replace(DEMO, compile="off")):
-        raise failure
-    with pytest.raises(RuntimeError, match="shape"), explain_device_errors(replace(DEMO, compile="on")):
-        raise RuntimeError("shape")
+        with pytest.raises(UserError, match=message):
+            explained(replace(DEMO, compile=value), failure)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        explained(replace(DEMO, compile="off"), failure)
+    with pytest.raises(RuntimeError, match="shape"):
+        explained(replace(DEMO, compile="on"), RuntimeError("shape"))
+
+
+@pytest.mark.parametrize("where", ["load_dataset", "predict"])
+def test_memory_that_runs_out_in_an_evaluation_is_explained(trained, monkeypatch, capsys, where):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, where, exhausted)
+    words = flags(trained, "--imgs_path", str(trained / "none"))
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(words)
+    assert exit.value.code == 2
+    assert "ran out of memory" in capsys.readouterr().err
 
 
 # Random numbers
@@ -248,15 +300,16 @@ def test_all_streams_of_random_numbers_differ():
     assert all(first >= 2**32 for first, _ in found)  # no seed of the initial weights is so large
 
 
-def test_dropout_and_augmentation_draw_other_numbers(config, digits, model, monkeypatch):
-    seeds, seed = [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda value: (seeds.append(value), seed(value))[1])
-    augment(digits.train.images[:8].cpu(), "crop", (3, 0, 0))
-    of_augmentation = {*seeds}
-    seeds.clear()
-    fit(model, Recipe(epochs=1, train_size=200), config, 3, digits, cross_entropy)
-    assert len(of_augmentation) == len({*seeds}) == 8
-    assert not of_augmentation & {*seeds}
+def test_the_numbers_of_an_image_leave_the_generator_as_it_was():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    with seeded(AUGMENTATION, 3, 0, 7):
+        of_the_image = torch.rand(3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    seed_torch(AUGMENTATION, 3, 0, 7)
+    assert torch.equal(torch.rand(3), of_the_image)
+    seed_torch(DROPOUT, 3, 0, 7)
+    assert not torch.equal(torch.rand(3), of_the_image)
 
 
 # What is recorded

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import config as settings
 from engine import distributed
 from engine.datasets import batches
 from engine.distributed import (
+    OrderlyStop,
     PeerLost,
     RankError,
     all_reduce_max,
@@ -50,7 +52,7 @@ def test_shards_partition_the_range(monkeypatch, world_size):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@pytest.mark.parametrize("augment", ["none", "randomerasing"])
+@pytest.mark.parametrize("augment", ["none", "crop", "randomerasing", "trivialaugment"])
 def test_the_shards_of_a_batch_add_up_to_it(config, digits, monkeypatch, augment):
     config, subset = replace(config, augment=augment), digits.subset(75)
     alone = list(batches(digits.train, subset, config, seed=1, epoch=2))
@@ -133,9 +135,10 @@ with exit_on_error(), process_group():
     found["sum"], found["own"] = all_reduce_sum(own).tolist(), own.tolist()
 
     model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("own", torch.tensor(float(rank())))
     parallel = data_parallel(model, "cpu")
     parallel(torch.full((1, 1), 1.0 + rank())).sum().backward()
-    found["gradient"] = model.weight.grad.item()
+    found["gradient"], found["buffer"] = model.weight.grad.item(), model.own.item()
     norm = nn.BatchNorm1d(2)
     norm.running_mean.fill_(rank()), norm.running_var.fill_(1 + rank()), norm.num_batches_tracked.fill_(7)
     average_batchnorm_statistics(norm, [0.25, 0.75][rank()])
@@ -200,8 +203,9 @@ def test_reductions_are_over_all_ranks_and_leave_the_input_unchanged(two_process
 
 
 def test_gradients_are_averaged_and_batchnorm_statistics_weighted_by_the_shares(two_processes):
-    for found in two_processes[0]:
+    for rank, found in enumerate(two_processes[0]):
         assert found["gradient"] == 1.5  # of 1 and 2
+        assert found["buffer"] == rank  # not sent
         assert found["statistics"] == [[0.75, 0.75], [1.75, 1.75], 7]
 
 
@@ -269,6 +273,33 @@ def test_the_process_group_is_destroyed_at_the_end(torchrun):
     with process_group():
         assert joined == ["joined"]
     assert joined == ["joined", "left"]
+
+
+def test_a_stop_that_all_ranks_agree_on_destroys_the_process_group(torchrun):
+    joined = torchrun(1)
+    with pytest.raises(SystemExit) as exit, process_group():
+        raise OrderlyStop(143)
+    assert exit.value.code == 143
+    assert joined == ["joined", "left"]
+    with pytest.raises(SystemExit), process_group():
+        raise SystemExit(143)
+    assert joined == ["joined", "left", "joined"]
+
+
+def test_gpus_wait_minutes_for_each_other_and_downloads_hours(torchrun, monkeypatch):
+    torchrun(0)
+    limits = {}
+    note = lambda backend, timeout, **_: limits.update({backend: timeout})  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", note)
+    monkeypatch.setattr(dist, "new_group", note)
+    monkeypatch.setattr(distributed, "gpu_group", None)
+    with process_group():
+        pass
+    assert limits["gloo"] >= timedelta(hours=1)
+    assert limits["nccl"] <= timedelta(minutes=30)
 
 
 # torchrun's own command line

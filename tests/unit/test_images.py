@@ -3,10 +3,12 @@ import pytest
 import torch
 from conftest import random_images
 from PIL import Image
+from scipy.stats import ks_2samp
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
+from torchvision.transforms import v2
 
-from engine.images import flip, prepare, resize, shift
+from engine.images import crop, draw_boxes, erase, flip, prepare, resize, shift
 
 
 def pil_resize(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -84,3 +86,58 @@ def test_shift_equals_torchvisions_pad_and_crop():
         for image, d, r in zip(padded, down.tolist(), right.tolist(), strict=True)
     ]
     assert torch.equal(shift(images, down, right, 2), torch.stack(expected))
+
+
+def boxes_of(height: int, width: int, n: int = 300) -> torch.Tensor:
+    """Boxes (4, n) of every size and place, the whole image and single pixels among them."""
+    random = np.random.default_rng(0)
+    size = np.stack([random.integers(1, side, n, endpoint=True) for side in (height, width)])
+    size[:, :2] = [[height, 1], [width, 1]]
+    room = np.array([[height], [width]]) - size
+    return torch.from_numpy(np.concatenate([random.integers(0, room, endpoint=True), size]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (31, 57), (96, 33), (1, 1)])
+def test_crop_is_bit_equal_to_torchvisions_on_pil_images(height, width, device):
+    images, boxes = random_images(300, height, width), boxes_of(height, width)
+    expected = []
+    for image, box in zip(images, boxes.T.tolist(), strict=True):
+        pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+        cropped = transforms.functional.resized_crop(pil, *box, [height, width])
+        expected.append(torch.from_numpy(np.array(cropped)).permute(2, 0, 1))
+    assert torch.equal(crop(images.to(device), boxes.to(device)).cpu(), torch.stack(expected))
+
+
+def test_erase_is_torchvisions(device):
+    images, boxes = random_images(300, 9, 14), boxes_of(9, 14)
+    boxes[2, 5] = 0  # nothing
+    mean = torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)
+    expected = [
+        v2.functional.erase(image, *box, mean) if box[2] else image
+        for image, box in zip(images, boxes.T.tolist(), strict=True)
+    ]
+    assert torch.equal(erase(images.to(device), boxes.to(device)).cpu(), torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["crop", "randomerasing"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40), (8, 60)])
+def test_boxes_are_distributed_as_torchvisions(name, height, width):
+    """The last shape has no room for many of the boxes: ten tries fail."""
+    torch.manual_seed(0)
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    if name == "crop":
+        theirs = v2.RandomResizedCrop((height, width), scale=(0.25, 1.0))
+        drawn = [theirs.make_params([image]) for _ in range(2000)]
+        expected = np.array([[d["top"], d["left"], d["height"], d["width"]] for d in drawn])
+    else:
+        theirs = v2.RandomErasing()
+        drawn = [theirs.make_params([image]) if torch.rand(()) < 0.5 else {"v": None} for _ in range(2000)]
+        expected = np.array([[d["i"], d["j"], d["h"], d["w"]] if d["v"] is not None else [0] * 4 for d in drawn])
+    found = draw_boxes(name, np.random.default_rng(0), 20_000, height, width).T.numpy()
+    if name == "randomerasing":
+        found = found * (found[:, 2:3] > 0)
+    found, expected = (np.column_stack([boxes, boxes[:, 2] * boxes[:, 3]]) for boxes in (found, expected))
+    for column in range(5):  # heights and widths go together, too
+        assert ks_2samp(found[:, column], expected[:, column]).pvalue > 0.001
+    assert (found[:, 0] + found[:, 2] <= height).all()
+    assert (found[:, 1] + found[:, 3] <= width).all()

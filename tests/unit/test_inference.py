@@ -32,6 +32,8 @@ def test_predict_uses_evaluation_mode_and_leaves_the_model_unchanged(model, devi
 class Limited(nn.Module):
     """A model whose device has memory for a few images only."""
 
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
+
     def __init__(self, limit: int):
         super().__init__()
         self.layer, self.limit, self.seen = nn.Linear(3, 10), limit, []
@@ -39,7 +41,7 @@ class Limited(nn.Module):
     def forward(self, images):
         self.seen.append(len(images))
         if len(images) > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self.layer(images.mean((2, 3)))
 
 
@@ -50,6 +52,26 @@ def test_predict_halves_batches_that_are_too_large(monkeypatch):
     assert model.seen == [25, 13, 7, 6, 6, 6, 2, 1, 1, 1]  # the two that fail halve all that is left
     with pytest.raises(torch.OutOfMemoryError):
         predict(Limited(limit=0), images)
+    model.error = RuntimeError("GET was unable to find an engine to execute this computation")  # cuDNN's words for it
+    torch.testing.assert_close(predict(model, images, batch_size=25), model.layer(images.mean((2, 3))))
+    model.error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        predict(model, images, batch_size=25)
+
+
+def test_cudnn_does_not_tune_itself_in_an_evaluation(monkeypatch):
+    """Its batches have several sizes, each of which would be tuned for."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen = []
+
+    class Network(nn.Linear):
+        def forward(self, images):
+            seen.append(torch.backends.cudnn.benchmark)
+            return super().forward(images)
+
+    predict(Network(4, 2), torch.zeros(5, 4), batch_size=2)
+    assert seen == [False] * 3
+    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])

@@ -13,7 +13,7 @@ from engine import checkpoints, named, reach, soft_losses
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.datasets import load_dataset
 from engine.errors import UserError
-from engine.images import augment
+from engine.images import augment_one_by_one
 from engine.models import build_model, check_image_size, load_model
 from engine.recipes import Recipe
 from engine.recorded import recorded_config
@@ -199,7 +199,7 @@ def test_what_is_named_must_be_there_and_fit(mine):
         Recipe(teacher="t", soft_loss="mine:loss", loss_options={"gamma": 1})
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(UserError, match=r"augment = 'mine:doubled'.*float32"):
-        augment(images, "mine:doubled", (0, 0, 0))
+        augment_one_by_one(images, "mine:doubled", (0, 0, 0))
     with pytest.raises(UserError, match="dataset = 'mine:only_train'"):
         load_dataset(replace(PRESETS["demo"], dataset="mine:only_train", device="cpu"))
 

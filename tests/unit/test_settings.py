@@ -303,8 +303,12 @@ def test_recipes_and_configs_are_validated_when_made_and_cannot_be_changed():
         Config({"student": Recipe()}, seeds=[0, 1])
     with pytest.raises(UserError, match="one recipe or more"):
         Config({})
-    with pytest.raises(UserError, match="its name must be"):
-        Config({"../x": Recipe()})
+    for name in ("../x", "con", "LPT1"):  # the last two are no names of files on Windows
+        with pytest.raises(UserError, match="its name must be"):
+            Config({name: Recipe()})
+    for name in ("aux", "nul.2"):
+        with pytest.raises(UserError, match="run = "):
+            Config({"console": Recipe()}, run=name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().epochs = 6
 
