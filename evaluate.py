@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from engine.checkpoints import Checkpoint, load_finished, load_logits, tensors_digest
 from engine.console import log, print_result
@@ -40,6 +41,7 @@ from engine.flags import Parser
 from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config, Model
+from engine.sources import square
 from report.comparisons import Models, TrainingLogits, distilled
 from report.export import check_export, export_program, load_onnx, load_pt2, onnx_program
 from report.markdown import summary
@@ -155,21 +157,25 @@ def export(config: Config, dataset: Dataset, suffix: str) -> None:
     selected = config.selected()
     names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
     images, exported = dataset.test.images.cpu(), 0
+    photographs = [torch.cat([*images[:2]], axis)[None] for axis in (1, 2)]  # (1, 3, 2H, W) and (1, 3, H, 2W)
+    squares = [pil_to_tensor(square(to_pil_image(image[0]), config.resize))[None] for image in photographs]
     with lock(Path(config.checkpoints_path, config.run)):
         for model, checkpoint, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
             network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(f".{suffix}")
-            logits = predict(network, images, config.image_size, "fp32", title=f"{model} test images")
+            groups = [images, *squares]
+            logits = torch.cat([predict(network, group, config.image_size, title=str(model)) for group in groups])
             about = {"name": model.name, "seed": model.seed, "classes": checkpoint.classes}
-            about |= {"image_size": config.image_size, "weights": digest}
-            content = export_program(network, config.image_size, about)
+            about |= {"image_size": config.image_size, "resize": config.resize, "weights": digest}
+            content = export_program(network, config.image_size, config.resize, about)
             if suffix == "onnx":
                 content = onnx_program(content, about)
             program = load_onnx(content) if suffix == "onnx" else load_pt2(content)
-            largest = check_export(program, path, images, torch.softmax(logits, dim=1))
+            largest = check_export(program, path, [images, *photographs], torch.softmax(logits, dim=1))
             write_durably(path, content)
             log.info(
                 f"{model}  exported: {path}, {len(content) / 1e6:.1f} MB. Loaded back, it predicts the "
-                f"checkpoint's class on all {len(images):,} test images, with probabilities at most {largest:.1g} apart"
+                f"checkpoint's class on all {len(images):,} test images, and a wide and a tall one, with probabilities "
+                f"at most {largest:.1g} apart"
             )
             exported += 1
     if not exported:

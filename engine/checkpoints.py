@@ -113,6 +113,9 @@ class Checkpoint:
         others = {"format", "finished", "model", *types}
         progress = None if state["finished"] else {key: state[key] for key in state if key not in others}
         checkpoint = cls(**{name: found[name] for name in types}, progress=progress)
+        for settings in (checkpoint.config, checkpoint.settings.get("config")):
+            if settings:
+                settings.setdefault("resize", "squash")  # in checkpoints from before there was a choice
         place = f"seed{checkpoint.seed}/{checkpoint.name}.pt"
         if path.parts[-2:] != tuple(place.split("/")):
             raise UserError(

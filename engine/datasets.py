@@ -35,6 +35,7 @@ class Dataset(NamedTuple):
     validation: Split | None
     test: Split
     digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
+    unreadable: tuple[str, ...] = ()  # a message for each file of a folder that has been left out
 
     def subset(self, size: int | None, choice: int = 0) -> torch.Tensor:
         """Indices (size,) of a stratified choice of training images; None: all of them.
@@ -162,7 +163,7 @@ def read_dataset(config: Config) -> Dataset:
             f"dataset = {config.dataset!r}: no such folder ({suggest(config.dataset, NAMES)}); must be "
             f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME"
         )
-    classes, train, validation, test = read(config)
+    classes, train, validation, test, unreadable = read(config)
     if test is None:
         train, test = split_off_test_images(train, config)
     if validation and config.validation_size:
@@ -196,6 +197,7 @@ def read_dataset(config: Config) -> Dataset:
         to_device(validation, config.device, on_host) if validation else None,
         to_device(test, config.device, on_host),
         digest.hexdigest(),
+        unreadable,
     )
 
 

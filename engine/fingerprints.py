@@ -35,6 +35,8 @@ from engine.soft_losses import code_of_soft_loss
 IRRELEVANT = {
     "run",
     "dataset",
+    "skip_unreadable",
+    "largest_image",
     "seeds",
     "only",
     "sweep",

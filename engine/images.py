@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,16 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
         return resize_axis(resize_axis(chunk.to(torch.int32), size, 3), size, 2)
 
     return map_chunks(both_passes, images, images.new_empty((*images.shape[:2], size, size)))
+
+
+def square_box(width: Any, height: Any, how: str) -> tuple[Any, Any, Any, Any]:
+    """Left, top, right, bottom of the centred square within an image (how = crop), or around it (pad).
+
+    The sizes are numbers, or symbols while a model is exported.
+    """
+    side = torch.sym_min(width, height) if how == "crop" else torch.sym_max(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 @lru_cache

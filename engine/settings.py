@@ -75,6 +75,12 @@ class Config:
         "of (image, label)",
     )
     image_size: int = setting(224, integer(8), "images are resized to this many pixels a side")
+    resize: str = setting(
+        "squash",
+        choice("squash", "crop", "pad"),
+        "how an image becomes a square: all of it, squashed; crop: the centre of its longer side; pad: all of it, on "
+        "black",
+    )
     horizontal_flip: float = setting(0.5, FRACTION, "probability that a training image is mirrored")
     crop_padding: int = setting(
         0,
@@ -87,6 +93,12 @@ class Config:
         or_named(choice("none", "crop", "trivialaugment", "randomerasing")),
         "torchvision's RandomResizedCrop, TrivialAugmentWide or RandomErasing of the training images, at the size at "
         "which they are shifted, see crop_padding; or MODULE:NAME, from a uint8 image (3, H, W) to another",
+    )
+    skip_unreadable: bool = setting(
+        False, FLAG, "leave out the images of a folder that cannot be read; the report lists them"
+    )
+    largest_image: float = setting(
+        89.5, POSITIVE, "megapixels; a larger image file is not read, as it may be a decompression bomb"
     )
     validation_size: int = setting(
         0,

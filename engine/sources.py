@@ -3,9 +3,10 @@
 Each is read once into uint8 tensors.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from engine import named
 from engine.console import Progress, log
 from engine.errors import UserError, at_most_ten, first_line
 from engine.files import check_file
+from engine.images import map_chunks, resize, square_box
 from engine.settings import Config
 
 
@@ -31,59 +34,110 @@ class Split(NamedTuple):
         return Split(self.images[indices], self.labels[indices])
 
 
-# The classes; the training, validation and test images, None for those that there are not
-Contents = tuple[tuple[str, ...], Split, Split | None, Split | None]
+class Contents(NamedTuple):
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split | None
+    test: Split | None
+    unreadable: tuple[str, ...] = ()  # a message for each file that has been left out
+
+
+Items = Iterator[tuple[Image.Image, int]]  # images in RGB and their labels
 
 # Formats that Pillow decodes itself; for some others it starts a program, such as Ghostscript for EPS.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-def to_split(images: np.ndarray, labels: list[int]) -> Split:
-    """From images (N, H, W, 3), as PIL and torchvision have them."""
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels))
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLITS |= {"test": "test", "testing": "test"}  # the names of folders, in any capitals
 
 
 def read_folder(config: Config) -> Contents:
-    """The images in train/CLASS/*, test/CLASS/* and val/CLASS/*; without test/, val/ is the test set.
+    """The images in train/CLASS/**, test/CLASS/** and val/CLASS/**; without test/, val/ is the test set.
 
-    Without train/ the folder holds CLASS/*. Files in formats other than IMAGE_FORMATS are skipped and logged; hidden
-    files are skipped silently.
+    Without train/, or with images and no folders in it, the folder holds CLASS/**. Files in formats other than
+    IMAGE_FORMATS are skipped and logged; hidden files are skipped silently. Raises UserError for what cannot be used.
     """
     root = Path(config.dataset)
-    folders = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    if not folders:
-        folders = {"train": root}
-    if "train" not in folders:
-        raise UserError(f"{root}: has {' and '.join(f'{name}/' for name in folders)}, but no folder train/")
+    folders = split_folders(root)
     found = {split: image_files(folder) for split, folder in folders.items()}
-    classes = tuple(sorted(set().union(*found.values())))
-    check_classes(classes, folders, found)
-    parts = {name: read_images(folders[name], files, classes, config.image_size) for name, files in found.items()}
-    if "test" not in parts:
-        return classes, parts["train"], None, parts.get("val")
-    return classes, parts["train"], parts.get("val"), parts["test"]
+    check_classes(folders, found)
+    classes = tuple(sorted(found["train"]))
+    unreadable: list[str] = []
+
+    def items(split: str) -> Items:
+        files = [(path, label) for label, name in enumerate(classes) for path in found[split][name]]
+        with Progress(f"reading {folders[split]}", len(files)) as progress:
+            for path, label in files:
+                try:
+                    yield open_image(path, config.largest_image), label
+                except UserError as error:
+                    unreadable.extend(error.messages)
+                if progress.update(1):
+                    progress.describe()
+
+    parts = {split: (sum(map(len, files.values())), items(split)) for split, files in found.items()}
+    splits = read_splits(parts, config, largest=config.image_size)
+    if unreadable and not config.skip_unreadable:
+        raise UserError(*at_most_ten(unreadable), "repair or remove these files, or leave them out: --skip_unreadable")
+    for split, (_, labels) in splits.items():
+        if gone := [name for label, name in enumerate(classes) if label not in labels]:
+            raise UserError(f"{folders[split]}: no image of {' and '.join(gone)} can be read", *at_most_ten(unreadable))
+    if unreadable:
+        log.info("left out, and listed in the report: " + "; ".join(at_most_ten(unreadable)))
+    test = "test" if "test" in splits else "val"
+    validation = splits.get("val") if test == "test" else None
+    return Contents(classes, splits["train"], validation, splits.get(test), tuple(unreadable))
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the training, validation and test images; a flat data set is all training images."""
+    beside = [path for path in visible(root) if path.is_dir()]
+    folders: dict[str, Path] = {}
+    for path in beside:
+        split = SPLITS.get(path.name.lower())
+        if split in folders:
+            raise UserError(f"{root}: has both {folders[split].name}/ and {path.name}/; rename one of them")
+        if split:
+            folders[split] = path
+    unused = [path.name + "/" for path in beside if path not in folders.values()]
+    if not folders or ("train" in folders and unused and not any(path.is_dir() for path in visible(folders["train"]))):
+        return {"train": root}
+    if "train" not in folders:
+        raise UserError(
+            f"{root}: has {' and '.join(f'{path.name}/' for path in folders.values())}, but no folder train/"
+        )
+    if unused:
+        log.info(f"{root}: not used, as they are neither training, validation nor test images: {', '.join(unused)}")
+    return {split: folders[split] for split in ("train", "val", "test") if split in folders}
 
 
 def image_files(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class; other files are skipped, and named in a log line."""
+    """The image files of each class, also in its sub-folders; other files are skipped, and named in a log line."""
     files, skipped = {}, [path for path in visible(folder) if not path.is_dir()]
     for name in (path for path in visible(folder) if path.is_dir()):
-        files[name.name] = [path for path in visible(name) if is_image(path)]
-        skipped += [path for path in visible(name) if not is_image(path)]
+        found = list(files_below(name))
+        files[name.name] = [path for path in found if is_image(path)]
+        skipped += [path for path in found if not is_image(path)]
     if skipped:
         log.info(f"{folder}: skipped, as they are not images: " + ", ".join(at_most_ten([*map(str, skipped)])))
     return files
 
 
-def check_classes(classes: tuple[str, ...], folders: dict[str, Path], found: dict[str, dict[str, list[Path]]]) -> None:
+def check_classes(folders: dict[str, Path], found: dict[str, dict[str, list[Path]]]) -> None:
     """Raise UserError unless there are two classes or more, each with images in every folder."""
-    train = folders["train"]
+    train, classes = folders["train"], sorted(set().union(*found.values()))
     problems = [f"{train}: the name of class {c!r} is not UTF-8; rename the folder" for c in classes if not is_utf8(c)]
     for split, folder in folders.items():
+        if not found[split]:
+            problems.append(f"{folder}: has no folder for each class, so the labels of its images are unknown")
+            continue
         problems += [f"{folder}: has no folder for class {name!r}" for name in classes if name not in found[split]]
         problems += [f"{folder / name}: holds no images" for name, files in found[split].items() if not files]
     if len(classes) < 2:
-        problems.append(f"{train}: needs a folder of images for each of two or more classes; has {len(classes)}")
+        problem = f"{train}: needs a folder of images for each of two or more classes; has {len(classes)}"
+        inside = [path.name for name in classes for path in visible(train / name) if path.is_dir()]
+        if inside:
+            problem += f", {classes[0]}/, which holds the folders {', '.join(at_most_ten(inside))}: one level too deep"
+        problems.append(problem)
     if problems:
         raise UserError(*at_most_ten(problems))
 
@@ -98,7 +152,7 @@ def find_images(path: str | os.PathLike) -> list[Path]:
         raise UserError("'': is no path; is a variable of the shell unset?")
     if not Path(path).is_dir():
         return [Path(path)]
-    found = sorted(file for file in Path(path).rglob("*") if is_image(file) and not file.name.startswith("."))
+    found = [file for file in files_below(Path(path)) if is_image(file)]
     if not found:
         raise UserError(f"{path}: holds no images")
     return found
@@ -109,43 +163,77 @@ def is_utf8(name: str) -> bool:
 
 
 def visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """What a folder holds, without hidden files and what macOS adds to archives."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
 
 
-def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, ...], size: int) -> Split:
-    """Images larger than `size` are resized while reading; if the sizes still differ, all of them are."""
-    paths = [path for name in classes for path in files[name]]
-    labels = [label for label, name in enumerate(classes) for _ in files[name]]
-    arrays: list[np.ndarray] = []
-    unreadable: list[str] = []
-    with Progress(f"reading {folder}", len(paths)) as progress:
-        for path in paths:
-            try:
-                image = open_image(path)
-                arrays.append(to_array(image, size if max(image.size) > size else None))
-            except UserError as error:
-                unreadable += error.messages
-            if progress.update(1):
-                progress.describe()
-    if unreadable:
-        raise UserError(*at_most_ten(unreadable), "repair or remove these files")
-    return to_split(stack(arrays, size), labels)
+def files_below(folder: Path) -> Iterator[Path]:
+    """The visible files in a folder and its sub-folders. A link to a folder inside is a file, as it may be circular."""
+    for path in visible(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from files_below(path)
+        else:
+            yield path
 
 
-def stack(arrays: list[np.ndarray], size: int) -> np.ndarray:
-    """(N, H, W, 3); if the shapes differ, all images are resized to `size`."""
-    if len({array.shape for array in arrays}) > 1:
-        arrays = [to_array(Image.fromarray(array), size) for array in arrays]
-    return np.stack(arrays)
+def read_splits(parts: dict[str, tuple[int, Items]], config: Config, largest: int | None = None) -> dict[str, Split]:
+    """The images of each part, of which the number is given, read one by one into the tensor that stays.
+
+    Those larger than `largest` are resized to image_size, and if the sizes still differ, all of a part are. Raises
+    UserError if they do not fit into memory.
+    """
+    splits, left, size = {}, sum(count for count, _ in parts.values()), config.image_size
+    for name, (count, items) in parts.items():
+        images = torch.empty((0, 3, size, size), dtype=torch.uint8)
+        labels: list[int] = []
+        for item, label in items:
+            image = square(item, config.resize)
+            if largest and max(image.size) > largest:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            if not labels:
+                check_memory(left, *image.size)
+                images = images.new_empty((count, 3, image.height, image.width))
+            elif (image.height, image.width) != images.shape[2:]:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+                if images.shape[2:] != (size, size):
+                    check_memory(left, size, size)
+                    small, images = images[: len(labels)], images.new_empty((count, 3, size, size))
+                    map_chunks(lambda chunk: resize(chunk, size), small, images)
+            images[len(labels)] = pil_to_tensor(image)
+            labels.append(label)
+        splits[name] = Split(images[: len(labels)], torch.as_tensor(labels))
+        left -= count
+    return splits
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def check_memory(images: int, width: int, height: int) -> None:
+    """Say what so many images take, if that is much. Raises UserError if it is more than Linux has free."""
+    with contextlib.suppress(OSError, ValueError):
+        words = Path("/proc/meminfo").read_text().split()
+        free = int(words[words.index("MemAvailable:") + 1]) / 1e6  # GB
+        needed = images * 3 * width * height / 1e9
+        text = (
+            f"{images:,} images of {width} x {height} px take {needed:,.1f} GB of memory, and {free:,.1f} GB are free"
+        )
+        if needed > free:
+            raise UserError(f"{text}; choose a smaller image_size or fewer images")
+        if needed > free / 10:
+            log.info(text)
+
+
+def square(image: Image.Image, how: str) -> Image.Image:
+    """The part of an image that `resize` makes square: its centre (crop), all on black (pad), or all (squash)."""
+    return image if how == "squash" else image.crop(square_box(*image.size, how))
+
+
+def open_image(path: str | os.PathLike, megapixels: float = Config.largest_image) -> Image.Image:
     """An image file in RGB, its EXIF orientation applied and its transparent pixels composited onto white.
 
-    Raises UserError if it cannot be read.
+    Raises UserError if it cannot be read, or has more than so many megapixels.
     """
     try:
         check_file(path)
+        Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that PIL cannot read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -158,12 +246,10 @@ def open_image(path: str | os.PathLike) -> Image.Image:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise exceptions of many types
-        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
-
-
-def to_array(image: Image.Image, size: int | None) -> np.ndarray:
-    """(H, W, 3) uint8, or (size, size, 3) if a size is given."""
-    return np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
+        reason = first_line(error)
+        if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+            reason += " --largest_image MEGAPIXELS allows larger ones"
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 class Source(NamedTuple):
@@ -199,23 +285,24 @@ def read_torchvision(config: Config) -> Contents:
         parts = [source.open(config.data_path, train) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # OSError: no network, space or permission; RuntimeError: damaged
         files = " and ".join(f"{name} (md5 {md5}, from {url})" for name, md5, url in source.files)
+        there = [str(path) for name, *_ in source.files if (path := Path(config.data_path, name)).exists()]
+        found = f"{' and '.join(there)}: damaged" if there else f"{config.dataset} is not in {config.data_path}/"
         raise UserError(
-            f"{config.dataset} is not in {config.data_path}/ and could not be downloaded ({error}). Put {files} into "
+            f"{found} and could not be downloaded{' again' if there else ''} ({error}). Put {files} into "
             f"{config.data_path}/ and run this again, or run the demo, which needs no download: "
             "python teacher_student_model.py --preset demo"
         ) from None
-    read = [read_items(part, config.dataset) for part in parts]
-    train, test = (to_split(stack(images, config.image_size), labels) for images, labels in read)
-    return source.classes or tuple(parts[0].classes), train, None, test
+    train, test = read_data_sets(parts, config)
+    return Contents(source.classes or tuple(parts[0].classes), train, None, test)
 
 
 def read_digits(config: Config) -> Contents:
     """The 1,797 handwritten digits, 8 x 8 pixels of 0 to 16, that come with scikit-learn; 500 are the test set."""
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)  # (N, 8, 8, 3)
-    split = to_split(images, digits.target.tolist())
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)  # (N, 3, 8, 8)
+    split = Split(torch.from_numpy(images), torch.from_numpy(digits.target))
     training, test = stratified(split.labels, 1_297, "train_size")
-    return tuple("0123456789"), split.select(training), None, split.select(test)
+    return Contents(tuple("0123456789"), split.select(training), None, split.select(test))
 
 
 def is_of_the_user(dataset: str) -> bool:
@@ -236,39 +323,40 @@ def read_named(config: Config) -> Contents:
             "(image, label)"
         )
     with named.running("dataset", config.dataset):
-        read = [read_items(part, config.dataset) for part in parts]
-    found = sorted({label for _, labels in read for label in labels}) or [0]
+        splits = read_data_sets(parts, config)
+    found = sorted({label for split in splits for label in split.labels.tolist()}) or [0]
     classes = tuple(map(str, getattr(parts[0], "classes", range(found[-1] + 1))))
     if len(set(classes)) < len(classes):
         raise UserError(f"dataset = {config.dataset!r}: its classes must have different names, and they are {classes}")
-    if found[0] < 0 or found[-1] >= len(classes) or len(classes) < 2 or not all(labels for _, labels in read):
+    if found[0] < 0 or found[-1] >= len(classes) or len(classes) < 2 or not all(len(s.labels) for s in splits):
         raise UserError(
-            f"dataset = {config.dataset!r}: returned {', '.join(f'{len(labels):,}' for _, labels in read)} images of "
+            f"dataset = {config.dataset!r}: returned {', '.join(f'{len(s.labels):,}' for s in splits)} images of "
             f"{len(classes)} classes with labels from {found[0]} to {found[-1]}; needs images in each set, two classes "
             "or more, and labels from 0"
         )
-    train, *validation, test = (to_split(stack(images, config.image_size), labels) for images, labels in read)
-    return classes, train, validation[0] if validation else None, test
+    train, *validation, test = splits
+    return Contents(classes, train, validation[0] if validation else None, test)
 
 
 def is_data_set(part: Any) -> bool:
     return hasattr(part, "__len__") and hasattr(part, "__getitem__")
 
 
-def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
-    """The images (H, W, 3) uint8 and the labels of a map-style data set, each item read once."""
-    images: list[np.ndarray] = []
-    labels: list[int] = []
+def read_data_sets(parts: Sequence[Any], config: Config) -> list[Split]:
+    """Map-style data sets of (image, label), each item read once."""
+    items = {str(number): (len(part), read_items(part, config.dataset)) for number, part in enumerate(parts)}
+    return list(read_splits(items, config).values())
+
+
+def read_items(part: Any, dataset: str) -> Items:
     for number in range(len(part)):
         item = part[number]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"dataset = {dataset!r}: item {number} must be (image, label), not {type(item).__name__}")
         image, label = item
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
-            images.append(image.permute(1, 2, 0).numpy())
-        elif isinstance(image, Image.Image):
-            images.append(np.asarray(image.convert("RGB")))
-        else:
+            image = to_pil_image(image)
+        elif not isinstance(image, Image.Image):
             kind = type(image).__name__
             if isinstance(image, torch.Tensor):
                 kind = f"{image.dtype} {tuple(image.shape)}"
@@ -278,8 +366,7 @@ def read_items(part: Any, dataset: str) -> tuple[list[np.ndarray], list[int]]:
             )
         if isinstance(label, str) or np.ndim(label) or int(label) != label:
             raise UserError(f"dataset = {dataset!r}: label {number} must be an integer from 0, not {label!r:.40}")
-        labels.append(int(label))
-    return images, labels
+        yield image.convert("RGB"), int(label)
 
 
 def stratified(labels: torch.Tensor, size: int, setting: str, choice: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
-from engine.images import PRECISION_BITS, imagenet_statistics, resize_weights
+from engine.images import PRECISION_BITS, imagenet_statistics, resize_weights, square_box
 from engine.inference import fold_batchnorm
 
 ONE = 1 << PRECISION_BITS
@@ -33,26 +34,30 @@ class Exportable(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module, image_size: int):
+    def __init__(self, model: nn.Module, image_size: int, resize: str):
         super().__init__()
         images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         self.model = fold_batchnorm(model, images).requires_grad_(False).to(memory_format=torch.contiguous_format)
-        self.image_size = image_size
+        self.image_size, self.resize = image_size, resize
         mean, std = imagenet_statistics(torch.device("cpu"))
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.resize != "squash":
+            height, width = images.shape[2:]
+            left, top, right, bottom = square_box(width, height, self.resize)
+            images = F.pad(images, [-left, right - width, -top, bottom - height])  # crops where it is negative
         resized = resize_by_matrices(images, self.image_size).to(torch.float32)
         normalised = resized.div(255).sub(self.mean).div(self.std).contiguous(memory_format=torch.channels_last)
         return torch.softmax(self.model(normalised), dim=1)
 
 
-def export_program(model: nn.Module, image_size: int, about: dict[str, Any]) -> bytes:
+def export_program(model: nn.Module, image_size: int, resize: str, about: dict[str, Any]) -> bytes:
     """A .pt2 file: torch.export.load(path).module()(images). `about` is stored in it as about.json."""
     dynamic = {axis: torch.export.Dim(name) for axis, name in {0: "N", 2: "H", 3: "W"}.items()}
     example = torch.zeros(2, 3, image_size + 1, image_size + 2, dtype=torch.uint8)
-    program = torch.export.export(Exportable(model, image_size).eval(), (example,), dynamic_shapes=(dynamic,))
+    program = torch.export.export(Exportable(model, image_size, resize).eval(), (example,), dynamic_shapes=(dynamic,))
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
     return buffer.getvalue()
@@ -92,14 +97,17 @@ def load_onnx(content: bytes) -> Run:
     return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
 
 
-def check_export(program: Run, path: Path, images: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference from the expected probabilities (n, C). Raises UserError if the predictions differ."""
+def check_export(program: Run, path: Path, images: list[torch.Tensor], expected: torch.Tensor) -> float:
+    """The largest difference from the expected probabilities (n, C). Raises UserError if the predictions differ.
+
+    The images are of several sizes, (m, 3, H, W) each.
+    """
     with torch.inference_mode():
-        found = torch.cat([program(chunk) for chunk in images.split(100)])
+        found = torch.cat([program(chunk) for group in images for chunk in group.split(100)])
     differing, largest = int((found.argmax(1) != expected.argmax(1)).sum()), (found - expected).abs().max().item()
     if differing or not largest <= 1e-4:
         raise UserError(
-            f"{path}: the exported model differs from the checkpoint: in the class of {differing} of {len(images):,} "
-            f"test images, in probabilities by up to {largest:.2g}. It was not written; please report this as a bug"
+            f"{path}: the exported model differs from the checkpoint: in the class of {differing} of {len(found):,} "
+            f"images, in probabilities by up to {largest:.2g}. It was not written; please report this as a bug"
         )
     return largest

@@ -4,16 +4,18 @@ import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from engine.checkpoints import load_finished
 from engine.console import log
+from engine.errors import UserError
 from engine.fingerprints import check_teacher
 from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config
-from engine.sources import find_images, open_image, to_array
+from engine.sources import find_images, open_image, square
 from report.markdown import escape_markdown, markdown_table, percent
 
 
@@ -21,11 +23,12 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
     """A table for each image file, also of folders: the class and the probabilities (%) by every trained model.
 
     Classes and image size are those of the checkpoints. At most 20 classes are shown, the likeliest under any model.
-    Empty if no model is trained. Raises UserError naming a file that cannot be read, and a
-    checkpoint that is not the model of its name or was distilled from a teacher that has been retrained since.
+    Empty if no model is trained. What cannot be read in a folder is left out, with a line in the log. Raises UserError
+    for a file of `paths` that cannot be read, and for a checkpoint that is not the model of its name or was distilled
+    from a teacher that has been retrained since.
     """
     files = [file for path in paths for file in find_images(path)]
-    resized: dict[int, torch.Tensor] = {}  # the images by size (files, 3, size, size)
+    resized: dict[tuple[int, str], torch.Tensor] = {}  # the images by size and resize (files, 3, size, size)
     predicted: dict[str, list[dict[str, float]]] = {}  # model -> for each file the probability of each class
     recipes = config.selected()
     for model in sorted(config.models(), key=lambda model: recipes.index(model.name)):
@@ -35,15 +38,33 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
             continue
         check_teacher(model, checkpoint)
         network, size = load_model(checkpoint, config.device), checkpoint.config["image_size"]
-        if size not in resized:
-            arrays = [to_array(open_image(file), size) for file in files]
-            resized[size] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        logits = predict(network, resized[size], size, config.precision, title=f"{model} image files")
+        view = size, checkpoint.config["resize"]
+        if view not in resized:
+            resized[view] = read(files, view, config.largest_image, named=[*map(Path, paths)])
+        logits = predict(network, resized[view], size, config.precision, title=f"{model} image files")
         rows = torch.softmax(logits, 1).tolist()
         predicted[str(model)] = [dict(zip(checkpoint.classes, row, strict=True)) for row in rows]
     if not predicted:
         return []
     return [table(file, predicted, p) for file, *p in zip(files, *predicted.values(), strict=True)]
+
+
+def read(files: list[Path], view: tuple[int, str], megapixels: float, named: list[Path]) -> torch.Tensor:
+    """(files, 3, size, size) uint8. Those that cannot be read are removed from `files`, unless they are `named`."""
+    size, how = view
+    images = []
+    for file in list(files):
+        try:
+            image = square(open_image(file, megapixels), how).resize((size, size), Image.Resampling.BILINEAR)
+            images.append(pil_to_tensor(image))
+        except UserError as error:
+            if file in named:
+                raise
+            log.info(f"left out: {error}")
+            files.remove(file)
+    if not images:
+        raise UserError(f"{' and '.join(map(str, named))}: no image can be read")
+    return torch.stack(images)
 
 
 def table(file: Path, models: Iterable[str], predicted: list[dict[str, float]]) -> str:

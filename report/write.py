@@ -133,6 +133,7 @@ def collect(
             for row, points in sweeps(config, models).items()
         },
         "missing": [str(path) for path in missing],
+        "unreadable": list(dataset.unreadable),
         "settings": {
             **dataclasses.asdict(config),
             "recipes": {name: dataclasses.asdict(model.recipe) for name, model in models.items()},

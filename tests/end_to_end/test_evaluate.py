@@ -54,6 +54,7 @@ def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, caps
     for name in ("b.png", "a.jpg", ".hidden.png", "more/c.png"):
         Image.new("RGB", (9, 9)).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
+    (folder / "more" / "junk.png").write_bytes(b"junk")
     model = build_model("resnet18", 30)
     with torch.no_grad():
         model.fc.weight.zero_()
@@ -62,7 +63,9 @@ def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, caps
     state |= {"config": {"image_size": 16}, "settings": {}, "environment": {}, "history": [], "normalisation": {}}
     save_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt", {**state, "model": model.state_dict()})
     evaluate.main(flags(tmp_path, "--only", "student", "--predict", str(folder)))
-    blocks = capsys.readouterr().out.strip().split("\n\n")
+    output = capsys.readouterr()
+    assert f"left out: {folder / 'more' / 'junk.png'}" in output.err
+    blocks = output.out.strip().split("\n\n")
     names = [block.split("|")[1].strip() for block in blocks]
     assert names == [str(folder / name) for name in ("a.jpg", "b.png", "more/c.png")]
     for block in blocks:
@@ -191,10 +194,10 @@ def test_an_export_lists_its_classes(exported):
 def test_an_export_that_differs_from_the_checkpoint_is_not_written(exported, spoiled, monkeypatch, capsys):
     write = evaluate.export_program
 
-    def wrong(model, image_size, about):
+    def wrong(model, *how):
         with torch.no_grad():
             model.fc.bias[3] += torch.nan if spoiled == "numbers" else 2
-        return write(model, image_size, about)
+        return write(model, *how)
 
     monkeypatch.setattr(evaluate, "export_program", wrong)
     with pytest.raises(SystemExit) as exit:

@@ -3,9 +3,12 @@ import pytest
 import torch
 from conftest import random_images
 from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from engine.images import resize
-from report.export import resize_by_matrices
+from engine.errors import UserError
+from engine.images import prepare, resize
+from report.export import check_export, export_program, resize_by_matrices
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,25 @@ def test_the_exported_resize_is_bit_equal_to_resize():
     for height, width in ((40, 20), (20, 40), (100, 33), (33, 300)):
         images = random_images(2, height, width)
         assert torch.equal(resize_by_matrices(images, 32).to(torch.uint8), resize(images, 32))
+
+
+@pytest.mark.parametrize("how", ["crop", "pad"])
+def test_an_exported_program_makes_photographs_square_as_pil_does(how, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(16, 3))
+    content = export_program(network, 16, how, about={})
+    boxes = {(30, 40): {"crop": (5, 0, 35, 30), "pad": (0, -5, 40, 35)}}  # PIL's crop fills what is outside with black
+    boxes |= {(41, 30): {"crop": (0, 5, 30, 35), "pad": (-6, 0, 35, 41)}}
+    boxes |= {
+        (5, 8): {"crop": (1, 0, 6, 5), "pad": (0, -2, 8, 6)},
+        (9, 9): dict.fromkeys(("crop", "pad"), (0, 0, 9, 9)),
+    }
+    images, expected = [random_images(2, *size) for size in boxes], []
+    for group, box in zip(images, boxes.values(), strict=True):
+        for image in group:
+            square = to_pil_image(image).crop(box[how]).resize((16, 16), Image.Resampling.BILINEAR)
+            expected.append(network(prepare(pil_to_tensor(square)[None])).softmax(1))
+    expected = torch.cat(expected).detach()
+    assert check_export(content, tmp_path, images, expected) < 1e-6
+    with pytest.raises(UserError, match="differs from the checkpoint"):
+        check_export(content, tmp_path, images, expected.roll(1, 0))

@@ -227,6 +227,13 @@ def test_without_network_the_error_says_which_file_to_put_where(tmp_path, monkey
         assert part in str(error.value)
 
 
+def test_a_damaged_archive_is_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    (tmp_path / CIFAR10.filename).write_bytes(b"the first half")
+    with pytest.raises(UserError, match=rf"{tmp_path / CIFAR10.filename}: damaged"):
+        datasets.load_dataset(cifar10(tmp_path / "x"))
+
+
 def test_cifar100_and_svhn_are_read_through_torchvision(tmp_path, monkeypatch):
     """Miniatures with torchvision's file formats."""
     random, files = np.random.default_rng(0), {}

@@ -40,6 +40,32 @@ def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config
         assert torch.equal(image.cpu(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (5, 8), (9, 9)])
+@pytest.mark.parametrize("how", ["crop", "pad"])
+def test_images_become_squares_as_pil_crops_and_pastes(config, image_folder, how, size):
+    root = image_folder({"train/a": 2, "train/b": 1, "test/a": 1, "test/b": 1}, size=size)
+    dataset = datasets.load_dataset(replace(folder_config(config, root), resize=how))
+    with Image.open(root / "train" / "a" / "1.png") as original:
+        expected = {
+            ("crop", (40, 30)): lambda: original.crop((5, 0, 35, 30)),
+            ("crop", (30, 41)): lambda: original.crop((0, 5, 30, 35)),
+            ("crop", (5, 8)): lambda: original.crop((0, 1, 5, 6)),
+            ("pad", (40, 30)): lambda: on_black(original, 40, (0, 5)),
+            ("pad", (30, 41)): lambda: on_black(original, 41, (6, 0)),
+            ("pad", (5, 8)): lambda: on_black(original, 8, (2, 0)),
+        }.get((how, size), original.copy)()
+    if max(expected.size) > 16:
+        expected = expected.resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.array_equal(dataset.train.images[1].permute(1, 2, 0).cpu(), expected)
+
+
+def on_black(image, side, corner):
+    """Pillow's canvas; where a pixel cannot be shared out evenly, `pad` puts it left or above."""
+    canvas = Image.new("RGB", (side, side))
+    canvas.paste(image, corner)
+    return canvas
+
+
 def test_problems_of_a_folder_are_reported(config, image_folder, tmp_path):
     def message(root):
         with pytest.raises(UserError) as error:
@@ -69,11 +95,68 @@ def test_files_that_are_no_images_are_skipped_and_named(config, image_folder, ca
     (root / "train" / "notes.txt").write_text("hello")
     (root / "train" / "b" / "Thumbs.db").write_bytes(b"\0")
     (root / "train" / "b" / "more").mkdir()
+    (root / "train" / "b" / "more" / "list.csv").write_text("hello")
     assert len(datasets.load_dataset(folder_config(config, root)).train.labels) == 4
     output = capsys.readouterr().err
-    for name in ("notes.txt", "b/Thumbs.db", "b/more"):
+    for name in ("notes.txt", "b/Thumbs.db", "b/more/list.csv"):
         assert str(root / "train" / name) in output
     assert f"{root / 'train'}: skipped, as they are not images" in output
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing", "VALID"), ("TRAIN", "test", "Validation")])
+def test_split_folders_have_several_names_and_classes_have_sub_folders(config, image_folder, capsys, names):
+    train, test, val = names
+    counts = {f"{train}/{c}/day{day}": 3 for c in "ab" for day in (1, 2)} | {f"{train}/a": 1, f"{train}/a/.thumbs": 1}
+    counts |= {f"{val}/{c}/x/y": 2 for c in "ab"} | {f"{test}/{c}": 1 for c in "ab"} | {"extra/a": 1, "notes": 0}
+    root = image_folder(counts)
+    dataset = datasets.load_dataset(folder_config(config, root))
+    assert [s.labels.tolist() for s in dataset[1:4]] == [[0] * 7 + [1] * 6, [0, 0, 1, 1], [0, 1]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "extra/, notes/" in line
+    image_folder({"validate": 0, "val/a": 1, "valid/a": 1})
+    with pytest.raises(UserError, match="rename one of them"):
+        datasets.load_dataset(folder_config(config, root))
+
+
+def test_train_may_be_the_name_of_a_class(config, image_folder):
+    root = image_folder({"train": 10, "plane": 5, "car": 5})
+    assert datasets.load_dataset(folder_config(config, root)).classes == ("car", "plane", "train")
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        (
+            {f"archive/{s}/{c}": 1 for s in ("train", "test") for c in "ab"},
+            "archive/, which holds the folders test",
+        ),
+        ({f"train/train/{c}": 1 for c in "ab"}, "train/, which holds the folders a, b"),
+        ({"train/a": 1, "train/b": 1, "test": 3}, "test: has no folder for each class"),
+        ({"train": 3, "test": 3}, "train: has no folder for each class"),
+    ],
+)
+def test_folders_that_lie_elsewhere_are_explained(config, image_folder, counts, words):
+    with pytest.raises(UserError) as error:
+        datasets.load_dataset(folder_config(config, image_folder(counts)))
+    assert words in str(error.value)
+
+
+def test_unreadable_images_can_be_left_out_and_are_listed(config, image_folder):
+    root = image_folder({f"{split}/{c}": 3 for split in ("train", "test") for c in "ab"})
+    (root / "train" / "a" / "0.png").write_bytes(b"hello")
+    cut = root / "test" / "b" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:100])  # its header can be read
+    config = replace(folder_config(config, root), skip_unreadable=True)
+    dataset = datasets.load_dataset(config)
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert dataset.test.labels.tolist() == [0, 0, 0, 1, 1]
+    last = torch.from_numpy(np.array(Image.open(root / "test" / "b" / "2.png"))).permute(2, 0, 1)
+    assert torch.equal(dataset.test.images[4].cpu(), last)
+    assert [message.split(":")[0] for message in dataset.unreadable] == [str(root / "train/a/0.png"), str(cut)]
+    for number in (0, 2):
+        (root / "test" / "b" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"test: no image of b can be read"):
+        datasets.load_dataset(config)
 
 
 def test_val_holds_the_validation_images_if_there_is_a_test_folder(config, image_folder):
@@ -102,12 +185,14 @@ def test_a_class_that_is_too_rare_to_be_split_is_refused(config, image_folder, r
         datasets.load_dataset(folder_config(config, image_folder({"a": 100, "b": rare})))
 
 
-def test_a_decompression_bomb_is_refused(config, image_folder, monkeypatch):
+def test_a_decompression_bomb_is_refused_unless_it_is_allowed(config, image_folder):
     root = image_folder({"train/a": 2, "train/b": 1, "test/a": 1, "test/b": 1}, size=(8, 8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL warns above, and refuses above twice as many
-    with pytest.raises(UserError, match="decompression bomb") as error:
-        datasets.load_dataset(replace(config, dataset=str(root)))
-    assert str(root / "train" / "a" / "0.png") in str(error.value)
+    config = folder_config(config, root)
+    for megapixels in (63e-6, 31e-6):  # PIL warns above a limit, and refuses above twice the limit
+        with pytest.raises(UserError, match=r"decompression bomb.*--largest_image") as error:
+            datasets.load_dataset(replace(config, largest_image=megapixels))
+        assert str(root / "train" / "a" / "0.png") in str(error.value)
+    assert len(datasets.load_dataset(replace(config, largest_image=64e-6)).train.labels) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")

@@ -294,6 +294,15 @@ def test_the_example_report_shows_figures_that_exist():
     assert all((ROOT / "docs/example" / path).is_file() for path in figures)
 
 
+def test_the_report_lists_what_was_left_out_and_says_how_images_became_square():
+    results = example_results()
+    assert "Images that are not square" not in results_markdown(results)
+    results = {**results, "unreadable": ["a/1.png: cannot be read", "b/2.png: cannot be read"]}
+    text = results_markdown({**results, "settings": {**results["settings"], "resize": "pad"}})
+    assert "\n- a/1.png: cannot be read\n- b/2.png: cannot be read\n" in text
+    assert "padded with black" in text
+
+
 def test_a_shift_is_in_pixels_of_the_stored_images():
     results = example_results()
     results["settings"] |= {"crop_padding": 4, "image_size": 224, "augment": "crop"}
