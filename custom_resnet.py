@@ -24,9 +24,9 @@ from engine.distributed import all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
-from engine.images import NORMALISATION
+from engine.images import IMAGENET, normalisation_of
 from engine.inference import NotFinite, Stopped, predict
-from engine.models import build_model, initial_model, shorten
+from engine.models import build_model, initial_model, network_of, shorten
 from engine.named import is_named
 from engine.reach import code_digest
 from engine.recipes import Recipe, is_of_timm
@@ -143,7 +143,7 @@ def train_model(
             arch=recipe.arch,
             stem=recipe.stem,
             classes=list(dataset.classes),
-            normalisation=NORMALISATION,
+            normalisation=normalisation_of(network).as_recorded(),
             settings=settings,
             config=asdict(config),
             environment=environment(config),
@@ -176,8 +176,8 @@ def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: 
     if model.recipe.weights_file and accuracy < 0.5:
         log.info(
             f"warning: {model} classifies only {accuracy:.0%} correctly. The usual reasons are a different "
-            "normalisation (here ImageNet's mean and standard deviation of RGB values from 0 to 1), a different class "
-            f"order (here {shorten(dataset.classes)}) or a different image size (here {model.config.image_size} px)"
+            f"normalisation (here {normalisation_of(network)}; see the settings mean and std), a different class order "
+            f"(here {shorten(dataset.classes)}) or a different image size (here {model.config.image_size} px)"
         )
 
 
@@ -200,7 +200,7 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
     def build() -> nn.Module:
         torch.manual_seed(model.seed)  # every recipe of this architecture starts from the same weights
         if checkpoint:
-            return build_model(recipe.arch, len(dataset.classes), stem=recipe.stem)
+            return network_of(checkpoint)
         return initial_model(recipe, dataset.classes, lambda text: log.info(f"{model}  {text}"))
 
     network = main_process_first(build)
@@ -220,6 +220,8 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
             line += f", {epochs} of {len(dataset.subset(recipe.train_size, recipe.train_subset)):,} images"
         if recipe.teacher:
             line += f", distilled from {recipe.teacher}"
+        if recipe.weights_file or normalisation_of(network) != IMAGENET:
+            line += f"; images are normalised with {normalisation_of(network)}"
         log.info(line)
     return place(network, config.device)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.checkpoints import Checkpoint, load_finished, load_logits, tensors_digest
+from engine.checkpoints import Checkpoint, load_finished, load_logits
 from engine.console import log, print_result
 from engine.datasets import Dataset, load_dataset
 from engine.distributed import on_rank0, rank, world_size
@@ -61,7 +61,7 @@ def finished_checkpoints(
             missing.append(model.path)
             continue
         check_settings(model.path, checkpoint, training_settings(model, dataset))
-        yield model, checkpoint, tensors_digest(checkpoint.weights)
+        yield model, checkpoint, checkpoint.digest
 
 
 def logits_of(network: nn.Module, images: torch.Tensor, config: Config, title: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch import nn
 
 from custom_resnet import LossFunction, train_model
 from engine import named
-from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
+from engine.checkpoints import load_logits, save_checkpoint
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import SHUFFLED_TEACHER, configure_backends, forward_pass, seed_sequence
@@ -31,6 +31,8 @@ from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
 from engine.fingerprints import load_teacher_state, logits_fingerprint
+from engine.images import normalisation_of
+from engine.images import prepare as prepare_images
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import Worker, run_in_workers, start_workers
 from engine.models import layers, load_model
@@ -81,14 +83,14 @@ def distillation_terms(
 class Teacher(NamedTuple):
     title: str
     model: nn.Module  # frozen, in evaluation mode
-    digest: str  # of its weights
+    digest: str  # of its weights and its normalisation
 
 
 def load_teacher(model: Model, dataset: Dataset) -> Teacher:
     """A finished teacher. Raises UserError if it is not trained yet, or with different settings."""
     checkpoint = load_teacher_state(model, dataset)
     network = load_model(checkpoint, model.config.device).requires_grad_(False)
-    return Teacher(str(model), network, tensors_digest(checkpoint.weights))
+    return Teacher(str(model), network, checkpoint.digest)
 
 
 def teacher_logits(
@@ -168,7 +170,7 @@ class OnlineTeacher:
     """Runs the teacher on each batch, for augmentations with too many views to store the logits of.
 
     Its logits (B, C) float32 are computed in the training's precision, except for the last layer: bfloat16 logits have
-    ties.
+    ties. The images are normalised as the teacher takes them, which need not be as the student does.
     """
 
     def __init__(self, teacher: nn.Module, config: Config):
@@ -177,12 +179,13 @@ class OnlineTeacher:
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=config.device)  # batches; reading it synchronises
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        images = prepare_images(batch.pixels, self.config.image_size, normalisation_of(self.teacher))
         if self.folded is None:
-            self.folded = fold_batchnorm(self.teacher, batch.images[:4], self.config.precision)
+            self.folded = fold_batchnorm(self.teacher, images[:4], self.config.precision)
             for last in layers(self.folded)[-1:]:
                 last.register_forward_hook(in_float32)
         with torch.no_grad(), forward_pass(self.config.device, self.config.precision):
-            logits = self.folded(batch.images).float()
+            logits = self.folded(images).float()
         self.nonfinite += ~logits.isfinite().all()
         return logits
 

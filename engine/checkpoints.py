@@ -15,6 +15,7 @@ from engine.console import log
 from engine.distributed import on_rank0
 from engine.errors import UserError, first_line
 from engine.files import write_durably
+from engine.images import IMAGENET, Normalisation
 from engine.settings import Config
 
 FORMAT = 4
@@ -89,7 +90,7 @@ class Checkpoint:
     arch: str
     stem: str
     classes: list[str]
-    normalisation: dict[str, list[float]]
+    normalisation: dict[str, list[float]]  # mean and std, see engine.images.Normalisation
     settings: dict[str, Any]  # the fingerprint, see engine.fingerprints
     config: dict[str, Any]  # the experiment, as dataclasses.asdict gives it
     environment: dict[str, str]
@@ -121,6 +122,13 @@ class Checkpoint:
     def load(cls, path: Path) -> "Checkpoint":
         """Raises UserError if the file cannot be read, is damaged or holds something else."""
         return cls.from_file(path, load_checkpoint(path))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights and, if it is not ImageNet's, of the normalisation that they were trained with."""
+        other = Normalisation.recorded(self.normalisation) != IMAGENET
+        statistics = {name: torch.tensor(values) for name, values in self.normalisation.items()} if other else {}
+        return tensors_digest({**self.weights, **statistics})
 
     @property
     def finished(self) -> bool:
@@ -202,13 +210,13 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def weights_digest(path: Path) -> str | None:
-    """The digest of the weights in a checkpoint; None if there is no file. Raises UserError if it is damaged."""
+    """The digest of a checkpoint; None if there is no file. Raises UserError if it is damaged."""
     return digest_of_version(path, path.stat().st_mtime_ns) if path.exists() else None
 
 
 @lru_cache
 def digest_of_version(path: Path, modified: int) -> str:
-    return tensors_digest(Checkpoint.load(path).weights)
+    return Checkpoint.load(path).digest
 
 
 @on_rank0

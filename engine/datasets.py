@@ -11,7 +11,7 @@ import torch
 from engine.console import log
 from engine.distributed import RankError, main_process_first, on_rank0, rank, shard
 from engine.errors import UserError, suggest
-from engine.images import augment, flip, prepare, shift
+from engine.images import IMAGENET, Normalisation, augment, flip, prepare, shift
 from engine.settings import Config
 from engine.soft_losses import problems_of_two_classes
 from engine.sources import (
@@ -53,10 +53,17 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,) int64
     indices: torch.Tensor  # (B,) int64, into the training images
     flipped: torch.Tensor | None  # (B,) bool; None if the images are augmented in other ways too
+    pixels: torch.Tensor  # (B, 3, H, W) uint8: the images before they were resized and normalised
 
 
 def batches(
-    split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
+    split: Split,
+    subset: torch.Tensor,
+    config: Config,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    normalisation: Normalisation = IMAGENET,
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; batch k depends on (seed, epoch, k) and on nothing else.
 
@@ -80,9 +87,10 @@ def batches(
         images = images.to(device, non_blocking=True)
         if padding:
             images = shift(images, down[here], right[here], padding)
-        images = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
+        pixels = augment(flip(images, flipped[here]), config.augment, (seed, epoch, here.start))
         view = None if config.unlimited_views else flipped[here]
-        yield Batch(prepare(images, config.image_size), split.labels[order[here]], order[here], view)
+        images = prepare(pixels, config.image_size, normalisation)
+        yield Batch(images, split.labels[order[here]], order[here], view, pixels)
 
 
 def load_dataset(config: Config) -> Dataset:

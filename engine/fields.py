@@ -55,7 +55,7 @@ def optional(kind: Kind) -> Kind:
     return kind._replace(
         expected=f"{kind.expected}, or none",
         accepts=lambda value: value is None or kind.accepts(value),
-        convert=lambda word: None if word.lower() == "none" else kind.convert(word),
+        convert=lambda word: None if "".join(word).lower() == "none" else kind.convert(word),
     )
 
 
@@ -99,6 +99,15 @@ FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 NONNEGATIVE = number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 FINITE = number("a number", lambda value: True)
+
+
+def three(kind: Kind, expected: str) -> Kind:
+    """Three values, for the channels of an image."""
+    tuples = several(kind, f"{expected}, for red, green and blue")
+    return tuples._replace(accepts=lambda values: tuples.accepts(values) and len(values) == 3)
+
+
+RGB, POSITIVE_RGB = three(FINITE, "three numbers"), three(POSITIVE, "three numbers above 0")
 
 
 def accepts_options(options: Any) -> bool:

@@ -23,7 +23,8 @@ from engine.distributed import on_rank0
 from engine.errors import UserError
 from engine.fields import settings_of
 from engine.files import write_durably
-from engine.models import read_weights
+from engine.images import IMAGENET
+from engine.models import chosen_normalisation, read_weights
 from engine.reach import code_digest
 from engine.recipes import Recipe, is_of_timm
 from engine.settings import Config, Model
@@ -48,6 +49,10 @@ IRRELEVANT = {
     "checkpoints_path",
     "imgs_path",
 }
+
+
+# The settings that earlier versions of this program did not have, and so did not record: what they did.
+EARLIER: dict[str, Any] = IMAGENET.as_recorded()
 
 
 @on_rank0
@@ -94,6 +99,8 @@ def recipe_settings(recipe: Recipe, images: int) -> dict[str, Any]:
         settings["weights"] = "ImageNet" if recipe.imagenet_weights else "random"
     elif Path(recipe.weights_file).exists():
         settings["weights"] = tensors_digest(read_weights(recipe.weights_file))
+    if "weights" in settings:
+        settings |= chosen_normalisation(recipe).as_recorded()
     if not recipe.epochs:
         return settings
     plain = ("optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing")
@@ -141,8 +148,8 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str, prefix: str 
             inner = f"{name}." if field == "recipe" else prefix
             inner = f"{prefix}loss_options." if field == "loss_options" else inner
             yield from compare(before.get(field, {}), value, name, inner)
-        elif before.get(field) != value:
-            yield prefix + field, before.get(field), value
+        elif (recorded := before.get(field, EARLIER.get(field))) != value:
+            yield prefix + field, recorded, value
 
 
 @on_rank0

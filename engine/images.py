@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.transforms import v2
 
 from engine import named
@@ -12,8 +14,35 @@ from engine.device import AUGMENTATION, memory_format, seed_torch
 from engine.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALISATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}  # as a checkpoint records it
 PRECISION_BITS = 22  # of Pillow's fixed-point weights
+
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation by channel, of RGB values from 0 to 1."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @classmethod
+    def recorded(cls, values: dict[str, list[float]]) -> "Normalisation":
+        """From a checkpoint, which holds lists."""
+        return cls(**{name: tuple(value) for name, value in values.items()})
+
+    def as_recorded(self) -> dict[str, list[float]]:
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    def __str__(self) -> str:
+        if self == IMAGENET:
+            return "ImageNet's mean and standard deviation"
+        return f"mean {' '.join(map(str, self.mean))} and standard deviation {' '.join(map(str, self.std))}"
+
+
+IMAGENET = Normalisation()
+
+
+def normalisation_of(network: nn.Module) -> Normalisation:
+    """What a network's images are normalised with: ImageNet's mean and standard deviation unless it carries others."""
+    return getattr(network, "image_normalisation", IMAGENET)
 
 
 def resize_weights(before: int, after: int) -> torch.Tensor:
@@ -88,17 +117,17 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @lru_cache
-def imagenet_statistics(device: torch.device) -> list[torch.Tensor]:
+def statistics(normalisation: Normalisation, device: torch.device) -> list[torch.Tensor]:
     """Mean and standard deviation (1, 3, 1, 1), cached to avoid a copy to the GPU in every step."""
-    return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD)]
+    return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in normalisation]
 
 
-def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+def prepare(images: torch.Tensor, size: int | None = None, normalisation: Normalisation = IMAGENET) -> torch.Tensor:
     """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), by default in the same size.
 
-    Bit-identical to torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation.
+    Bit-identical to torchvision's Resize, ToTensor and Normalize.
     """
-    mean, std = imagenet_statistics(images.device)
+    mean, std = statistics(normalisation, images.device)
 
     def normalise(chunk: torch.Tensor) -> torch.Tensor:
         chunk = chunk if size is None else resize(chunk, size)

@@ -19,6 +19,8 @@ from engine.fields import (
     OPTIONS,
     PATH,
     POSITIVE,
+    POSITIVE_RGB,
+    RGB,
     Kind,
     choice,
     default_of,
@@ -79,6 +81,13 @@ class Recipe:
     weights: str | None = setting(
         None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
     )
+    mean: tuple[float, ...] | None = setting(
+        None,
+        optional(RGB),
+        "the images' mean by channel, of values from 0 to 1, that the model takes them normalised with; none: that of "
+        "its weights, for a checkpoint of this program and for weights that timm downloads, else ImageNet's",
+    )
+    std: tuple[float, ...] | None = setting(None, optional(POSITIVE_RGB), "their standard deviation, likewise")
     teacher: str | None = setting(None, optional(NAME), "recipe to distil from")
     alpha: float = setting(0.25, FRACTION, "weight of the hard loss")
     soft_weight: float | None = setting(None, optional(NONNEGATIVE), "weight of the soft loss; none: 1 - alpha")
@@ -224,6 +233,11 @@ def baseline_of(name: str, recipes: Mapping[str, Recipe]) -> str | None:
     same = [other for other, r in recipes.items() if not r.teacher and settings_alone(r) == settings_alone(recipe)]
     same.sort(key=lambda other: other == recipe.teacher)
     return same[0] if same else None
+
+
+def loses_baseline(row: Recipe, baseline: Recipe, row_before: Recipe, baseline_before: Recipe) -> bool:
+    """Whether a change, such as a flag, has given a row another architecture than the baseline that it names."""
+    return row.arch != baseline.arch and row_before.arch == baseline_before.arch
 
 
 def row_alone(name: str, recipe: Recipe) -> str:

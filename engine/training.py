@@ -25,6 +25,7 @@ from engine.distributed import (
 )
 from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
+from engine.images import normalisation_of
 from engine.named import is_named
 from engine.recipes import Recipe
 from engine.settings import Model
@@ -204,15 +205,12 @@ class Training:
         if self.step == 0:
             self.meter, self.started = Meter(self.config.device), time.perf_counter()
         self.network.train()
-        epoch, seed, subset = (
-            len(self.history),
-            self.model.seed,
-            dataset.subset(self.recipe.train_size, self.recipe.train_subset),
-        )
+        epoch, seed, normalisation = len(self.history), self.model.seed, normalisation_of(self.network)
+        subset = dataset.subset(self.recipe.train_size, self.recipe.train_subset)
         title = f"{self.model} epoch {epoch + 1}/{self.recipe.epochs}"
         total, done = (count * self.images_per_step for count in (self.steps, self.step))
         with Progress(title, total, done) as self.progress:
-            for batch in batches(dataset.train, subset, self.config, seed, epoch, self.step):
+            for batch in batches(dataset.train, subset, self.config, seed, epoch, self.step, normalisation):
                 seed_torch(DROPOUT, seed, epoch, self.step, rank())  # a resumed run draws the same masks
                 yield batch
 
