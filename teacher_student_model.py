@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from custom_resnet import LossFunction, train_model
+from custom_resnet import LossFunction, hard_loss, train_model, weights_of_classes
 from engine import named
 from engine.checkpoints import load_logits, save_checkpoint
 from engine.console import log
@@ -65,14 +64,18 @@ def distillation_loss(
 
 
 def distillation_terms(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: Recipe,
+    class_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The terms of the loss by name, each with its weight and averaged over the batch.
 
     With the soft loss `kd` they are alpha * CE(z, y) and (1 - alpha) * T^2 * KL(softmax(v / T) || softmax(z / T)).
     """
     z, v = student_logits, teacher_logits.detach()  # (B, C)
-    hard = F.cross_entropy(z, labels, label_smoothing=recipe.label_smoothing)
+    hard = hard_loss(z, labels, recipe.label_smoothing, class_weights)
     soft_loss = find(recipe.soft_loss)  # includes the factor T^2 where it has one
     soft = soft_loss(z, v, labels, recipe.temperature, **recipe.soft_loss_options)
     if not recipe.scale_soft_loss:
@@ -199,9 +202,10 @@ class Distillation:
 
     recipe: Recipe
     teacher: Lookup
+    class_weights: torch.Tensor | None = None  # (C,), of the hard loss
 
     def __call__(self, student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return distillation_terms(student_logits, self.teacher(batch), batch.labels, self.recipe)
+        return distillation_terms(student_logits, self.teacher(batch), batch.labels, self.recipe, self.class_weights)
 
 
 def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
@@ -214,16 +218,16 @@ def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKN
 
     def make_loss() -> LossFunction:
         nonlocal online
-        teacher = load_teacher(of_teacher, dataset)
+        teacher, weights = load_teacher(of_teacher, dataset), weights_of_classes(recipe, dataset)
         if config.unlimited_views:
             online = OnlineTeacher(teacher.model, config)
-            return Distillation(recipe, online)
+            return Distillation(recipe, online, weights)
         subset, path = dataset.subset(recipe.train_size, recipe.train_subset), of_teacher.logits_path
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
             logits = teacher_logits(teacher, config, dataset, subset, path)
         if recipe.shuffle_teacher:
             logits = shuffle_within_classes(logits, dataset, subset, model.seed)
-        return Distillation(recipe, stored_logits(logits))
+        return Distillation(recipe, stored_logits(logits), weights)
 
     try:
         train_model(model, dataset, make_loss, estimate)

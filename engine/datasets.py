@@ -140,6 +140,7 @@ def read_dataset(config: Config) -> Dataset:
         if recipe.train_size is not None:
             stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
     check_schedules(config, len(train.labels))
+    check_kept_epochs(config, validation)
     on_host = False
     if torch.device(config.device).type == "cuda":
         total = sum(split.images.nbytes for split in (train, validation, test) if split)
@@ -200,6 +201,17 @@ def check_schedules(config: Config, images: int) -> None:
                 f"{name}.schedule = 'onecycle': needs 5 steps or more to reach lr, and this recipe trains for {steps}; "
                 "choose more epochs, a smaller batch_size or another schedule"
             )
+    if problems:
+        raise UserError(*problems)
+
+
+def check_kept_epochs(config: Config, validation: Split | None) -> None:
+    """Raise UserError for selected recipes that keep the best epoch where there are no validation images."""
+    problems = [
+        f"{name}.keep = 'best': needs validation images, such as --validation_size 500 or a folder val/ beside test/"
+        for name in config.selected()
+        if config.recipes[name].keep == "best" and not validation
+    ]
     if problems:
         raise UserError(*problems)
 

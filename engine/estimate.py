@@ -163,7 +163,8 @@ def space_needed(jobs: list[Job], sizes: dict[str, int], config: Config, dataset
     distilled = sum(job.model.teacher is not None for job in jobs)
     # The checkpoint of an unfinished model includes the optimizer's state, and the old and the new file coexist.
     moments = max(2 if config.recipes[name].optimizer == "adamw" else 1 for name in sizes)
-    unfinished = min(config.jobs, len(jobs)) * 2 * (1 + moments) * max(sizes.values())
+    best = any(config.recipes[name].keep == "best" for name in sizes)
+    unfinished = min(config.jobs, len(jobs)) * 2 * (1 + moments + best) * max(sizes.values())
     return sum(sizes[job.model.name] for job in jobs) + unfinished + (distilled + (distilled > 0)) * logits
 
 

@@ -52,7 +52,7 @@ IRRELEVANT = {
 
 
 # The settings that earlier versions of this program did not have, and so did not record: what they did.
-EARLIER: dict[str, Any] = IMAGENET.as_recorded()
+EARLIER = {**IMAGENET.as_recorded(), "clip_norm": None, "class_weights": "none", "keep": "last"}
 
 
 @on_rank0
@@ -103,7 +103,8 @@ def recipe_settings(recipe: Recipe, images: int) -> dict[str, Any]:
         settings |= chosen_normalisation(recipe).as_recorded()
     if not recipe.epochs:
         return settings
-    plain = ("optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing")
+    plain = ["optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing"]
+    plain += ["clip_norm", "class_weights", "keep"]
     settings |= {field: getattr(recipe, field) for field in plain}
     for field in ("optimizer", "schedule"):
         if named.is_named(settings[field]):

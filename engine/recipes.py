@@ -76,7 +76,20 @@ class Recipe:
         "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0; or "
         "MODULE:NAME, called with the optimizer and the number of steps, a scheduler that is stepped after each",
     )
+    clip_norm: float | None = setting(
+        None, optional(POSITIVE), "gradients whose norm, over all parameters, is larger are scaled down to this norm"
+    )
     label_smoothing: float = setting(0.0, FRACTION, "share of the hard labels that is spread over all classes")
+    class_weights: str = setting(
+        "none",
+        choice("none", "balanced"),
+        "balanced: in the hard loss all classes weigh alike, however many training images each has",
+    )
+    keep: str = setting(
+        "last",
+        choice("last", "best"),
+        "the weights of the last epoch, or of the one with the best accuracy on the validation images, in float32",
+    )
     pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
     weights: str | None = setting(
         None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"

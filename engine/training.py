@@ -1,7 +1,7 @@
 """A training run: optimizer, schedule, running loss and history, saved and restored exactly."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -70,6 +70,11 @@ def without_numpy(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(without_numpy, value))
     return value.item() if isinstance(value, np.generic) else value
+
+
+def best_epoch(history: Sequence[dict[str, float]]) -> int:
+    """The epoch, counted from 1, with the highest accuracy on the validation images; the first of several."""
+    return 1 + int(np.argmax([record["validation_accuracy"] for record in history]))
 
 
 def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -167,6 +172,7 @@ class Training:
         self.scheduler = make_scheduler(self.optimizer, self.recipe, self.recipe.epochs * self.steps)
         self.meter = Meter(self.config.device)
         self.history: list[dict[str, float]] = []  # a record for each epoch
+        self.best: dict[str, torch.Tensor] | None = None  # with keep = best, the weights of the best epoch so far
         self.step = 0  # done of the current epoch
         self.started = self.saved = time.perf_counter()
         if state:
@@ -178,6 +184,7 @@ class Training:
             "optimizer": without_numpy(self.optimizer.state_dict()),
             "scheduler": without_numpy(self.scheduler.state_dict()),
             "history": list(self.history),
+            "best": self.best,
             "step": self.step,
             "totals": all_reduce_sum(self.meter.sums).cpu(),
             "seconds": time.perf_counter() - self.started if self.step else 0.0,
@@ -196,7 +203,7 @@ class Training:
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:
                     # In the parameter's memory format: the fused optimizers pair elements by their place in memory.
                     moments[key] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
-        self.history, self.step = state["history"], state["step"]
+        self.history, self.step, self.best = state["history"], state["step"], state.get("best")
         self.meter = Meter(self.config.device, state["totals"] * (rank() == 0))
         self.started -= state["seconds"]
 
@@ -239,6 +246,12 @@ class Training:
         if save or stop:
             self.save()
         return bool(stop)
+
+    def add_record(self, record: dict[str, float]) -> None:
+        """Add an epoch to the history; with keep = best, keep its weights if it is the best so far."""
+        self.history.append(record)
+        if self.recipe.keep == "best" and best_epoch(self.history) == len(self.history):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
 
     def finish_epoch(self, evaluated: bool) -> bool:
         """Save when that is due. Returns whether to stop, after saving; so if the evaluation was interrupted."""

@@ -19,6 +19,7 @@ from engine.device import environment
 from engine.files import replace_files
 from engine.settings import Config
 from engine.sweeps import Grid
+from engine.training import best_epoch
 from report import figures
 from report.comparisons import (
     Comparison,
@@ -99,6 +100,7 @@ def collect(
         "models": {
             name: {
                 **model_metrics(model, labels, classes),
+                "kept_epochs": kept_epochs(model),
                 "weights": {str(seed): digest for seed, digest in model.digests.items()},
                 "cost": cost[name],
             }
@@ -120,6 +122,11 @@ def collect(
         },
         "environment": {**environment(config), "scikit-learn": sklearn.__version__},
     }
+
+
+def kept_epochs(model: Evaluated) -> dict[str, int]:
+    """Of a recipe that keeps the best epoch, that epoch by seed."""
+    return {str(s): best_epoch(history) for s, history in model.history.items() if model.recipe.keep == "best"}
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

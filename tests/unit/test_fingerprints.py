@@ -298,6 +298,6 @@ def test_a_run_from_before_a_setting_stays_valid(tmp_path, trained):
     words = flags(tmp_path, "--only", "teacher", "student")
     teacher_student_model.main(words)
     evaluate.main(["--run=demo", "--device=cpu", *paths(tmp_path)])
-    for setting in ("--student.mean 0.5 0.5 0.5",):
+    for setting in ("--student.mean 0.5 0.5 0.5", "--student.clip_norm 1", "--student.class_weights balanced"):
         with pytest.raises(SystemExit):
             teacher_student_model.main(override(words, *setting.split()))
