@@ -52,7 +52,7 @@ IRRELEVANT = {
 
 
 # The settings that earlier versions of this program did not have, and so did not record: what they did.
-EARLIER = {**IMAGENET.as_recorded(), "clip_norm": None, "class_weights": "none", "keep": "last"}
+EARLIER = {**IMAGENET.as_recorded(), "class_weights": "none", "keep": "last"}
 
 
 @on_rank0
@@ -101,6 +101,7 @@ def recipe_settings(recipe: Recipe, images: int) -> dict[str, Any]:
         settings["weights"] = tensors_digest(read_weights(recipe.weights_file))
     if "weights" in settings:
         settings |= chosen_normalisation(recipe).as_recorded()
+        settings["class_names"] = recipe.class_names
     if not recipe.epochs:
         return settings
     plain = ["optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing"]

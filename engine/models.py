@@ -74,6 +74,12 @@ def last_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     return next(name for name, module in model.named_modules() if module is last), last
 
 
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that compute logits: two of some models of timm, such as a distilled DeiT."""
+    of_timm = vars(model).get("default_cfg", {}).get("classifier")
+    return (of_timm,) if isinstance(of_timm, str) else of_timm or (last_layer(model)[0],)
+
+
 def layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     """Its linear layers and convolutions, in order."""
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -228,28 +234,31 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 def load_weights(
     model: nn.Module, path: str, recipe: Recipe, classes: Sequence[str], note: Callable[[str], None]
 ) -> None:
-    """Load a file of weights into a model. A recipe that trains gets a new last layer if the classes differ.
+    """Load a file of weights into a model; of its last layer, what belongs to the data set's classes, by name.
 
-    A checkpoint of this program knows its classes; of any other file, only their number is known. Raises UserError if
-    the weights belong to another architecture, to other classes and are not trained, or to a checkpoint that is not
-    finished.
+    The names in a file are those of `class_names` or of a checkpoint of this program; of any other file, only their
+    number is known. A recipe that trains gets a new last layer if the classes differ. Raises UserError if the weights
+    belong to another architecture, to other classes and are not trained, or to a checkpoint that is not finished.
     """
     found = read_file(path)
     weights = state_dict_of(found, path)
     of_last = {}
     if not named.is_named(recipe.arch) or is_of_timm(recipe.arch):  # of a network of the user's no last layer is known
-        last, _ = last_layer(model)
-        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
+        prefixes = tuple(f"{head}." for head in heads(model))
+        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
     number = len(next((weights[name] for name in of_last if name in weights), classes))
     differing = None
-    if is_checkpoint(path):
-        if not found.get("finished"):
-            epochs = len(found.get("history", ()))
-            raise UserError(f"{path}: its training is not finished ({epochs} epochs are done); resume it first")
-        if found.get("classes") != list(classes):
-            differing = (
-                f"its classes are {shorten(found.get('classes', []))}, and those of the data set {shorten(classes)}"
-            )
+    if is_checkpoint(path) and not found.get("finished"):
+        epochs = len(found.get("history", ()))
+        raise UserError(f"{path}: its training is not finished ({epochs} epochs are done); resume it first")
+    names = class_names(recipe)
+    if names and of_last and len(names) != number:
+        raise UserError(f"{path}: classifies into {number} classes, and class_names has {len(names)}")
+    if names and of_last and set(classes) <= set(names):
+        index = torch.tensor([names.index(name) for name in classes])
+        weights |= {name: weights[name][index] for name in of_last if name in weights}
+    elif names and names != tuple(classes):
+        differing = f"its classes are {shorten(names)}, and those of the data set {shorten(classes)}"
     elif number != len(classes):
         differing = f"classifies into {number} classes, and the data set has {len(classes)}"
     if differing and (recipe.epochs == 0 or not of_last):
@@ -261,6 +270,20 @@ def load_weights(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit a {recipe.arch} ({' '.join(str(error).split())[:300]})") from None
+
+
+def class_names(recipe: Recipe) -> tuple[str, ...] | None:
+    """The classes of a recipe's weights in the order of their logits; None if they are those of the data set.
+
+    Raises UserError if `class_names` contradicts a checkpoint of ours.
+    """
+    path, given = recipe.weights_file, recipe.class_names
+    if path and Path(path).is_file() and is_checkpoint(path):
+        own = tuple(read_file(path).get("classes", ()))
+        if given not in (None, own):
+            raise UserError(f"{path}: its classes are {shorten(own)}; leave out class_names")
+        return own
+    return given
 
 
 def shorten(classes: Sequence[str]) -> str:

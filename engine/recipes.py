@@ -12,6 +12,7 @@ import torchvision
 from engine import soft_losses
 from engine.errors import UserError
 from engine.fields import (
+    CLASS_NAMES,
     FLAG,
     FRACTION,
     NAME,
@@ -29,6 +30,7 @@ from engine.fields import (
     number,
     optional,
     or_named,
+    read_class_names,
     setting,
 )
 from engine.named import Named, is_named
@@ -94,6 +96,12 @@ class Recipe:
     weights: str | None = setting(
         None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
     )
+    class_names: Any = setting(  # a path becomes the names in the file
+        None,
+        optional(CLASS_NAMES),
+        "the classes of a file of weights in the order of its logits, or a file with a name on each line; those of the "
+        "data set are found among them by name. none: the classes of a checkpoint of this program, else the data set's",
+    )
     mean: tuple[float, ...] | None = setting(
         None,
         optional(RGB),
@@ -139,6 +147,8 @@ class Recipe:
             raise UserError(*{**problems, **invalid}.values())
         if self.weights not in (None, "random"):
             object.__setattr__(self, "weights", os.path.expanduser(self.weights))
+        if isinstance(self.class_names, str):
+            object.__setattr__(self, "class_names", read_class_names(self.class_names))
 
     @property
     def soft_loss_options(self) -> dict[str, float]:
@@ -196,6 +206,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
         values["arch"] not in RESNETS or (values["pretrained"] and values["weights"] is None)
     ):
         problems["stem"] = "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
+    if values["class_names"] is not None and values["weights"] in (None, "random"):
+        problems["class_names"] = "class_names: has no effect without a file of weights"
     unused = {}
     if values["soft_loss"] == "ttm" or is_named(values["soft_loss"]):
         unused["scale_soft_loss"] = f"with soft_loss = {values['soft_loss']}, whose scale is its own"

@@ -188,7 +188,7 @@ def results_markdown(results: Results) -> str:
         env.filters[function.__name__] = function
     recipes = results["settings"]["recipes"].values()
     hidden = {field for field in UNUSUAL if all(recipe.get(field) in (None, DEFAULTS[field]) for recipe in recipes)}
-    hidden.add("baseline")
+    hidden |= {"baseline", "class_names"}
     if not any(recipe["teacher"] and options(recipe["soft_loss"]) for recipe in recipes):
         hidden.add("loss_options")
     confused = [

@@ -2,6 +2,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,9 +382,78 @@ def test_the_normalisation_of_a_teacher_counts_for_its_students(tmp_path, traine
     assert Checkpoint.load(path).digest != before
 
 
-@pytest.mark.parametrize("classes", [("1", "0", *DIGITS[2:]), (*DIGITS[:9], "ten")], ids=["order", "name"])
-def test_a_checkpoint_of_ours_with_other_classes_is_refused_or_gets_a_new_last_layer(tmp_path, classes):
-    theirs, notes = own_checkpoint(tmp_path / "teacher.pt"), []
+OTHER_ORDER = ("7", "0", "3")
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+@pytest.mark.parametrize("given", ["checkpoint", "tuple", "file"])
+def test_logits_are_those_of_the_data_sets_classes_by_name(tmp_path, given, epochs):
+    """The data set has three of the teacher's ten classes, in another order."""
+    path, names = tmp_path / "teacher.pt", None
+    theirs = own_checkpoint(path)
+    if given != "checkpoint":
+        torch.save(theirs.state_dict(), path)
+        names = DIGITS
+    if given == "file":
+        names = str(tmp_path / "names.txt")
+        Path(names).write_text("\n".join(DIGITS) + "\n", encoding="utf-8")
+    recipe = Recipe(weights=str(path), epochs=epochs, class_names=names)
+    images = torch.randn(4, 3, 32, 32)
+    found = initial_model(recipe, OTHER_ORDER).eval()(images)
+    torch.testing.assert_close(found, theirs.eval()(images)[:, [7, 0, 3]], atol=1e-5, rtol=1e-5)
+
+
+def test_class_names_that_do_not_fit_are_refused(tmp_path):
+    theirs = own_checkpoint(tmp_path / "teacher.pt")
+    torch.save(theirs.state_dict(), path := str(tmp_path / "theirs.pth"))
+    wrong = {"weights": path, "epochs": 0}
+    with pytest.raises(UserError, match=r"classifies into 10 classes, and class_names has 3"):
+        initial_model(Recipe(**wrong, class_names=("a", "b", "c")), OTHER_ORDER)
+    with pytest.raises(UserError, match=r"its classes are a, b, .* and those of the data set 7, 0, 3"):
+        initial_model(Recipe(**wrong, class_names=tuple("abcdefghij")), OTHER_ORDER)
+    with pytest.raises(UserError, match="its classes are 0, 1, .*; leave out class_names"):
+        initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), class_names=OTHER_ORDER), DIGITS)
+    for names, message in (
+        (("a", "a"), "must be a file with the name of a class on each line, or the names, all different"),
+        (str(tmp_path / "nowhere.txt"), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Recipe(**wrong, class_names=names)
+    with pytest.raises(UserError, match="has no effect without a file of weights"):
+        Recipe(class_names=OTHER_ORDER)
+
+
+def test_another_order_of_class_names_is_another_model(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path := tmp_path / "teacher.pth")
+    words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--teacher.arch=resnet18")
+    words = override(words, "--only=teacher")
+    teacher_student_model.main(words)
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(override(words, "--teacher.class_names", *DIGITS[::-1]))
+    assert "teacher.class_names was None, is now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_a_model_with_two_heads_is_fine_tuned_to_other_classes(tmp_path, arch):
+    timm = pytest.importorskip("timm")
+    theirs, notes = timm.create_model(arch, num_classes=7), []
+    torch.save(theirs.state_dict(), tmp_path / "start.pth")
+    recipe = Recipe(arch=f"timm:{arch}", weights=str(tmp_path / "start.pth"), epochs=2)
+    model = initial_model(recipe, DIGITS, notes.append)
+    assert model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    new = {name for name, tensor in theirs.state_dict().items() if tensor.shape != shapes[name]}
+    for name, tensor in theirs.state_dict().items():
+        assert name in new or torch.equal(model.state_dict()[name], tensor), name
+    assert len({name.removesuffix(".weight").removesuffix(".bias") for name in new}) == 2  # the heads
+    assert len(notes) == 1
+    chosen = initial_model(replace(recipe, epochs=0, class_names=tuple("abcdefg")), ("g", "b")).eval()
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(chosen(images), theirs.eval()(images)[:, [6, 1]], atol=1e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_of_ours_with_other_classes_is_refused_or_gets_a_new_last_layer(tmp_path):
+    theirs, notes, classes = own_checkpoint(tmp_path / "teacher.pt"), [], (*DIGITS[:9], "ten")
     with pytest.raises(UserError, match=r"its classes are 0, 1, .*, and those of the data set"):
         initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=0), classes)
     model = initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=2), classes, notes.append)
