@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import LOGITS, Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
 from engine.device import environment, explain_device_errors, forward_pass, place
@@ -24,6 +24,7 @@ from engine.distributed import all_reduce_max, main_process_first, world_size
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
+from engine.given_logits import read_logits
 from engine.images import IMAGENET, normalisation_of
 from engine.inference import NotFinite, Stopped, predict
 from engine.models import build_model, initial_model, network_of, shorten
@@ -159,6 +160,24 @@ def train_model(
         log.info(f"{model}  is finished: {model.path}{differences(checkpoint, config)}")
         return
     settings = training_settings(model, dataset)
+    if recipe.logits_file:
+        logits = read_logits(recipe, dataset)
+        report_accuracy_of_given_logits(logits, model, dataset)
+        given = Checkpoint(
+            name=model.name,
+            seed=model.seed,
+            arch=LOGITS,
+            stem=recipe.stem,
+            classes=list(dataset.classes),
+            normalisation=IMAGENET.as_recorded(),
+            settings=settings,
+            config=asdict(config),
+            environment=environment(config),
+            history=[],
+            weights={"logits": logits},
+        )
+        given.save(model.path)
+        return
     network = start_network(model, dataset, checkpoint)
 
     def write(state: dict[str, Any]) -> None:
@@ -201,6 +220,15 @@ def train_model(
     log.info(f"{model}  is {'finished' if finished else 'saved; the same command resumes it'}: {model.path}{kept}")
     if stopped:
         raise SystemExit(128 + stopped)
+
+
+def report_accuracy_of_given_logits(logits: torch.Tensor, model: Model, dataset: Dataset) -> None:
+    accuracies = []
+    for name, split in (("training", dataset.train), ("test", dataset.test)):
+        if (found := logits[split.ids]).isfinite().all():
+            accuracy = (found.argmax(1) == split.labels.cpu()).float().mean().item()
+            accuracies.append(f"{accuracy:.2%} on the {name} images")
+    log.info(f"{model}  is the logits in {model.recipe.logits_file}, with an accuracy of {' and '.join(accuracies)}")
 
 
 def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: Dataset) -> None:

@@ -69,18 +69,30 @@ def logits_of(network: nn.Module, images: torch.Tensor, config: Config, title: s
     return predict(network, images, config.image_size, config.precision, title=title).cpu().numpy()
 
 
+def logits_of_splits(model: Model, checkpoint: Checkpoint, dataset: Dataset) -> Iterator[tuple[str, np.ndarray]]:
+    """Those of the validation and the test images, (N, C) float32, where there are such; computed or given."""
+    given, config = checkpoint.given_logits, model.config
+    network = None if given is not None else load_model(checkpoint, config.device)
+    for name, split in (("validation", dataset.validation), ("test", dataset.test)):
+        if split and network is not None:
+            yield name, logits_of(network, split.images, config, f"{model} {name} images")
+        elif split and given is not None and given[split.ids].isfinite().all():
+            yield name, given[split.ids].numpy()
+
+
 def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Evaluated], list[Path]]:
     """Every trained model on the test images, in the order of config.recipes, and the paths of the missing ones."""
     models: dict[str, Evaluated] = {}
     missing: list[Path] = []
     for model, checkpoint, digest in finished_checkpoints(config, dataset, missing):
-        network, seed = load_model(checkpoint, config.device), model.seed
+        seed, logits = model.seed, dict(logits_of_splits(model, checkpoint, dataset))
+        if "test" not in logits:
+            log.info(f"{model}  has no logits of the test images and is not in the report")
+            continue
         found = models.get(model.name, Evaluated(model.recipe, {}, {}))
-        validation = {}
-        if dataset.validation:
-            validation[seed] = logits_of(network, dataset.validation.images, config, f"{model} validation images")
+        validation = {seed: logits["validation"]} if "validation" in logits else {}
         models[model.name] = found._replace(
-            logits={**found.logits, seed: logits_of(network, dataset.test.images, config, f"{model} test images")},
+            logits={**found.logits, seed: logits["test"]},
             history={**found.history, seed: checkpoint.history},
             validation_logits={**found.validation_logits, **validation},
             digests={**found.digests, seed: digest},
@@ -98,6 +110,9 @@ def logits_for_student(
     """
     config = student.config
     subset, labels = dataset.subset(student.recipe.train_size, student.recipe.train_subset), dataset.train.labels.cpu()
+    if teacher.recipe.logits_file:
+        given = load_teacher_state(teacher, dataset).weights["logits"][dataset.train.ids]
+        return given[subset].numpy(), labels[subset].numpy()
     fingerprint = logits_fingerprint(digest, config, dataset)
     shape = (2, len(labels), len(dataset.classes))
     stored = load_logits(teacher.logits_path, fingerprint, shape)
@@ -145,6 +160,9 @@ def export(config: Config, dataset: Dataset) -> None:
     images, exported = dataset.test.images.cpu(), 0
     with lock(Path(config.checkpoints_path, config.run)):
         for model, checkpoint, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
+            if checkpoint.given_logits is not None:
+                log.info(f"{model}  is only logits, not exported")
+                continue
             network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(".pt2")
             logits = predict(network, images, config.image_size, "fp32", title=f"{model} test images")
             about = {"name": model.name, "seed": model.seed, "classes": checkpoint.classes}

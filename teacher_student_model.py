@@ -87,11 +87,14 @@ class Teacher(NamedTuple):
     title: str
     model: nn.Module  # frozen, in evaluation mode
     digest: str  # of its weights and its normalisation
+    given: torch.Tensor | None = None  # if it is only logits, these (R, C), by Split.ids, and no model
 
 
 def load_teacher(model: Model, dataset: Dataset) -> Teacher:
     """A finished teacher. Raises UserError if it is not trained yet, or with different settings."""
     checkpoint = load_teacher_state(model, dataset)
+    if checkpoint.given_logits is not None:
+        return Teacher(str(model), nn.Identity(), checkpoint.digest, checkpoint.given_logits)
     network = load_model(checkpoint, model.config.device).requires_grad_(False)
     return Teacher(str(model), network, checkpoint.digest)
 
@@ -105,6 +108,8 @@ def teacher_logits(
     are NaN. They are stored in the file `path`, and read from it if the fingerprint of their inputs matches. Raises
     UserError if one of them is NaN or infinite.
     """
+    if teacher.given is not None:
+        return teacher.given[dataset.train.ids].expand(2, -1, -1).to(config.device)
     fingerprint = logits_fingerprint(teacher.digest, config, dataset)
     shape = (2, len(dataset.train.labels), len(dataset.classes))
     logits = load_logits(path, fingerprint, shape) if path else torch.full(shape, torch.nan)

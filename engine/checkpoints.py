@@ -20,6 +20,7 @@ from engine.settings import Config
 
 FORMAT = 4
 CODE = "{} (its code)"  # the key of a digest of the user's code in a fingerprint
+LOGITS = "logits"  # the arch of a checkpoint that holds logits in place of weights
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -122,6 +123,11 @@ class Checkpoint:
     def load(cls, path: Path) -> "Checkpoint":
         """Raises UserError if the file cannot be read, is damaged or holds something else."""
         return cls.from_file(path, load_checkpoint(path))
+
+    @property
+    def given_logits(self) -> torch.Tensor | None:
+        """Those of a model that is only logits (R, C), by Split.ids; NaN where there are none."""
+        return self.weights["logits"] if self.arch == LOGITS else None
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,7 @@
 """Data sets: read once into tensors on the device, then served as batches."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ class Dataset(NamedTuple):
     validation: Split | None
     test: Split
     digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
+    names: tuple[str, ...] = ()  # of the files of a folder, by Split.ids: train/CLASS/FILE
+    sizes: Mapping[str, int] = {}  # train, test, val -> the number of images, as they were read, in the order of ids
 
     def subset(self, size: int | None, choice: int = 0) -> torch.Tensor:
         """Indices (size,) of a stratified choice of training images; None: all of them.
@@ -121,13 +123,15 @@ def read_dataset(config: Config) -> Dataset:
             f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME"
         )
     classes, train, validation, test = read(config)
+    parts = {name: part for name, part in (("train", train), ("test", test), ("val", validation)) if part}
+    train, test, validation = number_images(train, test, validation)  # type: ignore[assignment]
     if test is None:
         train, test = split_off_test_images(train, config)
     if validation and config.validation_size:
         raise UserError(f"validation_size = {config.validation_size}: {config.dataset} has a folder val/ for that")
     digest = hashlib.sha256(repr(classes).encode())
     for split in (train, test, validation):
-        for tensor in split or ():
+        for tensor in split[:2] if split else ():
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
     check_sizes(config, train)
@@ -151,7 +155,19 @@ def read_dataset(config: Config) -> Dataset:
         to_device(validation, config.device, on_host) if validation else None,
         to_device(test, config.device, on_host),
         digest.hexdigest(),
+        names=sum((part.names for part in parts.values()), ()),
+        sizes={name: len(part.labels) for name, part in parts.items()},
     )
+
+
+def number_images(*parts: Split | None) -> Iterator[Split | None]:
+    """The parts of a data set, their images numbered through."""
+    first = 0
+    for part in parts:
+        if part:
+            ids = torch.arange(first, first + len(part.labels))
+            part, first = part._replace(ids=ids), first + len(ids)
+        yield part
 
 
 def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
@@ -233,4 +249,4 @@ def check_soft_losses(config: Config, classes: int) -> None:
 def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
     """Labels on the device, and the images too, unless they are too many for it and stay in pinned host memory."""
     images = split.images.pin_memory() if images_on_host else split.images.to(device)
-    return Split(images, split.labels.to(device))
+    return Split(images, split.labels.to(device), ids=split.ids)

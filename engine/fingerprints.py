@@ -97,6 +97,8 @@ def recipe_settings(recipe: Recipe, images: int) -> dict[str, Any]:
         settings[CODE.format("arch")] = named.code_of(recipe.arch)
     if not recipe.weights_file:
         settings["weights"] = "ImageNet" if recipe.imagenet_weights else "random"
+    elif recipe.logits_file and Path(recipe.logits_file).exists():
+        settings["weights"] = hashlib.sha256(Path(recipe.logits_file).read_bytes()).hexdigest()
     elif Path(recipe.weights_file).exists():
         settings["weights"] = tensors_digest(read_weights(recipe.weights_file))
     if "weights" in settings:

@@ -94,7 +94,10 @@ class Recipe:
     )
     pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
     weights: str | None = setting(
-        None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
+        None,
+        optional(PATH),
+        "in place of ImageNet weights: a file of weights to start from, or random; with epochs = 0 also a file .npz of "
+        "logits, see engine/given_logits.py",
     )
     class_names: Any = setting(  # a path becomes the names in the file
         None,
@@ -175,8 +178,13 @@ class Recipe:
 
     @property
     def weights_file(self) -> str | None:
-        """The file of weights that training starts from."""
+        """The file of weights that training starts from, or of logits."""
         return None if self.weights == "random" else self.weights
+
+    @property
+    def logits_file(self) -> str | None:
+        """The file of a model that is only logits, see engine/given_logits.py."""
+        return self.weights if self.weights and self.weights.endswith(".npz") else None
 
 
 # These have no effect without a teacher.
@@ -200,6 +208,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
         problems["nesterov"] = "nesterov = True: needs a momentum above 0"
     if values["epochs"] == 0 and values["weights"] is None:
         problems["epochs"] = "epochs = 0: needs weights, a file or random"
+    if values["epochs"] and str(values["weights"]).endswith(".npz"):
+        problems["epochs"] = f"epochs = {values['epochs']}: must be 0, because weights are logits and cannot be trained"
     if values["epochs"] == 0 and values["teacher"] is not None:
         problems["epochs"] = "epochs = 0: has no effect with a teacher; a distilled model must be trained"
     if values["stem"] == "cifar" and (

@@ -25,9 +25,12 @@ from engine.settings import Config
 class Split(NamedTuple):
     images: torch.Tensor  # (N, 3, H, W) uint8
     labels: torch.Tensor  # (N,) int64
+    names: tuple[str, ...] = ()  # as it is read, of the files of a folder: train/CLASS/FILE
+    ids: torch.Tensor | None = None  # (N,) int64 on the CPU, the place of each image in the data set as it was read
 
     def select(self, indices: torch.Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
+        ids = None if self.ids is None else self.ids[indices.cpu()]
+        return Split(self.images[indices], self.labels[indices], ids=ids)
 
 
 # The classes; the training, validation and test images, None for those that there are not
@@ -129,7 +132,8 @@ def read_images(folder: Path, files: dict[str, list[Path]], classes: tuple[str, 
                 progress.describe()
     if unreadable:
         raise UserError(*at_most_ten(unreadable), "repair or remove these files")
-    return to_split(stack(arrays, size), labels)
+    names = tuple(path.relative_to(folder.parent).as_posix() for path in paths)
+    return to_split(stack(arrays, size), labels)._replace(names=names)
 
 
 def stack(arrays: list[np.ndarray], size: int) -> np.ndarray:

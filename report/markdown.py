@@ -17,7 +17,7 @@ from engine.soft_losses import options
 from report.comparisons import ENVIRONMENT, Comparison
 
 # Settings that the report leaves out where no model has them.
-UNUSUAL = ("mean", "std", "clip_norm", "class_weights", "keep")
+UNUSUAL = ("mean", "std", "clip_norm", "class_weights", "keep", "train_subset")
 
 Results = dict[str, Any]  # what results.json holds, its comparisons as Comparison
 

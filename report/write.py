@@ -102,7 +102,7 @@ def collect(
                 **model_metrics(model, labels, classes),
                 "kept_epochs": kept_epochs(model),
                 "weights": {str(seed): digest for seed, digest in model.digests.items()},
-                "cost": cost[name],
+                "cost": cost.get(name),
             }
             for name, model in models.items()
         },
@@ -164,7 +164,7 @@ def model_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Path and figure of everything that shows one model, or all of them."""
     for name, model in models.items():
-        title, seeds = f"{name}, {model.recipe.arch}", len(model.logits)
+        title, seeds = f"{name}, {model.recipe.logits_file or model.recipe.arch}", len(model.logits)
         counts = confusion_counts(model, labels, len(classes))
         over = f", sum of {seeds} seeds" if seeds > 1 else ""
         yield f"{name}/confusion_matrix.png", figures.confusion_figure(counts, classes, title + over)

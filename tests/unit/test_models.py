@@ -411,7 +411,7 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path):
         initial_model(Recipe(**wrong, class_names=("a", "b", "c")), OTHER_ORDER)
     with pytest.raises(UserError, match=r"its classes are a, b, .* and those of the data set 7, 0, 3"):
         initial_model(Recipe(**wrong, class_names=tuple("abcdefghij")), OTHER_ORDER)
-    with pytest.raises(UserError, match="its classes are 0, 1, .*; leave out class_names"):
+    with pytest.raises(UserError, match=r"its classes are 0, 1, .*; leave out class_names"):
         initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), class_names=OTHER_ORDER), DIGITS)
     for names, message in (
         (("a", "a"), "must be a file with the name of a class on each line, or the names, all different"),
