@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import distributed
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import LOGITS, Checkpoint
 from engine.console import duration, log, stop_requests
 from engine.datasets import Batch, Dataset
 from engine.device import environment, forward_pass, place
@@ -34,14 +34,15 @@ from engine.distributed import OrderlyStop, all_reduce_max, main_process_first, 
 from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
-from engine.images import NORMALISATION
+from engine.given_logits import read_logits
+from engine.images import IMAGENET, normalisation_of
 from engine.inference import NotFinite, Stopped, predict
-from engine.models import build_model, initial_model, shorten
+from engine.models import build_model, initial_model, network_of, shorten
 from engine.named import is_named
 from engine.reach import code_digest
 from engine.recipes import Recipe, is_of_timm
 from engine.settings import Config, Model
-from engine.training import Training, diverged, explain_share
+from engine.training import Training, best_epoch, diverged, explain_share
 from utils import load_config, open_run, run_script
 
 # logits (B, C) float32, batch -> the terms of the loss by name, each a mean over the B images; the loss is their sum
@@ -50,9 +51,32 @@ LossFunction = Callable[[torch.Tensor, Batch], dict[str, torch.Tensor]]
 build_resnet = build_model  # the original's name; it now builds any architecture
 
 
-def cross_entropy(logits: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> dict[str, torch.Tensor]:
+def hard_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The cross-entropy of logits (B, C) and labels (B,), each image's times the weight of its class (C,), averaged."""
+    if class_weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")  # (B,)
+    return (class_weights[labels] * losses).mean()
+
+
+def weights_of_classes(recipe: Recipe, dataset: Dataset) -> torch.Tensor | None:
+    """(C,), inversely proportional to the number of training images of each class; 1 on average over these images."""
+    if recipe.class_weights == "none":
+        return None
+    labels = dataset.train.labels[dataset.subset(recipe.train_size, recipe.train_subset)]
+    return len(labels) / (len(dataset.classes) * labels.bincount(minlength=len(dataset.classes)))
+
+
+def cross_entropy(
+    logits: torch.Tensor, batch: Batch, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The loss of a recipe without a teacher."""
-    return {"hard": F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)}
+    return {"hard": hard_loss(logits, batch.labels, label_smoothing, class_weights)}
 
 
 def fit(training: Training, dataset: Dataset, loss_fn: LossFunction) -> list[dict[str, float]]:
@@ -60,8 +84,8 @@ def fit(training: Training, dataset: Dataset, loss_fn: LossFunction) -> list[dic
 
     Raises Diverged if the loss becomes NaN or infinite.
     """
-    config, optimizer = training.config, training.optimizer
-    while len(training.history) < training.recipe.epochs:
+    config, recipe, optimizer = training.config, training.recipe, training.optimizer
+    while len(training.history) < recipe.epochs:
         for batch in training.batches(dataset):
             with forward_pass(config.device, config.precision):
                 logits = training.forward(batch.images).float()  # (B, C)
@@ -69,6 +93,8 @@ def fit(training: Training, dataset: Dataset, loss_fn: LossFunction) -> list[dic
             loss = training.measure_and_sum(logits, batch.labels, terms)
             optimizer.zero_grad()
             loss.backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(training.network.parameters(), recipe.clip_norm)
             optimizer.step()
             training.scheduler.step()
             stop = training.finish_step()
@@ -82,16 +108,18 @@ def fit(training: Training, dataset: Dataset, loss_fn: LossFunction) -> list[dic
 
 
 def evaluate_and_record(training: Training, dataset: Dataset) -> bool:
-    """Evaluate the model on the held-out images and add a record to the history. It is not used for model selection.
+    """Evaluate the model on the held-out images and add a record to the history, which selects weights to keep.
 
     Returns False if a signal interrupts the evaluation, which is repeated when training resumes.
     """
     training.check()
     (loss, accuracy), seconds = training.averages, time.perf_counter() - training.started
-    model, epochs = training.model, training.recipe.epochs
+    model, epochs, config = training.model, training.recipe.epochs, training.config
+    if training.recipe.keep == "best":
+        config = replace(config, precision="fp32")  # of logits in bfloat16 some are equal
     title = f"{model}  epoch {len(training.history) + 1:>2}/{epochs}"
     try:
-        held_out, held_out_accuracy = evaluate_held_out(training.network, model.config, dataset, title, training.stop)
+        held_out, held_out_accuracy = evaluate_held_out(training.network, config, dataset, title, training.stop)
     except Stopped:
         return False
     except NotFinite:
@@ -102,7 +130,7 @@ def evaluate_and_record(training: Training, dataset: Dataset) -> bool:
         record["soft_share"] = share
         if not training.history and (explanation := explain_share(training.recipe, share)):
             log.info(f"{model}  {explanation}")
-    training.history.append(record)
+    training.add_record(record)
     rate = training.steps * model.config.batch_size / seconds
     log.info(
         f"{title}  loss {loss:.4f}  training {accuracy:7.2%}  {held_out} {held_out_accuracy:7.2%}  "
@@ -142,40 +170,74 @@ def train_model(
         log.info(f"{model}  is finished: {model.path}{differences(checkpoint, config)}")
         return
     settings = training_settings(model, dataset)
+    if recipe.logits_file:
+        logits = read_logits(recipe, dataset)
+        report_accuracy_of_given_logits(logits, model, dataset)
+        given = Checkpoint(
+            name=model.name,
+            seed=model.seed,
+            arch=LOGITS,
+            stem=recipe.stem,
+            classes=list(dataset.classes),
+            normalisation=IMAGENET.as_recorded(),
+            settings=settings,
+            config=asdict(config),
+            environment=environment(config),
+            history=[],
+            weights={"logits": logits},
+        )
+        given.save(model.path)
+        return
     network = start_network(model, dataset, checkpoint)
 
     def write(state: dict[str, Any]) -> None:
-        weights = {name: tensor.cpu().contiguous() for name, tensor in state.pop("model").items()}
-        history = state.pop("history")
+        history, last = state.pop("history"), state.pop("model")
+        finished = len(history) == recipe.epochs
+        chosen = state["best"] if finished and state.get("best") else last
+        weights = {name: tensor.cpu().contiguous() for name, tensor in chosen.items()}
         Checkpoint(
             name=model.name,
             seed=model.seed,
             arch=recipe.arch,
             stem=recipe.stem,
             classes=list(dataset.classes),
-            normalisation=NORMALISATION,
+            normalisation=normalisation_of(network).as_recorded(),
             settings=settings,
             config=asdict(config),
             environment=environment(config),
             history=history,
             weights=weights,
-            progress=None if len(history) == recipe.epochs else state,
+            progress=None if finished else state,
         ).save(model.path)
 
     if recipe.epochs == 0:
         report_accuracy_of_given_weights(network, model, dataset)
         write({"model": network.state_dict(), "history": []})
         return
-    loss_fn = make_loss() if make_loss else partial(cross_entropy, label_smoothing=recipe.label_smoothing)
+    if make_loss:
+        loss_fn = make_loss()
+    else:
+        weights = weights_of_classes(recipe, dataset)
+        loss_fn = partial(cross_entropy, label_smoothing=recipe.label_smoothing, class_weights=weights)
     with stop_requests() as stop:
         images = len(dataset.subset(recipe.train_size, recipe.train_subset))
         state = checkpoint.training_state if checkpoint else None
         history = fit(Training(network, model, images, state, write, stop, estimate), dataset, loss_fn)
         (stopped,) = all_reduce_max(stop())
     finished = len(history) == recipe.epochs
-    log.info(f"{model}  is {'finished' if finished else 'saved; the same command resumes it'}: {model.path}")
+    kept = f", with the weights of epoch {best_epoch(history)}" if finished and recipe.keep == "best" else ""
+    log.info(f"{model}  is {'finished' if finished else 'saved; the same command resumes it'}: {model.path}{kept}")
     if stopped:
         raise OrderlyStop(128 + stopped)
+
+
+def report_accuracy_of_given_logits(logits: torch.Tensor, model: Model, dataset: Dataset) -> None:
+    accuracies = []
+    for name, split in (("training", dataset.train), ("test", dataset.test)):
+        if (found := logits[split.ids]).isfinite().all():
+            accuracy = (found.argmax(1) == split.labels.cpu()).float().mean().item()
+            accuracies.append(f"{accuracy:.2%} on the {name} images")
+    log.info(f"{model}  is the logits in {model.recipe.logits_file}, with an accuracy of {' and '.join(accuracies)}")
 
 
 def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: Dataset) -> None:
@@ -185,8 +247,8 @@ def report_accuracy_of_given_weights(network: nn.Module, model: Model, dataset: 
     if model.recipe.weights_file and accuracy < 0.5:
         log.info(
             f"warning: {model} classifies only {accuracy:.0%} correctly. The usual reasons are a different "
-            "normalisation (here ImageNet's mean and standard deviation of RGB values from 0 to 1), a different class "
-            f"order (here {shorten(dataset.classes)}) or a different image size (here {model.config.image_size} px)"
+            f"normalisation (here {normalisation_of(network)}; see the settings mean and std), a different class order "
+            f"(here {shorten(dataset.classes)}) or a different image size (here {model.config.image_size} px)"
         )
 
 
@@ -209,7 +271,7 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
     def build() -> nn.Module:
         torch.manual_seed(model.seed)  # every recipe of this architecture starts from the same weights
         if checkpoint:
-            return build_model(recipe.arch, len(dataset.classes), stem=recipe.stem)
+            return network_of(checkpoint)
         return initial_model(recipe, dataset.classes, lambda text: log.info(f"{model}  {text}"))
 
     network = main_process_first(build)
@@ -229,6 +291,8 @@ def start_network(model: Model, dataset: Dataset, checkpoint: Checkpoint | None)
             line += f", {epochs} of {len(dataset.subset(recipe.train_size, recipe.train_subset)):,} images"
         if recipe.teacher:
             line += f", distilled from {recipe.teacher}"
+        if recipe.weights_file or normalisation_of(network) != IMAGENET:
+            line += f"; images are normalised with {normalisation_of(network)}"
         log.info(line)
     return place(network, config.device)
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from engine.checkpoints import Checkpoint, load_finished, load_logits, tensors_digest
+from engine.checkpoints import Checkpoint, load_finished, load_logits
 from engine.console import log, print_result
 from engine.datasets import Dataset, load_dataset
 from engine.distributed import on_rank0, rank, world_size
@@ -75,7 +75,7 @@ def finished_checkpoints(
             missing.append(model.path)
             continue
         check_settings(model.path, checkpoint, training_settings(model, dataset))
-        yield model, checkpoint, tensors_digest(checkpoint.weights)
+        yield model, checkpoint, checkpoint.digest
 
 
 def logits_of(network: nn.Module, images: torch.Tensor, config: Config, title: str) -> np.ndarray:
@@ -83,18 +83,30 @@ def logits_of(network: nn.Module, images: torch.Tensor, config: Config, title: s
     return predict(network, images, config.image_size, config.precision, title=title).cpu().numpy()
 
 
+def logits_of_splits(model: Model, checkpoint: Checkpoint, dataset: Dataset) -> Iterator[tuple[str, np.ndarray]]:
+    """Those of the validation and the test images, (N, C) float32, where there are such; computed or given."""
+    given, config = checkpoint.given_logits, model.config
+    network = None if given is not None else load_model(checkpoint, config.device)
+    for name, split in (("validation", dataset.validation), ("test", dataset.test)):
+        if split and network is not None:
+            yield name, logits_of(network, split.images, config, f"{model} {name} images")
+        elif split and given is not None and given[split.ids].isfinite().all():
+            yield name, given[split.ids].numpy()
+
+
 def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Evaluated], list[Path]]:
     """Every trained model on the test images, in the order of config.recipes, and the paths of the missing ones."""
     models: dict[str, Evaluated] = {}
     missing: list[Path] = []
     for model, checkpoint, digest in finished_checkpoints(config, dataset, missing):
-        network, seed = load_model(checkpoint, config.device), model.seed
+        seed, logits = model.seed, dict(logits_of_splits(model, checkpoint, dataset))
+        if "test" not in logits:
+            log.info(f"{model}  has no logits of the test images and is not in the report")
+            continue
         found = models.get(model.name, Evaluated(model.recipe, {}, {}))
-        validation = {}
-        if dataset.validation:
-            validation[seed] = logits_of(network, dataset.validation.images, config, f"{model} validation images")
+        validation = {seed: logits["validation"]} if "validation" in logits else {}
         models[model.name] = found._replace(
-            logits={**found.logits, seed: logits_of(network, dataset.test.images, config, f"{model} test images")},
+            logits={**found.logits, seed: logits["test"]},
             history={**found.history, seed: checkpoint.history},
             validation_logits={**found.validation_logits, **validation},
             digests={**found.digests, seed: digest},
@@ -112,6 +124,9 @@ def logits_for_student(
     """
     config = student.config
     subset, labels = dataset.subset(student.recipe.train_size, student.recipe.train_subset), dataset.train.labels.cpu()
+    if teacher.recipe.logits_file:
+        given = load_teacher_state(teacher, dataset).weights["logits"][dataset.train.ids]
+        return given[subset].numpy(), labels[subset].numpy()
     fingerprint = logits_fingerprint(digest, config, dataset)
     shape = (2, len(labels), len(dataset.classes))
     stored = load_logits(teacher.logits_path, fingerprint, shape)
@@ -161,6 +176,9 @@ def export(config: Config, dataset: Dataset, suffix: str) -> None:
     squares = [pil_to_tensor(square(to_pil_image(image[0]), config.resize))[None] for image in photographs]
     with lock(Path(config.checkpoints_path, config.run)):
         for model, checkpoint, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
+            if checkpoint.given_logits is not None:
+                log.info(f"{model}  is only logits, not exported")
+                continue
             network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(f".{suffix}")
             groups = [images, *squares]
             logits = torch.cat([predict(network, group, config.image_size, title=str(model)) for group in groups])

@@ -27,13 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from custom_resnet import LossFunction, train_model
+from custom_resnet import LossFunction, hard_loss, train_model, weights_of_classes
 from diagnose.loss import NOT_RECOGNISED, CannotExamine, examine
 from engine import named
-from engine.checkpoints import load_logits, save_checkpoint, tensors_digest
+from engine.checkpoints import load_logits, save_checkpoint
 from engine.console import log
 from engine.datasets import Batch, Dataset, load_dataset
 from engine.device import SHUFFLED_TEACHER, configure_backends, forward_pass, seed_sequence
@@ -42,6 +41,8 @@ from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.files import lock
 from engine.fingerprints import load_teacher_state, logits_fingerprint
+from engine.images import normalisation_of
+from engine.images import prepare as prepare_images
 from engine.inference import fold_batchnorm, predict
 from engine.jobs import Worker, run_in_workers, start_workers
 from engine.models import layers, load_model
@@ -75,14 +76,18 @@ def distillation_loss(
 
 
 def distillation_terms(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: Recipe,
+    class_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """The terms of the loss by name, each with its weight and averaged over the batch.
 
     With the soft loss `kd` they are alpha * CE(z, y) and (1 - alpha) * T^2 * KL(softmax(v / T) || softmax(z / T)).
     """
     z, v = student_logits, teacher_logits.detach()  # (B, C)
-    hard = F.cross_entropy(z, labels, label_smoothing=recipe.label_smoothing)
+    hard = hard_loss(z, labels, recipe.label_smoothing, class_weights)
     soft_loss = find(recipe.soft_loss)  # includes the factor T^2 where it has one
     soft = soft_loss(z, v, labels, recipe.temperature, **recipe.soft_loss_options)
     if not recipe.scale_soft_loss:
@@ -105,14 +110,17 @@ def diagnose_soft_loss(recipe: Recipe, classes: int) -> str | None:
 class Teacher(NamedTuple):
     title: str
     model: nn.Module  # frozen, in evaluation mode
-    digest: str  # of its weights
+    digest: str  # of its weights and its normalisation
+    given: torch.Tensor | None = None  # if it is only logits, these (R, C), by Split.ids, and no model
 
 
 def load_teacher(model: Model, dataset: Dataset) -> Teacher:
     """A finished teacher. Raises UserError if it is not trained yet, or with different settings."""
     checkpoint = load_teacher_state(model, dataset)
+    if checkpoint.given_logits is not None:
+        return Teacher(str(model), nn.Identity(), checkpoint.digest, checkpoint.given_logits)
     network = load_model(checkpoint, model.config.device).requires_grad_(False)
-    return Teacher(str(model), network, tensors_digest(checkpoint.weights))
+    return Teacher(str(model), network, checkpoint.digest)
 
 
 def teacher_logits(
@@ -124,6 +132,8 @@ def teacher_logits(
     are NaN. They are stored in the file `path`, and read from it if the fingerprint of their inputs matches. Raises
     UserError if one of them is NaN or infinite.
     """
+    if teacher.given is not None:
+        return teacher.given[dataset.train.ids].expand(2, -1, -1).to(config.device)
     fingerprint = logits_fingerprint(teacher.digest, config, dataset)
     shape = (2, len(dataset.train.labels), len(dataset.classes))
     logits = load_logits(path, fingerprint, shape) if path else torch.full(shape, torch.nan)
@@ -192,7 +202,7 @@ class OnlineTeacher:
     """Runs the teacher on each batch, for augmentations with too many views to store the logits of.
 
     Its logits (B, C) float32 are computed in the training's precision, except for the last layer: bfloat16 logits have
-    ties.
+    ties. The images are normalised as the teacher takes them, which need not be as the student does.
     """
 
     def __init__(self, teacher: nn.Module, config: Config):
@@ -201,12 +211,13 @@ class OnlineTeacher:
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=config.device)  # batches; reading it synchronises
 
     def __call__(self, batch: Batch) -> torch.Tensor:
+        images = prepare_images(batch.pixels, self.config.image_size, normalisation_of(self.teacher))
         if self.folded is None:
-            self.folded = fold_batchnorm(self.teacher, batch.images[:4], self.config.precision)
+            self.folded = fold_batchnorm(self.teacher, images[:4], self.config.precision)
             for last in layers(self.folded)[-1:]:
                 last.register_forward_hook(in_float32)
         with torch.no_grad(), forward_pass(self.config.device, self.config.precision):
-            logits = self.folded(batch.images).float()
+            logits = self.folded(images).float()
         self.nonfinite += ~logits.isfinite().all()
         return logits
 
@@ -220,9 +231,10 @@ class Distillation:
 
     recipe: Recipe
     teacher: Lookup
+    class_weights: torch.Tensor | None = None  # (C,), of the hard loss
 
     def __call__(self, student_logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return distillation_terms(student_logits, self.teacher(batch), batch.labels, self.recipe)
+        return distillation_terms(student_logits, self.teacher(batch), batch.labels, self.recipe, self.class_weights)
 
 
 def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKNOWN) -> None:
@@ -237,16 +249,16 @@ def train_with_teacher(model: Model, dataset: Dataset, estimate: Estimate = UNKN
         nonlocal online
         if said := diagnose_soft_loss(recipe, len(dataset.classes)):
             log.info(f"{model}  {said}")
-        teacher = load_teacher(of_teacher, dataset)
+        teacher, weights = load_teacher(of_teacher, dataset), weights_of_classes(recipe, dataset)
         if config.unlimited_views:
             online = OnlineTeacher(teacher.model, config)
-            return Distillation(recipe, online)
+            return Distillation(recipe, online, weights)
         subset, path = dataset.subset(recipe.train_size, recipe.train_subset), of_teacher.logits_path
         with lock(path.parent, wait=True):  # two students of one teacher may start at the same time
             logits = teacher_logits(teacher, config, dataset, subset, path)
         if recipe.shuffle_teacher:
             logits = shuffle_within_classes(logits, dataset, subset, model.seed)
-        return Distillation(recipe, stored_logits(logits))
+        return Distillation(recipe, stored_logits(logits), weights)
 
     try:
         train_model(model, dataset, make_loss, estimate)

@@ -15,10 +15,12 @@ from engine.console import log
 from engine.distributed import on_rank0
 from engine.errors import UserError, first_line
 from engine.files import check_file, write_durably
+from engine.images import IMAGENET, Normalisation
 from engine.settings import Config
 
 FORMAT = 4
 CODE = "{} (its code)"  # the key of a digest of the user's code in a fingerprint
+LOGITS = "logits"  # the arch of a checkpoint that holds logits in place of weights
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
 
@@ -92,7 +94,7 @@ class Checkpoint:
     arch: str
     stem: str
     classes: list[str]
-    normalisation: dict[str, list[float]]
+    normalisation: dict[str, list[float]]  # mean and std, see engine.images.Normalisation
     settings: dict[str, Any]  # the fingerprint, see engine.fingerprints
     config: dict[str, Any]  # the experiment, as dataclasses.asdict gives it
     environment: dict[str, str]
@@ -127,6 +129,18 @@ class Checkpoint:
     def load(cls, path: Path) -> "Checkpoint":
         """Raises UserError if the file cannot be read, is damaged or holds something else."""
         return cls.from_file(path, load_checkpoint(path))
+
+    @property
+    def given_logits(self) -> torch.Tensor | None:
+        """Those of a model that is only logits (R, C), by Split.ids; NaN where there are none."""
+        return self.weights["logits"] if self.arch == LOGITS else None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights and, if it is not ImageNet's, of the normalisation that they were trained with."""
+        other = Normalisation.recorded(self.normalisation) != IMAGENET
+        statistics = {name: torch.tensor(values) for name, values in self.normalisation.items()} if other else {}
+        return tensors_digest({**self.weights, **statistics})
 
     @property
     def finished(self) -> bool:
@@ -209,13 +223,13 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def weights_digest(path: Path) -> str | None:
-    """The digest of the weights in a checkpoint; None if there is no file. Raises UserError if it is damaged."""
+    """The digest of a checkpoint; None if there is no file. Raises UserError if it is damaged."""
     return digest_of_version(path, path.stat().st_mtime_ns) if path.exists() else None
 
 
 @lru_cache
 def digest_of_version(path: Path, modified: int) -> str:
-    return tensors_digest(Checkpoint.load(path).weights)
+    return Checkpoint.load(path).digest
 
 
 @on_rank0

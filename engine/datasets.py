@@ -1,7 +1,7 @@
 """Data sets: read once into tensors on the device, then served as batches."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,7 +13,18 @@ from engine.console import log
 from engine.device import AUGMENTATION, seed_sequence
 from engine.distributed import RankError, main_process_first, on_rank0, rank, shard
 from engine.errors import UserError, suggest
-from engine.images import BATCHED, augment_one_by_one, crop, draw_boxes, erase, flip, prepare, shift
+from engine.images import (
+    BATCHED,
+    IMAGENET,
+    Normalisation,
+    augment_one_by_one,
+    crop,
+    draw_boxes,
+    erase,
+    flip,
+    prepare,
+    shift,
+)
 from engine.settings import Config
 from engine.soft_losses import problems_of_two_classes
 from engine.sources import (
@@ -36,6 +47,8 @@ class Dataset(NamedTuple):
     test: Split
     digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
     unreadable: tuple[str, ...] = ()  # a message for each file of a folder that has been left out
+    names: tuple[str, ...] = ()  # of the files of a folder, by Split.ids: train/CLASS/FILE
+    sizes: Mapping[str, int] = {}  # train, test, val -> the number of images, as they were read, in the order of ids
 
     def subset(self, size: int | None, choice: int = 0) -> torch.Tensor:
         """Indices (size,) of a stratified choice of training images; None: all of them.
@@ -56,6 +69,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,) int64
     indices: torch.Tensor  # (B,) int64, into the training images
     flipped: torch.Tensor | None  # (B,) bool; None if the images are augmented in other ways too
+    pixels: torch.Tensor  # (B, 3, H, W) uint8: the images before they were resized and normalised
 
 
 T = TypeVar("T")
@@ -87,7 +101,13 @@ def move(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def batches(
-    split: Split, subset: torch.Tensor, config: Config, seed: int, epoch: int, first_step: int = 0
+    split: Split,
+    subset: torch.Tensor,
+    config: Config,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    normalisation: Normalisation = IMAGENET,
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; batch k depends on (seed, epoch, k) and on nothing else.
 
@@ -133,7 +153,8 @@ def batches(
     for step, images in zip(steps, ahead(augmented, steps), strict=True):
         part = here(step)
         view = None if config.unlimited_views else flipped[part]
-        yield Batch(prepare(images, config.image_size), split.labels[order[part]], order[part], view)
+        prepared = prepare(images, config.image_size, normalisation)
+        yield Batch(prepared, split.labels[order[part]], order[part], view, images)
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -164,13 +185,15 @@ def read_dataset(config: Config) -> Dataset:
             f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME"
         )
     classes, train, validation, test, unreadable = read(config)
+    parts = {name: part for name, part in (("train", train), ("test", test), ("val", validation)) if part}
+    train, test, validation = number_images(train, test, validation)  # type: ignore[assignment]
     if test is None:
         train, test = split_off_test_images(train, config)
     if validation and config.validation_size:
         raise UserError(f"validation_size = {config.validation_size}: {config.dataset} has a folder val/ for that")
     digest = hashlib.sha256(repr(classes).encode())
     for split in (train, test, validation):
-        for tensor in split or ():
+        for tensor in split[:2] if split else ():
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
     check_sizes(config, train)
@@ -183,6 +206,7 @@ def read_dataset(config: Config) -> Dataset:
         if recipe.train_size is not None:
             stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
     check_schedules(config, len(train.labels))
+    check_kept_epochs(config, validation)
     on_host = False
     if torch.device(config.device).type == "cuda":
         total = sum(split.images.nbytes for split in (train, validation, test) if split)
@@ -197,8 +221,20 @@ def read_dataset(config: Config) -> Dataset:
         to_device(validation, config.device, on_host) if validation else None,
         to_device(test, config.device, on_host),
         digest.hexdigest(),
-        unreadable,
+        unreadable=unreadable,
+        names=sum((part.names for part in parts.values()), ()),
+        sizes={name: len(part.labels) for name, part in parts.items()},
     )
+
+
+def number_images(*parts: Split | None) -> Iterator[Split | None]:
+    """The parts of a data set, their images numbered through."""
+    first = 0
+    for part in parts:
+        if part:
+            ids = torch.arange(first, first + len(part.labels))
+            part, first = part._replace(ids=ids), first + len(ids)
+        yield part
 
 
 def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
@@ -252,6 +288,17 @@ def check_schedules(config: Config, images: int) -> None:
         raise UserError(*problems)
 
 
+def check_kept_epochs(config: Config, validation: Split | None) -> None:
+    """Raise UserError for selected recipes that keep the best epoch where there are no validation images."""
+    problems = [
+        f"{name}.keep = 'best': needs validation images, such as --validation_size 500 or a folder val/ beside test/"
+        for name in config.selected()
+        if config.recipes[name].keep == "best" and not validation
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
 def check_soft_losses(config: Config, classes: int) -> None:
     """Raise UserError for soft losses of the selected recipes that do not work with two classes."""
     if classes != 2:
@@ -269,4 +316,4 @@ def check_soft_losses(config: Config, classes: int) -> None:
 def to_device(split: Split, device: str, images_on_host: bool = False) -> Split:
     """Labels on the device, and the images too, unless they are too many for it and stay in pinned host memory."""
     images = split.images.pin_memory() if images_on_host else split.images.to(device)
-    return Split(images, split.labels.to(device))
+    return Split(images, split.labels.to(device), ids=split.ids)

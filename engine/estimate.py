@@ -15,6 +15,7 @@ from engine.datasets import Dataset
 from engine.device import forward_pass, place, supports_bf16, synchronize
 from engine.distributed import world_size
 from engine.errors import UserError
+from engine.given_logits import read_logits
 from engine.images import prepare
 from engine.models import Architecture, check_image_size, initial_model
 from engine.named import is_named
@@ -123,7 +124,7 @@ def teachers_asked(jobs: list[Job], config: Config, dataset: Dataset) -> dict[Jo
     """
     students: dict[Model, list[Job]] = {}
     for job in jobs:
-        if teacher := job.model.teacher:
+        if (teacher := job.model.teacher) and not teacher.recipe.logits_file:
             students.setdefault(teacher, []).append(job)
     views = (config.horizontal_flip < 1) + (config.horizontal_flip > 0)
     trained = {job.model for job in jobs}
@@ -146,6 +147,9 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
     sizes = {}
     for name in dict.fromkeys(job.model.name for job in jobs):
         recipe = config.recipes[name]
+        if recipe.logits_file:
+            sizes[name] = read_logits(recipe, dataset).nbytes
+            continue
         resumed = all(job.resumed for job in jobs if job.model.name == name)  # and needs no initial weights
         arch = Architecture.of(recipe)
         model = arch.build(len(dataset.classes)) if resumed else initial_model(recipe, dataset.classes)
@@ -162,7 +166,8 @@ def space_needed(jobs: list[Job], sizes: dict[str, int], config: Config, dataset
     distilled = sum(job.model.teacher is not None for job in jobs)
     # The checkpoint of an unfinished model includes the optimizer's state, and the old and the new file coexist.
     moments = max(2 if config.recipes[name].optimizer == "adamw" else 1 for name in sizes)
-    unfinished = min(config.jobs, len(jobs)) * 2 * (1 + moments) * max(sizes.values())
+    best = any(config.recipes[name].keep == "best" for name in sizes)
+    unfinished = min(config.jobs, len(jobs)) * 2 * (1 + moments + best) * max(sizes.values())
     return sum(sizes[job.model.name] for job in jobs) + unfinished + (distilled + (distilled > 0)) * logits
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine import named
@@ -55,7 +56,7 @@ def optional(kind: Kind) -> Kind:
     return kind._replace(
         expected=f"{kind.expected}, or none",
         accepts=lambda value: value is None or kind.accepts(value),
-        convert=lambda word: None if word.lower() == "none" else kind.convert(word),
+        convert=lambda word: None if "".join(word).lower() == "none" else kind.convert(word),
     )
 
 
@@ -102,6 +103,39 @@ FRACTION = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 NONNEGATIVE = number("a number, 0 or more", lambda value: value >= 0)
 POSITIVE = number("a number above 0", lambda value: value > 0)
 FINITE = number("a number", lambda value: True)
+
+
+def accepts_class_names(value: Any) -> bool:
+    names = read_class_names(value) if isinstance(value, str) else value
+    if type(names) is not tuple or not all(isinstance(name, str) for name in names):
+        return False
+    return len(names) > 1 and len(set(names)) == len(names)
+
+
+def read_class_names(path: str) -> tuple[str, ...]:
+    """The lines of a file that are not empty. Raises UserError if it cannot be read."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error})") from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+CLASS_NAMES = Kind(
+    "a file with the name of a class on each line, or the names, all different",
+    accepts_class_names,
+    lambda words: words[0] if len(words) == 1 else tuple(words),
+    "+",
+)
+
+
+def three(kind: Kind, expected: str) -> Kind:
+    """Three values, for the channels of an image."""
+    tuples = several(kind, f"{expected}, for red, green and blue")
+    return tuples._replace(accepts=lambda values: tuples.accepts(values) and len(values) == 3)
+
+
+RGB, POSITIVE_RGB = three(FINITE, "three numbers"), three(POSITIVE, "three numbers above 0")
 
 
 def accepts_options(options: Any) -> bool:

@@ -24,7 +24,8 @@ from engine.distributed import on_rank0
 from engine.errors import UserError
 from engine.fields import settings_of
 from engine.files import write_durably
-from engine.models import read_weights
+from engine.images import IMAGENET
+from engine.models import chosen_normalisation, read_weights
 from engine.reach import code_digest
 from engine.recipes import Recipe, is_of_timm
 from engine.settings import Config, Model
@@ -51,6 +52,10 @@ IRRELEVANT = {
     "checkpoints_path",
     "imgs_path",
 }
+
+
+# The settings that earlier versions of this program did not have, and so did not record: what they did.
+EARLIER = {**IMAGENET.as_recorded(), "class_weights": "none", "keep": "last"}
 
 
 @on_rank0
@@ -95,11 +100,17 @@ def recipe_settings(recipe: Recipe, images: int) -> dict[str, Any]:
         settings[CODE.format("arch")] = named.code_of(recipe.arch)
     if not recipe.weights_file:
         settings["weights"] = "ImageNet" if recipe.imagenet_weights else "random"
+    elif recipe.logits_file and Path(recipe.logits_file).exists():
+        settings["weights"] = hashlib.sha256(Path(recipe.logits_file).read_bytes()).hexdigest()
     elif Path(recipe.weights_file).exists():
         settings["weights"] = tensors_digest(read_weights(recipe.weights_file))
+    if "weights" in settings:
+        settings |= chosen_normalisation(recipe).as_recorded()
+        settings["class_names"] = recipe.class_names
     if not recipe.epochs:
         return settings
-    plain = ("optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing")
+    plain = ["optimizer", "lr", "momentum", "weight_decay", "nesterov", "schedule", "label_smoothing"]
+    plain += ["clip_norm", "class_weights", "keep"]
     settings |= {field: getattr(recipe, field) for field in plain}
     for field in ("optimizer", "schedule"):
         if named.is_named(settings[field]):
@@ -147,8 +158,8 @@ def compare(before: dict[str, Any], now: dict[str, Any], name: str, prefix: str 
             inner = f"{name}." if field == "recipe" else prefix
             inner = f"{prefix}loss_options." if field == "loss_options" else inner
             yield from compare(before.get(field, {}), value, name, inner)
-        elif before.get(field) != value:
-            yield prefix + field, before.get(field), value
+        elif (recorded := before.get(field, EARLIER.get(field))) != value:
+            yield prefix + field, recorded, value
 
 
 @on_rank0

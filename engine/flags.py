@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from engine.console import log, print_result
 from engine.errors import UserError, closest, suggest
 from engine.fields import kind_of, problem_with, settings_of, show, value_of
-from engine.recipes import Recipe, conflicts
+from engine.recipes import Recipe, conflicts, loses_baseline
 from engine.settings import Config
 
 # The settings that matter for a run that is trained already.
@@ -77,6 +77,9 @@ def parse(presets: Mapping[str, Config], argv: list[str] | None, script_flags: M
         except UserError as error:
             problems += [f"{name}.{message}" for message in error.messages]
             recipes[name] = recipe
+    if "baseline" not in words:
+        for name in [name for name in recipes if f"{name}.baseline" not in words]:
+            drop_baseline_of_other_arch(name, recipes, preset.recipes)
     for setting, rows in taken.items():
         others = [name for name in preset.recipes if name not in rows]
         if not rows:
@@ -103,6 +106,19 @@ def check_presets(presets: Any) -> None:
     if odd:
         raise UserError(
             *(f"PRESETS: {name!r} must be a name and a Config, 'mine': Config(RECIPES, run='mine')" for name in odd)
+        )
+
+
+def drop_baseline_of_other_arch(name: str, recipes: dict[str, Recipe], preset: Mapping[str, Recipe]) -> None:
+    """A row that the flags have given another architecture than its baseline has none; a line in the log says so."""
+    row, baseline = recipes[name], recipes[name].baseline
+    if baseline in recipes and loses_baseline(row, recipes[baseline], preset[name], preset[baseline]):
+        changed = row.arch != preset[name].arch
+        flag = f"--{baseline}.arch {row.arch}" if changed else f"--{name}.arch {recipes[baseline].arch}"
+        recipes[name] = dataclasses.replace(row, baseline=None)
+        log.info(
+            f"{name} ({row.arch}) is not compared with {baseline} ({recipes[baseline].arch}). Add {flag}, or "
+            f"--{name}.baseline {baseline} to compare them as they are"
         )
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.transforms import v2
 
 from engine import named
@@ -14,8 +15,35 @@ from engine.device import AUGMENTATION, memory_format, seeded
 from engine.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALISATION = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}  # as a checkpoint records it
 PRECISION_BITS = 22  # of Pillow's fixed-point weights
+
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation by channel, of RGB values from 0 to 1."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @classmethod
+    def recorded(cls, values: dict[str, list[float]]) -> "Normalisation":
+        """From a checkpoint, which holds lists."""
+        return cls(**{name: tuple(value) for name, value in values.items()})
+
+    def as_recorded(self) -> dict[str, list[float]]:
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    def __str__(self) -> str:
+        if self == IMAGENET:
+            return "ImageNet's mean and standard deviation"
+        return f"mean {' '.join(map(str, self.mean))} and standard deviation {' '.join(map(str, self.std))}"
+
+
+IMAGENET = Normalisation()
+
+
+def normalisation_of(network: nn.Module) -> Normalisation:
+    """What a network's images are normalised with: ImageNet's mean and standard deviation unless it carries others."""
+    return getattr(network, "image_normalisation", IMAGENET)
 
 
 def resize_weights(before: int, after: int) -> torch.Tensor:
@@ -100,17 +128,17 @@ def square_box(width: Any, height: Any, how: str) -> tuple[Any, Any, Any, Any]:
 
 
 @lru_cache
-def imagenet_statistics(device: torch.device) -> list[torch.Tensor]:
+def statistics(normalisation: Normalisation, device: torch.device) -> list[torch.Tensor]:
     """Mean and standard deviation (1, 3, 1, 1), cached to avoid a copy to the GPU in every step."""
-    return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD)]
+    return [torch.tensor(t, device=device).view(1, 3, 1, 1) for t in normalisation]
 
 
-def prepare(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+def prepare(images: torch.Tensor, size: int | None = None, normalisation: Normalisation = IMAGENET) -> torch.Tensor:
     """What the models take: uint8 (N, 3, H, W) -> normalised float32 (N, 3, size, size), by default in the same size.
 
-    Bit-identical to torchvision's Resize, ToTensor and Normalize with ImageNet's mean and standard deviation.
+    Bit-identical to torchvision's Resize, ToTensor and Normalize.
     """
-    mean, std = imagenet_statistics(images.device)
+    mean, std = statistics(normalisation, images.device)
 
     def normalise(chunk: torch.Tensor) -> torch.Tensor:
         chunk = chunk if size is None else resize(chunk, size)
@@ -188,7 +216,7 @@ def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
     row = row.unsqueeze(1)
     inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)  # (N, 1, H, W)
-    colour = imagenet_statistics(images.device)[0].mul(255).round().to(torch.uint8)
+    colour = statistics(IMAGENET, images.device)[0].mul(255).round().to(torch.uint8)
     return torch.where(inside, colour, images)
 
 

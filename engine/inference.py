@@ -11,7 +11,7 @@ from engine.console import Progress
 from engine.device import forward_pass, is_out_of_memory, without_tuning
 from engine.distributed import all_reduce_max, all_reduce_sum, shard
 from engine.errors import UserError
-from engine.images import prepare
+from engine.images import normalisation_of, prepare
 
 FOLD_FROM = 1000  # images; folding takes as long as predicting some hundred small ones
 
@@ -64,16 +64,16 @@ def predict(
 ) -> torch.Tensor:
     """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left unchanged.
 
-    uint8 images (N, 3, H, W) are resized to `image_size` (None: not resized) and normalised; float images are passed on
-    as they are. Batches that do not fit into the GPU's memory are halved. With several processes, all of which must
-    call this, each computes its part and receives all logits. Raises Stopped, in all of them, if `stop` returns a
-    signal in one, and NotFinite, which begins with `title`, if logits are NaN or infinite.
+    uint8 images (N, 3, H, W) are resized to `image_size` (None: not resized) and normalised as the model takes
+    them; float images are passed on as they are. Batches that do not fit into the GPU's memory are halved. With several
+    processes, all of which must call this, each computes its part and receives all logits. Raises Stopped, in all of
+    them, if `stop` returns a signal in one, and NotFinite, which begins with `title`, if logits are NaN or infinite.
     """
     device = next(model.parameters()).device
 
     def prepared(chunk: torch.Tensor) -> torch.Tensor:
         chunk = chunk.to(device, non_blocking=True)
-        return prepare(chunk, image_size) if chunk.dtype == torch.uint8 else chunk
+        return prepare(chunk, image_size, normalisation_of(model)) if chunk.dtype == torch.uint8 else chunk
 
     if len(images) >= FOLD_FROM:
         network = fold_batchnorm(model, prepared(images[:4]), precision)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from engine.checkpoints import CODE, RETRAIN, Checkpoint, is_checkpoint, load_ch
 from engine.device import place
 from engine.errors import MISTAKES, UserError, at_most_ten, first_line, one_line, suggest
 from engine.files import check_file
-from engine.images import NORMALISATION
+from engine.images import IMAGENET, Normalisation
 from engine.recipes import ARCHS, Recipe, is_of_timm
 
 
@@ -74,6 +75,12 @@ def last_layer(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     return next(name for name, module in model.named_modules() if module is last), last
 
 
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that compute logits: two of some models of timm, such as a distilled DeiT."""
+    of_timm = vars(model).get("default_cfg", {}).get("classifier")
+    return (of_timm,) if isinstance(of_timm, str) else of_timm or (last_layer(model)[0],)
+
+
 def layers(model: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     """Its linear layers and convolutions, in order."""
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -104,11 +111,16 @@ def load_imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+def timm_or_error(arch: str) -> ModuleType:
     try:
         import timm
     except ImportError:
-        raise UserError(f"arch = 'timm:{name}': timm is not installed; pip install timm") from None
+        raise UserError(f"arch = {arch!r}: timm is not installed; pip install timm") from None
+    return timm
+
+
+def build_timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
+    timm = timm_or_error(f"timm:{name}")
     if not timm.is_model(name):
         raise UserError(f"arch = 'timm:{name}': no such model; {suggest(name, timm.list_models())}")
     try:
@@ -155,7 +167,32 @@ def initial_model(recipe: Recipe, classes: Sequence[str], note: Callable[[str], 
     model = build_model(recipe.arch, len(classes), recipe.imagenet_weights, recipe.stem)
     if recipe.weights_file:
         load_weights(model, recipe.weights_file, recipe, classes, note)
+    return with_normalisation(model, chosen_normalisation(recipe))
+
+
+def with_normalisation(model: nn.Module, normalisation: Normalisation) -> nn.Module:
+    """The model itself, which from now on carries what its images are normalised with."""
+    vars(model)["image_normalisation"] = normalisation
     return model
+
+
+def chosen_normalisation(recipe: Recipe) -> Normalisation:
+    """A recipe's `mean` and `std`; where they are None, those that its weights were trained with.
+
+    Raises UserError if they contradict a checkpoint of ours.
+    """
+    path, own, chosen = recipe.weights_file, IMAGENET, {}
+    for field in Normalisation._fields:
+        if getattr(recipe, field) is not None:
+            chosen[field] = getattr(recipe, field)
+    if path and Path(path).is_file() and is_checkpoint(path):
+        own = Normalisation.recorded(read_file(path).get("normalisation", {}))
+        if own._replace(**chosen) != own:
+            raise UserError(f"{path}: was trained on images normalised with {own}; leave out mean and std")
+    elif recipe.imagenet_weights and is_of_timm(recipe.arch):
+        of_timm = timm_or_error(recipe.arch).get_pretrained_cfg(recipe.arch.removeprefix("timm:"))
+        own = Normalisation(of_timm.mean, of_timm.std) if of_timm else own
+    return own._replace(**chosen)
 
 
 def read_file(path: str) -> Any:
@@ -197,26 +234,31 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 def load_weights(
     model: nn.Module, path: str, recipe: Recipe, classes: Sequence[str], note: Callable[[str], None]
 ) -> None:
-    """Load a file of weights into a model. A recipe that trains gets a new last layer if the classes differ.
+    """Load a file of weights into a model; of its last layer, what belongs to the data set's classes, by name.
 
-    A checkpoint of this program knows its classes; of any other file, only their number is known. Raises UserError if
-    the weights belong to another architecture, to other classes and are not trained, or to a checkpoint that is not
-    finished or was trained with another normalisation.
+    The names in a file are those of `class_names` or of a checkpoint of this program; of any other file, only their
+    number is known. A recipe that trains gets a new last layer if the classes differ. Raises UserError if the weights
+    belong to another architecture, to other classes and are not trained, or to a checkpoint that is not finished.
     """
     found = read_file(path)
     weights = state_dict_of(found, path)
     of_last = {}
     if not named.is_named(recipe.arch) or is_of_timm(recipe.arch):  # of a network of the user's no last layer is known
-        last, _ = last_layer(model)
-        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{last}.")}
+        prefixes = tuple(f"{head}." for head in heads(model))
+        of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
     number = len(next((weights[name] for name in of_last if name in weights), classes))
     differing = None
-    if is_checkpoint(path):
-        check_origin(path, found)
-        if found.get("classes") != list(classes):
-            differing = (
-                f"its classes are {shorten(found.get('classes', []))}, and those of the data set {shorten(classes)}"
-            )
+    if is_checkpoint(path) and not found.get("finished"):
+        epochs = len(found.get("history", ()))
+        raise UserError(f"{path}: its training is not finished ({epochs} epochs are done); resume it first")
+    names = class_names(recipe)
+    if names and of_last and len(names) != number:
+        raise UserError(f"{path}: classifies into {number} classes, and class_names has {len(names)}")
+    if names and of_last and set(classes) <= set(names):
+        index = torch.tensor([names.index(name) for name in classes])
+        weights |= {name: weights[name][index] for name in of_last if name in weights}
+    elif names and names != tuple(classes):
+        differing = f"its classes are {shorten(names)}, and those of the data set {shorten(classes)}"
     elif number != len(classes):
         differing = f"classifies into {number} classes, and the data set has {len(classes)}"
     if differing and (recipe.epochs == 0 or not of_last):
@@ -230,23 +272,28 @@ def load_weights(
         raise UserError(f"{path}: does not fit a {recipe.arch} ({one_line(error)})") from None
 
 
-def check_origin(path: str, state: dict[str, Any]) -> None:
-    """Raise UserError unless a checkpoint is that of a finished model with the normalisation of this program."""
-    problems = []
-    if not state.get("finished"):
-        epochs = len(state.get("history", ()))
-        problems.append(f"{path}: its training is not finished ({epochs} epochs are done); resume it first")
-    if state.get("normalisation") != NORMALISATION:
-        problems.append(
-            f"{path}: was trained on images normalised with {state.get('normalisation')}, and here they are normalised "
-            f"with {NORMALISATION}"
-        )
-    if problems:
-        raise UserError(*problems)
+def class_names(recipe: Recipe) -> tuple[str, ...] | None:
+    """The classes of a recipe's weights in the order of their logits; None if they are those of the data set.
+
+    Raises UserError if `class_names` contradicts a checkpoint of ours.
+    """
+    path, given = recipe.weights_file, recipe.class_names
+    if path and Path(path).is_file() and is_checkpoint(path):
+        own = tuple(read_file(path).get("classes", ()))
+        if given not in (None, own):
+            raise UserError(f"{path}: its classes are {shorten(own)}; leave out class_names")
+        return own
+    return given
 
 
 def shorten(classes: Sequence[str]) -> str:
     return ", ".join(at_most_ten(list(classes)))
+
+
+def network_of(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint, whose weights are not loaded yet."""
+    model = build_model(checkpoint.arch, len(checkpoint.classes), stem=checkpoint.stem)
+    return with_normalisation(model, Normalisation.recorded(checkpoint.normalisation))
 
 
 def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
@@ -263,7 +310,7 @@ def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
             f"{RETRAIN}, with a lower lr"
         )
     try:
-        model = build_model(checkpoint.arch, len(checkpoint.classes), stem=checkpoint.stem)
+        model = network_of(checkpoint)
     except UserError as error:  # of a network of the user's that is not here
         raise UserError(f"{title}: arch = {checkpoint.arch!r}: {error}") from None
     try:

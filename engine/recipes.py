@@ -12,6 +12,7 @@ import torchvision
 from engine import soft_losses
 from engine.errors import UserError
 from engine.fields import (
+    CLASS_NAMES,
     FLAG,
     FRACTION,
     NAME,
@@ -19,6 +20,8 @@ from engine.fields import (
     OPTIONS,
     PATH,
     POSITIVE,
+    POSITIVE_RGB,
+    RGB,
     Kind,
     choice,
     default_of,
@@ -27,6 +30,7 @@ from engine.fields import (
     number,
     optional,
     or_named,
+    read_class_names,
     setting,
 )
 from engine.named import Named, is_named
@@ -74,11 +78,40 @@ class Recipe:
         "constant; cosine: decays from lr to 0; onecycle: rises to lr over 30% of the steps, then decays to 0; or "
         "MODULE:NAME, called with the optimizer and the number of steps, a scheduler that is stepped after each",
     )
+    clip_norm: float | None = setting(
+        None, optional(POSITIVE), "gradients whose norm, over all parameters, is larger are scaled down to this norm"
+    )
     label_smoothing: float = setting(0.0, FRACTION, "share of the hard labels that is spread over all classes")
+    class_weights: str = setting(
+        "none",
+        choice("none", "balanced"),
+        "balanced: in the hard loss all classes weigh alike, however many training images each has",
+    )
+    keep: str = setting(
+        "last",
+        choice("last", "best"),
+        "the weights of the last epoch, or of the one with the best accuracy on the validation images, in float32",
+    )
     pretrained: bool = setting(True, FLAG, "start from ImageNet weights")
     weights: str | None = setting(
-        None, optional(PATH), "in place of ImageNet weights: a file of weights to start from, or random"
+        None,
+        optional(PATH),
+        "in place of ImageNet weights: a file of weights to start from, or random; with epochs = 0 also a file .npz of "
+        "logits, see engine/given_logits.py",
     )
+    class_names: Any = setting(  # a path becomes the names in the file
+        None,
+        optional(CLASS_NAMES),
+        "the classes of a file of weights in the order of its logits, or a file with a name on each line; those of the "
+        "data set are found among them by name. none: the classes of a checkpoint of this program, else the data set's",
+    )
+    mean: tuple[float, ...] | None = setting(
+        None,
+        optional(RGB),
+        "the images' mean by channel, of values from 0 to 1, that the model takes them normalised with; none: that of "
+        "its weights, for a checkpoint of this program and for weights that timm downloads, else ImageNet's",
+    )
+    std: tuple[float, ...] | None = setting(None, optional(POSITIVE_RGB), "their standard deviation, likewise")
     teacher: str | None = setting(None, optional(NAME), "recipe to distil from")
     alpha: float = setting(0.25, FRACTION, "weight of the hard loss")
     soft_weight: float | None = setting(None, optional(NONNEGATIVE), "weight of the soft loss; none: 1 - alpha")
@@ -117,6 +150,8 @@ class Recipe:
             raise UserError(*{**problems, **invalid}.values())
         if self.weights not in (None, "random"):
             object.__setattr__(self, "weights", os.path.expanduser(self.weights))
+        if isinstance(self.class_names, str):
+            object.__setattr__(self, "class_names", read_class_names(self.class_names))
 
     @property
     def soft_loss_options(self) -> dict[str, float]:
@@ -143,8 +178,13 @@ class Recipe:
 
     @property
     def weights_file(self) -> str | None:
-        """The file of weights that training starts from."""
+        """The file of weights that training starts from, or of logits."""
         return None if self.weights == "random" else self.weights
+
+    @property
+    def logits_file(self) -> str | None:
+        """The file of a model that is only logits, see engine/given_logits.py."""
+        return self.weights if self.weights and self.weights.endswith(".npz") else None
 
 
 # These have no effect without a teacher.
@@ -168,6 +208,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
         problems["nesterov"] = "nesterov = True: needs a momentum above 0"
     if values["epochs"] == 0 and values["weights"] is None:
         problems["epochs"] = "epochs = 0: needs weights, a file or random"
+    if values["epochs"] and str(values["weights"]).endswith(".npz"):
+        problems["epochs"] = f"epochs = {values['epochs']}: must be 0, because weights are logits and cannot be trained"
     if values["epochs"] == 0 and values["teacher"] is not None:
         problems["epochs"] = "epochs = 0: has no effect with a teacher; a distilled model must be trained"
     if values["teacher"] is not None and values["alpha"] == values["soft_weight"] == 0:
@@ -176,6 +218,8 @@ def conflicts(values: Mapping[str, Any]) -> dict[str, str]:
         values["arch"] not in RESNETS or (values["pretrained"] and values["weights"] is None)
     ):
         problems["stem"] = "stem = 'cifar': needs a ResNet and pretrained = False (ImageNet weights have another stem)"
+    if values["class_names"] is not None and values["weights"] in (None, "random"):
+        problems["class_names"] = "class_names: has no effect without a file of weights"
     unused = {}
     if values["soft_loss"] == "ttm" or is_named(values["soft_loss"]):
         unused["scale_soft_loss"] = f"with soft_loss = {values['soft_loss']}, whose scale is its own"
@@ -226,6 +270,11 @@ def baseline_of(name: str, recipes: Mapping[str, Recipe]) -> str | None:
     same = [other for other, r in recipes.items() if not r.teacher and settings_alone(r) == settings_alone(recipe)]
     same.sort(key=lambda other: other == recipe.teacher)
     return same[0] if same else None
+
+
+def loses_baseline(row: Recipe, baseline: Recipe, row_before: Recipe, baseline_before: Recipe) -> bool:
+    """Whether a change, such as a flag, has given a row another architecture than the baseline that it names."""
+    return row.arch != baseline.arch and row_before.arch == baseline_before.arch
 
 
 def row_alone(name: str, recipe: Recipe) -> str:

@@ -9,7 +9,8 @@ from engine.checkpoints import Checkpoint, load_training, read_metadata
 from engine.console import log
 from engine.errors import UserError
 from engine.fingerprints import compare
-from engine.recipes import Recipe
+from engine.images import IMAGENET
+from engine.recipes import Recipe, is_of_timm, loses_baseline
 from engine.settings import Config
 from engine.sweeps import Grid, row_of_same_values
 
@@ -35,6 +36,8 @@ def recorded_config(folder: Path) -> Config:
                 check_agreement(first, found[first].settings[part], path, settings, name)
         for name, values in checkpoint.config["recipes"].items():
             if name == checkpoint.name or name not in recipes:
+                if "mean" not in values and is_of_timm(values["arch"]):  # recorded when all were normalised alike
+                    values = {**values, **IMAGENET._asdict()}
                 try:
                     recipes[name] = Recipe(**known(Recipe, values))
                 except UserError as error:
@@ -93,6 +96,10 @@ def with_baselines_of(preset: Config | None, recorded: Config, names: Iterable[s
         if row is None:
             continue
         baseline = row_of_same_values(recipes[name], row.baseline, recorded.swept)
+        if baseline in recipes and baseline in preset.recipes and baseline != before:
+            named = preset.recipes[baseline]
+            if loses_baseline(recipes[name], recipes[baseline], row, named):  # by a flag when it was trained
+                continue
         if baseline != before:
             recipes[name] = replace(recipes[name], baseline=baseline)
             log.info(f"{name}.baseline is {baseline} in config.py, which counts, and {before} in the checkpoint")

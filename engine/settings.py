@@ -221,6 +221,11 @@ class Config:
                 problems.append(
                     f"{name}.shuffle_teacher = True: needs stored logits, so no crop_padding and no augment"
                 )
+            if recipe.teacher in self.recipes and self.recipes[recipe.teacher].logits_file and self.unlimited_views:
+                problems.append(
+                    f"{name}.teacher = {recipe.teacher!r}: has logits of an image and its mirror image only, so no "
+                    "crop_padding and no augment"
+                )
             if recipe.baseline == name:
                 problems.append(f"{name}.baseline = {name!r}: a recipe cannot be its own baseline")
             if name in (teachers := self.teachers_of(name)):

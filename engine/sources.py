@@ -29,9 +29,12 @@ from engine.settings import Config
 class Split(NamedTuple):
     images: torch.Tensor  # (N, 3, H, W) uint8
     labels: torch.Tensor  # (N,) int64
+    names: tuple[str, ...] = ()  # as it is read, of the files of a folder: train/CLASS/FILE
+    ids: torch.Tensor | None = None  # (N,) int64 on the CPU, the place of each image in the data set as it was read
 
     def select(self, indices: torch.Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
+        ids = None if self.ids is None else self.ids[indices.cpu()]
+        return Split(self.images[indices], self.labels[indices], ids=ids)
 
 
 class Contents(NamedTuple):
@@ -62,24 +65,29 @@ def read_folder(config: Config) -> Contents:
     check_classes(folders, found)
     classes = tuple(sorted(found["train"]))
     unreadable: list[str] = []
+    names: dict[str, list[str]] = {split: [] for split in found}
 
     def items(split: str) -> Items:
         files = [(path, label) for label, name in enumerate(classes) for path in found[split][name]]
         with Progress(f"reading {folders[split]}", len(files)) as progress:
             for path, label in files:
                 try:
-                    yield open_image(path, config.largest_image), label
+                    image = open_image(path, config.largest_image)
                 except UserError as error:
                     unreadable.extend(error.messages)
+                else:
+                    names[split].append(path.relative_to(folders[split].parent).as_posix())
+                    yield image, label
                 if progress.update(1):
                     progress.describe()
 
     parts = {split: (sum(map(len, files.values())), items(split)) for split, files in found.items()}
     splits = read_splits(parts, config, largest=config.image_size)
+    splits = {name: split._replace(names=tuple(names[name])) for name, split in splits.items()}
     if unreadable and not config.skip_unreadable:
         raise UserError(*at_most_ten(unreadable), "repair or remove these files, or leave them out: --skip_unreadable")
-    for split, (_, labels) in splits.items():
-        if gone := [name for label, name in enumerate(classes) if label not in labels]:
+    for split, part in splits.items():
+        if gone := [name for label, name in enumerate(classes) if label not in part.labels]:
             raise UserError(f"{folders[split]}: no image of {' and '.join(gone)} can be read", *at_most_ten(unreadable))
     if unreadable:
         log.info("left out, and listed in the report: " + "; ".join(at_most_ten(unreadable)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import UserError, suggest
 from engine.fields import FINITE, Kind, kind_of, settings_of, show, value_of
-from engine.recipes import Recipe
+from engine.recipes import Recipe, loses_baseline
 
 Grid = dict[str, dict[str, dict[str, Any]]]  # swept row -> each row in its place -> the values of the swept settings
 
@@ -69,25 +69,31 @@ def with_values(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
 def expand(recipes: Mapping[str, Recipe], points: Grid) -> dict[str, Recipe]:
     """The recipes, with each swept row replaced by its grid. Calling it twice changes nothing.
 
-    A baseline that is swept itself becomes its row of the same values, if it has one. Raises UserError for rows that do
-    not exist, and for values that a field does not accept.
+    A baseline that is swept itself becomes its row of the same values, if it has one. A row to which the sweep gives
+    another architecture than its baseline has none. Raises UserError for rows that do not exist, and for values that a
+    field does not accept.
     """
-    expanded, problems = {}, []
+    expanded, swept, problems = {}, {}, []  # swept: the recipe that each row is a variant of
     for row in points:
         if row not in recipes and not all(name in recipes for name in points[row]):
             raise UserError(f"sweep = {row!r}: no such recipe; {suggest(row, recipes)}")
     for row, recipe in recipes.items():
         for name, point in points.get(row, {row: {}}).items():
+            swept[name] = recipe
             try:
                 expanded[name] = with_values(recipe, point)
             except UserError as error:
                 problems += [f"sweep: {row}.{message}" for message in error.messages]
     if problems:
         raise UserError(*problems)
-    return {
-        name: dataclasses.replace(recipe, baseline=row_of_same_values(recipe, recipe.baseline, points))
-        for name, recipe in expanded.items()
-    }
+
+    def baseline_of(name: str, recipe: Recipe) -> str | None:
+        baseline = row_of_same_values(recipe, recipe.baseline, points)
+        if baseline in expanded and loses_baseline(recipe, expanded[baseline], swept[name], swept[baseline]):
+            return None
+        return baseline
+
+    return {n: dataclasses.replace(recipe, baseline=baseline_of(n, recipe)) for n, recipe in expanded.items()}
 
 
 def row_of_same_values(recipe: Recipe, baseline: str | None, points: Grid) -> str | None:

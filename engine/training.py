@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,6 +26,7 @@ from engine.distributed import (
 )
 from engine.errors import Diverged, UserError
 from engine.estimate import UNKNOWN, Estimate
+from engine.images import normalisation_of
 from engine.named import is_named
 from engine.recipes import Recipe
 from engine.settings import Model
@@ -81,6 +82,11 @@ def without_numpy(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(without_numpy, value))
     return value.item() if isinstance(value, np.generic) else value
+
+
+def best_epoch(history: Sequence[dict[str, float]]) -> int:
+    """The epoch, counted from 1, with the highest accuracy on the validation images; the first of several."""
+    return 1 + int(np.argmax([record["validation_accuracy"] for record in history]))
 
 
 def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -178,6 +184,7 @@ class Training:
         self.scheduler = make_scheduler(self.optimizer, self.recipe, self.recipe.epochs * self.steps)
         self.meter = Meter(self.config.device)
         self.history: list[dict[str, float]] = []  # a record for each epoch
+        self.best: dict[str, torch.Tensor] | None = None  # with keep = best, the weights of the best epoch so far
         self.step = 0  # done of the current epoch
         self.started = self.saved = time.perf_counter()
         if state:
@@ -189,6 +196,7 @@ class Training:
             "optimizer": without_numpy(self.optimizer.state_dict()),
             "scheduler": without_numpy(self.scheduler.state_dict()),
             "history": list(self.history),
+            "best": self.best,
             "step": self.step,
             "totals": all_reduce_sum(self.meter.sums).cpu(),
             "seconds": time.perf_counter() - self.started if self.step else 0.0,
@@ -207,7 +215,7 @@ class Training:
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:
                     # In the parameter's memory format: the fused optimizers pair elements by their place in memory.
                     moments[key] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
-        self.history, self.step = state["history"], state["step"]
+        self.history, self.step, self.best = state["history"], state["step"], state.get("best")
         self.meter = Meter(self.config.device, state["totals"] * (rank() == 0))
         self.started -= state["seconds"]
 
@@ -216,15 +224,12 @@ class Training:
         if self.step == 0:
             self.meter, self.started = Meter(self.config.device), time.perf_counter()
         self.network.train()
-        epoch, seed, subset = (
-            len(self.history),
-            self.model.seed,
-            dataset.subset(self.recipe.train_size, self.recipe.train_subset),
-        )
+        epoch, seed, normalisation = len(self.history), self.model.seed, normalisation_of(self.network)
+        subset = dataset.subset(self.recipe.train_size, self.recipe.train_subset)
         title = f"{self.model} epoch {epoch + 1}/{self.recipe.epochs}"
         total, done = (count * self.images_per_step for count in (self.steps, self.step))
         with Progress(title, total, done) as self.progress:
-            for batch in batches(dataset.train, subset, self.config, seed, epoch, self.step):
+            for batch in batches(dataset.train, subset, self.config, seed, epoch, self.step, normalisation):
                 seed_torch(DROPOUT, seed, epoch, self.step, rank())  # a resumed run draws the same masks
                 yield batch
 
@@ -253,6 +258,12 @@ class Training:
         if save or stop:
             self.save()
         return bool(stop)
+
+    def add_record(self, record: dict[str, float]) -> None:
+        """Add an epoch to the history; with keep = best, keep its weights if it is the best so far."""
+        self.history.append(record)
+        if self.recipe.keep == "best" and best_epoch(self.history) == len(self.history):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
 
     def finish_epoch(self, evaluated: bool) -> bool:
         """Save when that is due. Returns whether to stop, after saving; so if the evaluation was interrupted."""

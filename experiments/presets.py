@@ -11,6 +11,7 @@ trained once. What each row was expected to show is in docs/predictions.md.
 from dataclasses import replace
 from functools import partial
 
+from engine.images import IMAGENET_MEAN, IMAGENET_STD
 from engine.recipes import Recipe
 from engine.settings import Config
 
@@ -88,7 +89,14 @@ METHODS = ROWS | {loss: replace(VARIANT, soft_loss=loss) for loss in ("dkd", "di
 
 # An experiment like the author's: all models start from ImageNet weights, see the same images, and are trained for five
 # epochs at a constant rate. 3.57 = 1 / (0.25 + 0.75 / 25) makes up for the smaller step without T^2.
-ALONE = Recipe(arch="timm:tf_efficientnet_lite0", weights="data/efficientnet_lite0.pth", lr=0.003, epochs=5)
+ALONE = Recipe(
+    arch="timm:tf_efficientnet_lite0",
+    weights="data/efficientnet_lite0.pth",
+    mean=IMAGENET_MEAN,  # not timm's, because experiments/imagenet_weights.py folds it into the first layer
+    std=IMAGENET_STD,
+    lr=0.003,
+    epochs=5,
+)
 TAUGHT = replace(ALONE, teacher="teacher", alpha=0.25, temperature=5.0, baseline="student")
 UNSCALED = replace(TAUGHT, scale_soft_loss=False, baseline="kd")
 FINETUNING = {

@@ -114,8 +114,8 @@ def time_inference(
 
 
 def costs(config: Config, dataset: Dataset, models: Models) -> dict[str, dict[str, Any]]:
-    """The cost of each model, measured once for each architecture."""
-    arch_of = {name: Architecture.of(model.recipe) for name, model in models.items()}
+    """The cost of each model that is not only logits, measured once for each architecture."""
+    arch_of = {name: Architecture.of(m.recipe) for name, m in models.items() if not m.recipe.logits_file}
     archs = dict.fromkeys(arch_of.values())
     counted = {arch: count_cost(arch, len(dataset.classes), config.image_size) for arch in archs}
     timed = time_inference(archs, config, dataset)
@@ -130,6 +130,8 @@ def versus_teacher(models: Models, cost: dict[str, dict[str, Any]], labels: np.n
     """Accuracy, over the seeds that both have, and relative cost of each distilled model and its teacher."""
     rows = []
     for name, (teacher, seeds) in distilled(models).items():
+        if teacher not in cost:
+            continue
         accuracy = float(models[name].correct(labels, seeds).mean())
         of_teacher = float(models[teacher].correct(labels, seeds.values()).mean())
         speed, speed_of_teacher = (cost[m]["images_per_second"]["median"] for m in (name, teacher))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import UserError
-from engine.images import PRECISION_BITS, imagenet_statistics, resize_weights, square_box
+from engine.images import PRECISION_BITS, normalisation_of, resize_weights, square_box, statistics
 from engine.inference import fold_batchnorm
 
 ONE = 1 << PRECISION_BITS
@@ -39,7 +39,7 @@ class Exportable(nn.Module):
         images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         self.model = fold_batchnorm(model, images).requires_grad_(False).to(memory_format=torch.contiguous_format)
         self.image_size, self.resize = image_size, resize
-        mean, std = imagenet_statistics(torch.device("cpu"))
+        mean, std = statistics(normalisation_of(model), torch.device("cpu"))
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 

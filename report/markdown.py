@@ -12,9 +12,12 @@ import jinja2
 
 from engine.errors import escape_control
 from engine.fields import show
-from engine.recipes import DISTILLATION_FIELDS, Recipe
+from engine.recipes import DEFAULTS, DISTILLATION_FIELDS, Recipe
 from engine.soft_losses import options
 from report.comparisons import ENVIRONMENT, Comparison
+
+# Settings that the report leaves out where no model has them.
+UNUSUAL = ("mean", "std", "clip_norm", "class_weights", "keep", "train_subset")
 
 Results = dict[str, Any]  # what results.json holds, its comparisons as Comparison
 
@@ -204,7 +207,8 @@ def results_markdown(results: Results) -> str:
     for function in (gap, millions, number, percent, interval, spread, setting, value, pairs, significant_classes):
         env.filters[function.__name__] = function
     recipes = results["settings"]["recipes"].values()
-    hidden = {"baseline"}
+    hidden = {field for field in UNUSUAL if all(recipe.get(field) in (None, DEFAULTS[field]) for recipe in recipes)}
+    hidden |= {"baseline", "class_names"}
     if not any(recipe["teacher"] and options(recipe["soft_loss"]) for recipe in recipes):
         hidden.add("loss_options")
     confused = [

@@ -36,6 +36,9 @@ def predict_files(paths: list[str], config: Config) -> list[str]:
         if not checkpoint:
             log.info(f"not trained yet, skipped: {model.path}")
             continue
+        if checkpoint.given_logits is not None:
+            log.info(f"{model}  is only logits of the data set's images, skipped")
+            continue
         check_teacher(model, checkpoint)
         network, size = load_model(checkpoint, config.device), checkpoint.config["image_size"]
         view = size, checkpoint.config["resize"]

@@ -21,6 +21,7 @@ from engine.device import environment
 from engine.files import replace_files
 from engine.settings import Config
 from engine.sweeps import Grid
+from engine.training import best_epoch
 from report import figures
 from report.comparisons import (
     Comparison,
@@ -82,7 +83,8 @@ def write_report(
     for name, model in models.items():
         files[f"{name}/classification_report.txt"] = classification_reports(model, labels, dataset.classes).encode()
     files["history.csv"] = history_csv(models)
-    files["predictions.csv"] = predictions_csv(models, labels, dataset.classes)
+    images = [dataset.names[i] for i in dataset.test.ids] if dataset.names and dataset.test.ids is not None else None
+    files["predictions.csv"] = predictions_csv(models, labels, dataset.classes, images or range(len(labels)))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     files["predictions.npz"] = buffer.getvalue()
@@ -118,8 +120,9 @@ def collect(
         "models": {
             name: {
                 **model_metrics(model, labels, classes),
+                "kept_epochs": kept_epochs(model),
                 "weights": {str(seed): digest for seed, digest in model.digests.items()},
-                "cost": cost[name],
+                "cost": cost.get(name),
             }
             for name, model in models.items()
         },
@@ -162,12 +165,12 @@ def history_csv(models: Models) -> bytes:
     return as_csv([("model", "seed", *HISTORY), *rows])
 
 
-def predictions_csv(models: Models, labels: np.ndarray, classes: Sequence[str]) -> bytes:
-    """A line for each test image: its number and label, and each model's class with its probability.
+def predictions_csv(models: Models, labels: np.ndarray, classes: Sequence[str], images: Sequence[Any]) -> bytes:
+    """A line for each test image: its file or number and its label, and each model's class with its probability.
 
     Images that most models get wrong come first.
     """
-    columns: list[tuple[str, Sequence[Any]]] = [("image", range(len(labels))), ("label", [classes[y] for y in labels])]
+    columns: list[tuple[str, Sequence[Any]]] = [("image", images), ("label", [classes[y] for y in labels])]
     wrong = np.zeros(len(labels), dtype=int)
     for name, model in models.items():
         for seed, predicted in model.predictions.items():
@@ -177,6 +180,11 @@ def predictions_csv(models: Models, labels: np.ndarray, classes: Sequence[str]) 
             columns.append((f"{name}/seed{seed}/probability", [f"{p:.4f}" for p in probabilities]))
     order = np.argsort(-wrong, kind="stable")
     return as_csv([[title for title, _ in columns], *([column[i] for _, column in columns] for i in order)])
+
+
+def kept_epochs(model: Evaluated) -> dict[str, int]:
+    """Of a recipe that keeps the best epoch, that epoch by seed."""
+    return {str(s): best_epoch(history) for s, history in model.history.items() if model.recipe.keep == "best"}
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -226,7 +234,7 @@ def model_figures(
     lowest, support = min(scores.min() for scores in scores_of.values()), np.bincount(labels, minlength=len(classes))
     yield "accuracy", figures.accuracy_figure(models, labels, colours)
     for name, model in models.items():
-        title, seeds = f"{name}, {model.recipe.arch}", len(model.logits)
+        title, seeds = f"{name}, {model.recipe.logits_file or model.recipe.arch}", len(model.logits)
         counts = confusion_counts(model, labels, len(classes))
         over = f", sum of {seeds} seeds" if seeds > 1 else ""
         yield f"{name}/confusion_matrix", figures.confusion_figure(counts, classes, title + over)

@@ -138,6 +138,14 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
     recipes |= {"unborn": new, "student_kd": replace(edited, baseline="unborn")}
     monkeypatch.setattr("config.ALL_PRESETS", {"scratch": replace(PRESETS["scratch"], recipes=recipes)})
     assert baseline() == "unborn"  # the report says that it is not trained yet
+    recipes["student_kd"] = edited
+    monkeypatch.setattr("config.ALL_PRESETS", {"scratch": replace(PRESETS["scratch"], recipes=recipes)})
+    assert baseline() == "student"
+    for path in folder.glob("seed*/*.pt"):
+        config = load_checkpoint(path)["config"]
+        config["recipes"]["student_kd"] |= {"arch": "resnet34", "baseline": None}
+        rewrite(path, config=config)
+    assert baseline() is None  # a flag gave it another architecture, so training left out the baseline
 
 
 def test_a_report_goes_to_this_checkout_wherever_the_run_was_trained(trained, tmp_path, monkeypatch):

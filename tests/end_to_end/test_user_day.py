@@ -9,8 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from scipy.special import rel_entr
+from sklearn.metrics import log_loss
 
 MY_PROJECT = '''
 """Everything of mine."""
@@ -257,7 +261,7 @@ def test_a_checkpoint_says_which_file_it_needs(mine):
 
 def test_the_example_of_the_documentation_trains(mine):
     text = (ROOT / "docs/usage.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example = "\n\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     (command,) = re.findall(r"    python (teacher_student_model\.py [^\n]* my_project:load(?:[^\n]*\\\n)*[^\n]*)", text)
     (mine.folder / "my_project.py").write_text(example)
     words = shlex.split(command.replace("\\\n", " "))[1:]
@@ -266,3 +270,53 @@ def test_the_example_of_the_documentation_trains(mine):
     assert status == 0, output
     found = {path.stem for path in (mine.folder / "checkpoints/documented/seed0").glob("*.pt")}
     assert found == {"teacher", "student", "student_10", "student_kd"}
+
+
+def test_the_ten_lines_of_the_documentation_do_what_they_say(mine):
+    text = (ROOT / "docs/usage.md").read_text()
+    example = "\n\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    example = example.replace('"DEFAULT"', "None")  # random weights, nothing to download
+    (mine.folder / "my_project.py").write_text(example)
+    found: dict = {}
+    exec(example, found)
+    z, v, labels = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
+    p, q = ((x.double() / 3).softmax(1).numpy() for x in (z, v))
+    assert found["reversed_kl"](z, v, labels, 3.0).item() == pytest.approx(9 * rel_entr(p, q).sum(1).mean(), rel=1e-4)
+    assert found["hard_labels"](z, v, labels, 3.0).item() == pytest.approx(
+        log_loss(v.argmax(1), z.softmax(1), labels=range(4)), rel=1e-5
+    )
+    variance = np.var((z - v).double().numpy(), axis=1).mean()
+    assert found["squared_error"](z, v, labels, 3.0).item() == pytest.approx(variance, rel=1e-5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler, rates = found["warm_milestones"](optimizer, 40), []
+    for _ in range(40):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1.0] + [2.0] * 19 + [0.2] * 10 + [0.02] * 10)
+
+    losses = ",".join(f"my_project:{name}" for name in ("hard_labels", "squared_error", "reversed_kl"))
+    words = [
+        "--run",
+        "ten",
+        "--dataset",
+        "my_project:load",
+        "--image_size",
+        "32",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "25",
+    ]
+    words += ["--preset", "scratch", "--seeds", "0", "--precision", "fp32", "--device", "cpu"]
+    words += ["--arch", "my_project:TinyNet", "--student.arch", "my_project:Frozen"]
+    words += ["--student.schedule", "my_project:warm_milestones"]
+    status, output = mine.run("teacher_student_model", *words, "--sweep", f"student_kd.soft_loss={losses}")
+    assert status == 0, output
+    folder = mine.folder / "checkpoints/ten/seed0"
+    assert len(list(folder.glob("student_kd-*.pt"))) == 3
+    state = torch.load(folder / "student.pt", weights_only=True)
+    torch.manual_seed(0)
+    before = found["Frozen"](3).state_dict()
+    changed = {name for name, tensor in state["model"].items() if not torch.equal(tensor, before[name])}
+    assert changed == {"head.weight", "head.bias"}

@@ -1,28 +1,34 @@
 import copy
 import itertools
+import json
 import math
 import re
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import SMALL, fit, start_training
+from conftest import SMALL, fit, flags, paths, start_training
 from PIL import Image
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 from torchvision import transforms
 
 import custom_resnet
+import evaluate
 from custom_resnet import build_resnet, train_model
 from engine import checkpoints, console, datasets, estimate
+from engine.datasets import Dataset
 from engine.errors import Diverged, UserError
 from engine.inference import predict
+from engine.models import load_model
 from engine.recipes import Recipe
-from engine.settings import Model
-from engine.training import make_optimizer, make_scheduler
+from engine.settings import Config, Model
+from engine.training import Training, best_epoch, make_optimizer, make_scheduler
 
 # The model
 
@@ -321,3 +327,103 @@ def test_a_log_line_each_minute_shows_loss_and_time_left(config, digits, model, 
         r"test seed 0 epoch 1/1  +\d+%  [\d.]+ images/s  loss \d\.\d+, accuracy [\d.]+%, .* left of this model", line
     )
     assert "of the run" in line
+
+
+# Settings of a recipe
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 1e6])
+def test_gradients_are_clipped_to_a_norm(config, digits, clip_norm):
+    """One step of plain SGD moves the weights by lr times the gradient."""
+    recipe = Recipe(epochs=1, lr=1.0, momentum=0.0, clip_norm=clip_norm, train_size=25)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)).to(config.device)
+    before = [p.detach().clone() for p in model.parameters()]
+    (batch,) = datasets.batches(digits.train, digits.subset(25), config, seed=0, epoch=0)
+    F.cross_entropy(model(batch.images), batch.labels).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    fit(model, recipe, config, 0, digits, custom_resnet.cross_entropy)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]).norm().item()
+    assert norm > 0.2
+    assert moved == pytest.approx(min(norm, clip_norm), rel=1e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_balanced_class_weights_are_scikit_learns(digits, smoothing):
+    rare = torch.cat([(digits.train.labels.cpu() == label).nonzero().flatten()[: 3 + 7 * label] for label in range(10)])
+    dataset = digits._replace(train=digits.train.select(rare.to(digits.train.labels.device)))
+    recipe = Recipe(class_weights="balanced", label_smoothing=smoothing)
+    labels = dataset.train.labels
+    logits = torch.randn(len(labels), 10, device=labels.device)
+    each = compute_sample_weight("balanced", labels.cpu().numpy())
+    targets = np.eye(10)[labels.cpu().numpy()] * (1 - smoothing) + smoothing / 10
+    losses = -(targets * logits.cpu().double().log_softmax(1).numpy()).sum(1)
+    weights = custom_resnet.weights_of_classes(recipe, dataset)
+    assert custom_resnet.hard_loss(logits, labels, smoothing, weights).item() == pytest.approx((each * losses).mean())
+    assert custom_resnet.weights_of_classes(Recipe(), dataset) is None
+
+
+def held_out(config, digits, **settings) -> tuple[Config, Dataset, Model]:
+    """A model that is trained on 100 digits, and evaluated after each epoch on 60 others, the validation images."""
+    validation = digits.train.select(torch.arange(1000, 1060, device=digits.train.labels.device))
+    recipe = Recipe(**SMALL | {"lr": 0.5, "epochs": 6} | settings)  # so large that accuracies go up and down
+    config = replace(config, recipes={"student": recipe})
+    return config, digits._replace(validation=validation), Model("student", 0, config)
+
+
+def test_the_best_epoch_is_kept_and_resumed_exactly(config, digits, monkeypatch):
+    """Its oracle are runs of fewer epochs, which end with the same weights because the schedule is constant."""
+    if config.device != "cpu":
+        pytest.skip("which epoch is the best was found out on a CPU")
+    config, dataset, model = held_out(config, digits, keep="best")
+    train_model(model, dataset)
+    found = checkpoints.Checkpoint.load(model.path)
+    accuracies = [record["validation_accuracy"] for record in found.history]
+    best = accuracies.index(max(accuracies)) + 1
+    assert len(found.history) == 6
+    assert 1 < best < 6  # otherwise this test shows nothing
+    assert accuracies.count(max(accuracies)) > 1  # of equal epochs, the first
+    assert best_epoch(found.history) == best
+    network = load_model(found, config.device)
+    predicted = predict(network, dataset.validation.images, 16).argmax(1)
+    assert (predicted == dataset.validation.labels).float().mean().item() == max(accuracies)
+
+    model.path.unlink()
+    _, _, first = held_out(config, digits, epochs=best)
+    train_model(first, dataset)
+    weights = checkpoints.Checkpoint.load(first.path).weights
+    assert all(torch.equal(weights[name], tensor) for name, tensor in found.weights.items())
+    first.path.unlink()
+
+    for stop_at in (best * 4 + 1, 6 * 4 - 1):  # steps: after the best epoch, and shortly before the end
+        steps = itertools.count(1)
+        finish_step = Training.finish_step
+
+        def stopping(training, steps=steps, stop_at=stop_at, finish_step=finish_step):
+            training.stop = lambda: signal.SIGINT if next(steps) == stop_at else 0
+            return finish_step(training)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "finish_step", stopping)
+            train_model(model, dataset)
+        assert not checkpoints.Checkpoint.load(model.path).finished
+        train_model(model, dataset)
+        resumed = checkpoints.Checkpoint.load(model.path)
+        assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in found.weights.items())
+        assert [r["validation_accuracy"] for r in resumed.history] == accuracies
+        model.path.unlink()
+
+
+def test_the_best_epoch_needs_validation_images(tmp_path, capsys):
+    for words, status in ((["--validation_size=0"], 2), (["--validation_size=50"], 0)):
+        main = partial(custom_resnet.main, flags(tmp_path, "--only=student", "--keep=best", "--epochs=1", *words))
+        if status:
+            with pytest.raises(SystemExit) as exit:
+                main()
+            assert exit.value.code == status
+            assert "student.keep = 'best': needs validation images" in capsys.readouterr().err
+        else:
+            main()
+    evaluate.main(["--run=demo", "--device=cpu", *paths(tmp_path)])
+    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+    assert results["models"]["student"]["kept_epochs"] == {"0": 1}

@@ -19,7 +19,7 @@ import evaluate
 import teacher_student_model
 from config import parse
 from engine.checkpoints import load_checkpoint, load_training, save_checkpoint
-from engine.fingerprints import find_identical_model, training_settings
+from engine.fingerprints import EARLIER, find_identical_model, training_settings
 from engine.models import build_model
 from engine.reach import code_digest
 from engine.recipes import Recipe
@@ -283,3 +283,21 @@ def test_an_unfinished_model_is_not_copied(tmp_path, trained, digits):
     replace(load_training(trained / "checkpoints/demo/seed0/student.pt"), progress={"step": 1}).save(path)
     model = Model("student", 0, parse(flags(tmp_path, "--run=other")))
     assert find_identical_model(model, training_settings(model, digits)) is None
+
+
+def test_a_run_from_before_a_setting_stays_valid(tmp_path, trained):
+    """Its checkpoints do not record the setting, which means its default; any other value is a change."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints").rglob("*.pt"):
+        state = load_checkpoint(path)
+        for setting in (*EARLIER, "clip_norm", "class_names"):
+            state["settings"]["recipe"].pop(setting, None)
+            for recipe in state["config"]["recipes"].values():
+                recipe.pop(setting, None)
+        save_checkpoint(path, state)
+    words = flags(tmp_path, "--only", "teacher", "student")
+    teacher_student_model.main(words)
+    evaluate.main(["--run=demo", "--device=cpu", *paths(tmp_path)])
+    for setting in ("--student.mean 0.5 0.5 0.5", "--student.clip_norm 1", "--student.class_weights balanced"):
+        with pytest.raises(SystemExit):
+            teacher_student_model.main(override(words, *setting.split()))

@@ -1,21 +1,26 @@
 import json
 import pickle
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import flags, override, random_images
 from torch import nn
+from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
 import evaluate
 import teacher_student_model
 from custom_resnet import build_resnet, train_model
-from engine.checkpoints import load_checkpoint, load_training, save_checkpoint
+from engine.checkpoints import Checkpoint, load_checkpoint, load_training, save_checkpoint, tensors_digest
 from engine.errors import UserError
-from engine.images import NORMALISATION
+from engine.images import IMAGENET, Normalisation, normalisation_of
 from engine.inference import predict
-from engine.models import build_model, check_image_size, initial_model, load_model
+from engine.models import build_model, check_image_size, chosen_normalisation, initial_model, load_model
 from engine.recipes import ARCHS, Recipe
 from engine.settings import Model
 
@@ -266,7 +271,7 @@ def own_checkpoint(path, **changes) -> nn.Module:
     """A checkpoint of this program, of a ResNet18 for the digits; returns the model."""
     torch.manual_seed(3)
     model = torchvision.models.resnet18(num_classes=10)
-    state = {"name": "teacher", "classes": list(DIGITS), "finished": True, "normalisation": NORMALISATION}
+    state = {"name": "teacher", "classes": list(DIGITS), "finished": True, "normalisation": IMAGENET.as_recorded()}
     save_checkpoint(path, {**state, "model": model.state_dict(), "history": [{}] * 6, **changes})
     return model
 
@@ -280,23 +285,175 @@ def test_a_finished_checkpoint_of_ours_with_the_same_classes_is_used(tmp_path, e
 
 
 @pytest.mark.parametrize("epochs", [0, 2])
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"finished": False}, r"training is not finished \(6 epochs"),
-        ({"normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}}, r"'mean': \[0\.5, 0\.5, 0\.5\].*0\.485"),
-    ],
-    ids=["unfinished", "normalisation"],
-)
-def test_a_checkpoint_of_ours_that_is_not_what_it_should_be_is_refused(tmp_path, changes, message, epochs):
-    own_checkpoint(tmp_path / "teacher.pt", **changes)
-    with pytest.raises(UserError, match=message):
+def test_a_checkpoint_of_ours_that_is_not_finished_is_refused(tmp_path, epochs):
+    own_checkpoint(tmp_path / "teacher.pt", finished=False)
+    with pytest.raises(UserError, match=r"training is not finished \(6 epochs"):
         initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=epochs), DIGITS)
 
 
-@pytest.mark.parametrize("classes", [("1", "0", *DIGITS[2:]), (*DIGITS[:9], "ten")], ids=["order", "name"])
-def test_a_checkpoint_of_ours_with_other_classes_is_refused_or_gets_a_new_last_layer(tmp_path, classes):
-    theirs, notes = own_checkpoint(tmp_path / "teacher.pt"), []
+HALF = Normalisation((0.5, 0.5, 0.5), (0.5, 0.25, 0.5))
+
+
+def test_a_checkpoint_of_ours_brings_its_normalisation(tmp_path):
+    own_checkpoint(tmp_path / "teacher.pt", normalisation=HALF.as_recorded())
+    recipe = Recipe(weights=str(tmp_path / "teacher.pt"), epochs=0)
+    assert normalisation_of(initial_model(recipe, DIGITS)) == HALF
+    assert chosen_normalisation(replace(recipe, mean=HALF.mean, std=HALF.std)) == HALF
+    with pytest.raises(UserError, match=r"normalised with mean 0\.5 0\.5 0\.5 .*; leave out mean and std"):
+        chosen_normalisation(replace(recipe, mean=IMAGENET.mean))
+
+
+def test_only_weights_that_timm_downloads_bring_timms_normalisation(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained, **k: create(*a, pretrained=False, **k))
+    recipe = Recipe(arch="timm:test_vit")
+    own = timm.create_model("test_vit", pretrained=False).default_cfg
+    assert normalisation_of(initial_model(recipe, DIGITS)) == (own["mean"], own["std"]) == ((0.5,) * 3, (0.5,) * 3)
+    assert chosen_normalisation(replace(recipe, mean=IMAGENET.mean, std=IMAGENET.std)) == IMAGENET
+    assert chosen_normalisation(replace(recipe, pretrained=False)) == IMAGENET
+    assert chosen_normalisation(replace(recipe, weights=str(tmp_path / "file.pth"))) == IMAGENET
+
+
+@pytest.mark.parametrize("values", ["0.5", "0.5 0.5", "0.5 0.5 0"])
+def test_a_standard_deviation_is_three_numbers_above_0(values):
+    with pytest.raises(UserError, match=r"std = .*: must be three numbers above 0, for red, green and blue"):
+        Recipe(std=tuple(map(float, values.split())))
+
+
+def test_images_are_normalised_as_a_models_weights_take_them(tmp_path, digits, capsys):
+    """From the file of weights to the report, the predictions for files and the export; the student has others."""
+    torch.manual_seed(3)
+    theirs = torchvision.models.resnet18(num_classes=10)
+    torch.save(theirs.state_dict(), path := tmp_path / "teacher.pth")
+    of_teacher = [f"--teacher.weights={path}", "--teacher.epochs=0", "--teacher.arch=resnet18"]
+    of_teacher += ["--teacher.mean", *map(str, HALF.mean), "--teacher.std", *map(str, HALF.std)]
+    of_student = ["--student_kd.epochs=1", "--student_kd.mean", *map(str, IMAGENET.mean[::-1])]
+    words = flags(tmp_path, *of_teacher, *of_student, "--only", "teacher", "student_kd")
+    teacher_student_model.main(words)
+    assert "normalised with mean 0.5 0.5 0.5 and standard deviation 0.5 0.25 0.5" in capsys.readouterr().err
+    folder = tmp_path / "checkpoints/demo/seed0"
+    assert [load_checkpoint(folder / f"{n}.pt")["normalisation"] for n in ("teacher", "student_kd")] == [
+        HALF.as_recorded(),
+        {"mean": list(IMAGENET.mean[::-1]), "std": list(IMAGENET.std)},
+    ]
+
+    def expected(images: torch.Tensor) -> torch.Tensor:
+        resized = [transforms.ToTensor()(transforms.Resize((16, 16))(to_pil_image(image))) for image in images.cpu()]
+        with torch.inference_mode():
+            return theirs.eval()(transforms.Normalize(*HALF)(torch.stack(resized)))
+
+    subset = digits.subset(100)
+    stored = load_checkpoint(folder / "teacher.logits")["logits"]
+    exact = expected(digits.train.images[subset])
+    torch.testing.assert_close(stored[0, subset], exact, atol=1e-3, rtol=1e-3)
+    evaluate.main(words)
+    with np.load(tmp_path / "imgs/demo/predictions.npz") as arrays:
+        found = torch.from_numpy(arrays["teacher/seed0"])
+    torch.testing.assert_close(found[:50], expected(digits.test.images[:50]), atol=1e-3, rtol=1e-3)
+    evaluate.main(override(words, "--only=teacher", "--export"))
+    program = torch.export.load(folder / "teacher.pt2").module()
+    probabilities = expected(digits.test.images[:50]).softmax(1)
+    torch.testing.assert_close(program(digits.test.images[:50].cpu()), probabilities, atol=1e-4, rtol=0)
+    to_pil_image(digits.test.images[0].cpu()).save(tmp_path / "digit.png")
+    capsys.readouterr()
+    evaluate.main(override(words, "--only=teacher", "--predict", str(tmp_path / "digit.png")))
+    rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines()[3:]]
+    shown = {int(name): float(value) for name, value in rows}
+    assert [shown[label] for label in range(10)] == pytest.approx((100 * probabilities[0]).tolist(), abs=0.06)
+
+    teacher_student_model.main(words)  # nothing has changed
+    for changed in ("--teacher.std=0.5", "--student_kd.mean=0.5"):  # and these have
+        with pytest.raises(SystemExit) as exit:
+            teacher_student_model.main(override(words, changed.split("=")[0], "0.5", "0.5", "0.5"))
+        assert exit.value.code == 2
+        name = changed[2:].split("=")[0]
+        assert f"{name} was " in capsys.readouterr().err
+
+
+def test_the_normalisation_of_a_teacher_counts_for_its_students(tmp_path, trained):
+    """The same weights with images normalised in another way are another teacher."""
+    path = tmp_path / "checkpoints/demo/seed0/teacher.pt"
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    state = load_checkpoint(path)
+    before = Checkpoint.load(path).digest
+    assert before == tensors_digest(state["model"])  # as before there were other normalisations
+    save_checkpoint(path, {**state, "normalisation": HALF.as_recorded()})
+    assert Checkpoint.load(path).digest != before
+
+
+OTHER_ORDER = ("7", "0", "3")
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+@pytest.mark.parametrize("given", ["checkpoint", "tuple", "file"])
+def test_logits_are_those_of_the_data_sets_classes_by_name(tmp_path, given, epochs):
+    """The data set has three of the teacher's ten classes, in another order."""
+    path, names = tmp_path / "teacher.pt", None
+    theirs = own_checkpoint(path)
+    if given != "checkpoint":
+        torch.save(theirs.state_dict(), path)
+        names = DIGITS
+    if given == "file":
+        names = str(tmp_path / "names.txt")
+        Path(names).write_text("\n".join(DIGITS) + "\n", encoding="utf-8")
+    recipe = Recipe(weights=str(path), epochs=epochs, class_names=names)
+    images = torch.randn(4, 3, 32, 32)
+    found = initial_model(recipe, OTHER_ORDER).eval()(images)
+    torch.testing.assert_close(found, theirs.eval()(images)[:, [7, 0, 3]], atol=1e-5, rtol=1e-5)
+
+
+def test_class_names_that_do_not_fit_are_refused(tmp_path):
+    theirs = own_checkpoint(tmp_path / "teacher.pt")
+    torch.save(theirs.state_dict(), path := str(tmp_path / "theirs.pth"))
+    wrong = {"weights": path, "epochs": 0}
+    with pytest.raises(UserError, match=r"classifies into 10 classes, and class_names has 3"):
+        initial_model(Recipe(**wrong, class_names=("a", "b", "c")), OTHER_ORDER)
+    with pytest.raises(UserError, match=r"its classes are a, b, .* and those of the data set 7, 0, 3"):
+        initial_model(Recipe(**wrong, class_names=tuple("abcdefghij")), OTHER_ORDER)
+    with pytest.raises(UserError, match=r"its classes are 0, 1, .*; leave out class_names"):
+        initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), class_names=OTHER_ORDER), DIGITS)
+    for names, message in (
+        (("a", "a"), "must be a file with the name of a class on each line, or the names, all different"),
+        (str(tmp_path / "nowhere.txt"), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Recipe(**wrong, class_names=names)
+    with pytest.raises(UserError, match="has no effect without a file of weights"):
+        Recipe(class_names=OTHER_ORDER)
+
+
+def test_another_order_of_class_names_is_another_model(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), path := tmp_path / "teacher.pth")
+    words = flags(tmp_path, f"--teacher.weights={path}", "--teacher.epochs=0", "--teacher.arch=resnet18")
+    words = override(words, "--only=teacher")
+    teacher_student_model.main(words)
+    with pytest.raises(SystemExit):
+        teacher_student_model.main(override(words, "--teacher.class_names", *DIGITS[::-1]))
+    assert "teacher.class_names was None, is now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_a_model_with_two_heads_is_fine_tuned_to_other_classes(tmp_path, arch):
+    timm = pytest.importorskip("timm")
+    theirs, notes = timm.create_model(arch, num_classes=7), []
+    torch.save(theirs.state_dict(), tmp_path / "start.pth")
+    recipe = Recipe(arch=f"timm:{arch}", weights=str(tmp_path / "start.pth"), epochs=2)
+    model = initial_model(recipe, DIGITS, notes.append)
+    assert model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    new = {name for name, tensor in theirs.state_dict().items() if tensor.shape != shapes[name]}
+    for name, tensor in theirs.state_dict().items():
+        assert name in new or torch.equal(model.state_dict()[name], tensor), name
+    assert len({name.removesuffix(".weight").removesuffix(".bias") for name in new}) == 2  # the heads
+    assert len(notes) == 1
+    chosen = initial_model(replace(recipe, epochs=0, class_names=tuple("abcdefg")), ("g", "b")).eval()
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(chosen(images), theirs.eval()(images)[:, [6, 1]], atol=1e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_of_ours_with_other_classes_is_refused_or_gets_a_new_last_layer(tmp_path):
+    theirs, notes, classes = own_checkpoint(tmp_path / "teacher.pt"), [], (*DIGITS[:9], "ten")
     with pytest.raises(UserError, match=r"its classes are 0, 1, .*, and those of the data set"):
         initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=0), classes)
     model = initial_model(Recipe(weights=str(tmp_path / "teacher.pt"), epochs=2), classes, notes.append)

@@ -598,3 +598,36 @@ def test_a_row_or_a_preset_of_an_existing_name_is_refused(edit, tmp_path, old, n
     number = edit(old, new)
     with pytest.raises(UserError, match=rf"config\.py, line {number}: '{twice}' is there twice"):
         check_duplicate_keys(tmp_path / "config.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "baseline", "advice"),
+    [
+        ("", "student_10", None),
+        ("--student_kd.arch mobilenet_v3_small", None, "--student_10.arch mobilenet_v3_small"),
+        ("--student_10.arch mobilenet_v3_small", None, "--student_kd.arch mobilenet_v3_small"),
+        ("--student_kd.arch resnet34 --student_10.arch resnet34", "student_10", None),
+        ("--arch resnet34", "student_10", None),
+        ("--student_kd.arch resnet34 --student_kd.baseline student_10", "student_10", None),
+        ("--student_kd.arch resnet34 --student_kd.baseline student", "student", None),
+    ],
+)
+def test_a_flag_never_leads_to_a_comparison_of_architectures_that_no_row_names(words, baseline, advice, capsys):
+    """With the flag that is advised, there is a comparison again."""
+    assert parse(words.split()).recipes["student_kd"].baseline == baseline
+    output = capsys.readouterr().err
+    assert (advice is None) == ("not compared" not in output)
+    if advice:
+        assert f"Add {advice}," in output
+        assert parse([*words.split(), *advice.split()]).recipes["student_kd"].baseline == "student_10"
+
+
+def test_a_sweep_over_architectures_compares_like_with_like():
+    recipes = parse(["--sweep", "student_kd.arch=resnet18,resnet34"]).recipes
+    found = {name: r.baseline for name, r in recipes.items() if name.startswith("student_kd-")}
+    assert found == {"student_kd-arch-resnet18": "student_10", "student_kd-arch-resnet34": None}
+    both = parse(["--sweep", "student_kd.arch=resnet18,resnet34", "student_10.arch=resnet18,resnet34"]).recipes
+    assert [both[f"student_kd-arch-{a}"].baseline for a in ("resnet18", "resnet34")] == [
+        "student_10-arch-resnet18",
+        "student_10-arch-resnet34",
+    ]

@@ -1,3 +1,4 @@
+import copy
 import re
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ import custom_resnet
 import teacher_student_model
 from engine import checkpoints, datasets
 from engine.errors import UserError
-from engine.images import prepare
+from engine.images import IMAGENET, Normalisation, prepare
+from engine.models import with_normalisation
 from engine.settings import Model
 from teacher_student_model import (
     Distillation,
@@ -124,14 +126,16 @@ def test_unused_views_are_not_computed(config, digits, teacher, share, views):
     assert [not logits[view].isnan().all() for view in (0, 1)] == views
 
 
-def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits, teacher):
+@pytest.mark.parametrize("normalisation", [IMAGENET, Normalisation((0.5, 0.4, 0.3), (0.5, 0.5, 0.25))])
+def test_lookups_return_the_logits_of_the_batchs_images_and_views(config, digits, teacher, normalisation):
     """The stored logits teach as the teacher itself would on the student's very batch; any others do not."""
     subset = digits.subset(100)
+    teacher = teacher._replace(model=with_normalisation(copy.deepcopy(teacher.model), normalisation))
     lookup = stored_logits(teacher_logits(teacher, config, digits, subset))
     online = OnlineTeacher(teacher.model, config)
     loss_fn = Distillation(replace(config.recipes["student_kd"], alpha=0.0), lookup)
     for batch in datasets.batches(digits.train, subset, config, seed=0, epoch=0):
-        expected = teacher.model(batch.images)
+        expected = teacher.model(prepare(batch.pixels, 16, normalisation))
         for logits in (lookup(batch), online(batch)):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         assert loss_fn(expected, batch)["soft"].item() == pytest.approx(0, abs=1e-5)
