@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, precision_recall_fscore_support
 
@@ -42,6 +43,7 @@ FILES = (
 )
 
 
+@style.context("default")  # whatever the user's matplotlibrc says
 def write_report(
     config: Config, dataset: Dataset, models: Models, training_logits: TrainingLogits, missing: list[Path]
 ) -> Results:
