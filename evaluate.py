@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     sys.path.insert(0, os.path.dirname(__file__))  # which python -P leaves out
+    os.environ.pop("MPLBACKEND", None)  # figures are files; a backend of another version would be an error
 
 import argparse
 import itertools

@@ -1,19 +1,26 @@
 """Checkpoint files with a digest: models, finished or not, and the stored logits of teachers."""
 
+import argparse
 import dataclasses
 import hashlib
 import io
 import os
+import re
+import warnings
+import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from pickle import UnpicklingError
+from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from engine.console import log
 from engine.distributed import on_rank0
 from engine.errors import UserError, first_line
+from engine.fields import kind_of, problem_with, settings_of
 from engine.files import check_file, write_durably
 from engine.images import IMAGENET, Normalisation
 from engine.settings import Config
@@ -23,6 +30,20 @@ CODE = "{} (its code)"  # the key of a digest of the user's code in a fingerprin
 LOGITS = "logits"  # the arch of a checkpoint that holds logits in place of weights
 COMMENT = b"sha256 "  # a checkpoint is a zip file; its comment holds the digest of everything before the comment
 RETRAIN = "move it away and train again"
+# Harmless objects that training programs store beside their weights: the command line, and numbers of NumPy.
+HARMLESS: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdg")]
+HARMLESS += [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# What a checkpoint must hold beyond the types of Checkpoint's fields. A dict lists keys, a list holds any number.
+CONTENT = {
+    "settings": {"recipe": dict[str, Any], "config": dict[str, Any]},
+    "config": {
+        "recipes": dict[str, dict[str, Any]],
+        "seeds": Any,
+        "swept": dict[str, dict[str, dict]],
+        "image_size": int,
+    },
+    "history": [{"epoch": int, "loss": float, "train_accuracy": float}],
+}
 
 
 @on_rank0
@@ -39,6 +60,28 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> None:
     with buffer.getbuffer() as content, content[:-2] as body:
         comment = COMMENT + hashlib.sha256(body).hexdigest().encode()
         write_durably(Path(path), body, len(comment).to_bytes(2, "little"), comment)
+
+
+def load_tensors(file: Path | io.BytesIO, mmap: bool = False) -> Any:
+    """What torch.save has written, on the CPU: tensors and plain values. No code in it is executed.
+
+    Raises an exception of any type, whose first line is the reason, for a foreign file.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = file.getbuffer().nbytes if isinstance(file, io.BytesIO) else file.stat().st_size
+            if sum(part.file_size for part in archive.infolist()) > size:  # a bomb, say; torch.save compresses nothing
+                raise ValueError("it is compressed")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    try:
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats
+            return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
+    except UnpicklingError as error:  # torch's message advises to execute the code
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"it holds {name[1]}; only tensors and plain values are read") from None
+        raise ValueError(str(error).partition("WeightsUnpickler error: ")[2] or "it is damaged or foreign") from None
 
 
 @on_rank0
@@ -63,7 +106,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if comment[len(COMMENT) :].decode(errors="replace") != hashlib.sha256(body).hexdigest():
         raise UserError(f"{path}: is damaged (its content does not match its sha256); {RETRAIN}")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = load_tensors(io.BytesIO(content))
     except Exception as error:  # a foreign file can raise any exception; no code in it is executed
         raise UserError(
             f"{path}: is intact but cannot be loaded ({first_line(error)}); free some memory, or {RETRAIN}"
@@ -85,6 +128,32 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
         return file.read(len(COMMENT)) == COMMENT
 
 
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value has a type such as dict[str, list[float]], or the form of an entry of CONTENT."""
+    if isinstance(hint, dict):
+        return isinstance(value, dict) and all(matches(value.get(key), inner) for key, inner in hint.items())
+    if isinstance(hint, list):
+        return isinstance(value, list) and all(matches(item, hint[0]) for item in value)
+    if hint is torch.Tensor:
+        return is_plain(value)
+    if hint in (Any, float):
+        return hint is Any or type(value) in (int, float)
+    type_, inner = get_origin(hint) or hint, get_args(hint)
+    if not isinstance(value, type_) or not inner:
+        return isinstance(value, type_)
+    if type_ is dict:
+        return all(matches(key, inner[0]) and matches(item, inner[1]) for key, item in value.items())
+    return all(matches(item, inner[0]) for item in value)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether this is a tensor of real numbers, each of which the file holds: neither sparse nor expanded."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    whole = tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return whole and not tensor.is_complex() and not tensor.is_quantized
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What the .pt file of a model holds, finished or not: a dict of these fields, the weights under "model"."""
@@ -103,14 +172,19 @@ class Checkpoint:
     progress: dict[str, Any] | None = None  # optimizer, scheduler, step, totals, seconds; None: it is finished
 
     @classmethod
-    def from_file(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
-        """Raises UserError if the dict in a file is not that of a model, or of one that belongs elsewhere."""
+    def from_state(cls, path: str | Path, state: dict[str, Any]) -> "Checkpoint":
+        """Raises UserError if the dict in a file is not that of a model."""
         found = {**state, "weights": state.get("model")}
-        types = {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
+        types = get_type_hints(cls)
         del types["progress"]
-        wrong = [name for name, type_ in types.items() if not isinstance(found.get(name), type_)]
-        if wrong or not isinstance(state.get("finished"), bool):
-            wrong = ["model" if name == "weights" else name for name in wrong] or ["finished"]
+        wrong = [name for name, hint in (types | CONTENT).items() if not matches(found.get(name), hint)]
+        wrong = ["model" if name == "weights" else name for name in wrong]
+        wrong += [] if isinstance(state.get("finished"), bool) else ["finished"]
+        config = {} if "config" in wrong else state["config"]  # another version may have further settings, or fewer
+        kinds = {field.name: kind_of(field) for field in settings_of(Config) if field.name in config}
+        kinds = {name: kind for name, kind in kinds.items() if not kind.named}  # which may need a file of the user's
+        wrong += filter(None, (problem_with(f"config.{name}", kind, config[name]) for name, kind in kinds.items()))
+        if wrong:
             raise UserError(f"{path}: is not the checkpoint of a model (wrong: {', '.join(wrong)}); {RETRAIN}")
         others = {"format", "finished", "model", *types}
         progress = None if state["finished"] else {key: state[key] for key in state if key not in others}
@@ -118,6 +192,12 @@ class Checkpoint:
         for settings in (checkpoint.config, checkpoint.settings.get("config")):
             if settings:
                 settings.setdefault("resize", "squash")  # in checkpoints from before there was a choice
+        return checkpoint
+
+    @classmethod
+    def from_file(cls, path: Path, state: dict[str, Any]) -> "Checkpoint":
+        """Raises UserError if the dict in a file is not that of a model, or of one that belongs elsewhere."""
+        checkpoint = cls.from_state(path, state)
         place = f"seed{checkpoint.seed}/{checkpoint.name}.pt"
         if path.parts[-2:] != tuple(place.split("/")):
             raise UserError(
@@ -149,7 +229,7 @@ class Checkpoint:
     @property
     def precision(self) -> str:
         """That of its training: fp32 or bf16."""
-        return self.environment.get("precision", "fp32").split()[0]
+        return self.environment.get("precision", "fp32").partition(" ")[0]
 
     @property
     def training_state(self) -> dict[str, Any]:
@@ -188,7 +268,7 @@ def read_metadata(path: Path) -> Checkpoint | None:
     """A model, its tensors not read and its digest not verified; None if that is impossible."""
     try:
         check_file(path)
-        state = torch.load(path, "cpu", mmap=True, weights_only=True)
+        state = load_tensors(path, mmap=True)
         return Checkpoint.from_file(path, state) if state["format"] == FORMAT else None
     except Exception:  # of many types, for a damaged or foreign file; it is reported when it is needed
         return None

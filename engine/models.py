@@ -1,5 +1,6 @@
 """Models by name, torchvision's, timm's and the user's; and the weights that they start from."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +11,18 @@ import torchvision
 from torch import nn
 
 from engine import named
-from engine.checkpoints import CODE, RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
+from engine.checkpoints import (
+    CODE,
+    RETRAIN,
+    Checkpoint,
+    is_checkpoint,
+    load_checkpoint,
+    load_tensors,
+    matches,
+    nonfinite_tensors,
+)
 from engine.device import place
-from engine.errors import MISTAKES, UserError, at_most_ten, first_line, one_line, suggest
+from engine.errors import MISTAKES, UserError, at_most_ten, first_line, suggest
 from engine.files import check_file
 from engine.images import IMAGENET, Normalisation
 from engine.recipes import ARCHS, Recipe, is_of_timm
@@ -176,6 +186,9 @@ def with_normalisation(model: nn.Module, normalisation: Normalisation) -> nn.Mod
     return model
 
 
+STATE_DICTS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "ema", "model_ema", "weights")
+
+
 def chosen_normalisation(recipe: Recipe) -> Normalisation:
     """A recipe's `mean` and `std`; where they are None, those that its weights were trained with.
 
@@ -199,31 +212,40 @@ def read_file(path: str) -> Any:
     """What a file of weights holds; no code in it is executed. Raises UserError if it cannot be read."""
     try:
         check_file(path)
-        return load_checkpoint(path) if is_checkpoint(path) else torch.load(path, "cpu", weights_only=True)
+        return load_checkpoint(path) if is_checkpoint(path) else load_tensors(Path(path))
     except UserError:
         raise
     except Exception as error:  # of many types, for a foreign file
         raise UserError(
             f"{path}: cannot be read as weights ({first_line(error)}). It must be a file that torch.save wrote from a "
-            "state dict, or from a dict that holds one as 'state_dict' or 'model'"
+            "state dict, or from a dict that holds one"
         ) from None
 
 
 def state_dict_of(found: Any, path: str) -> dict[str, torch.Tensor]:
-    """The state dict in a file's content: plain, or as "state_dict" or "model", with or without DataParallel's prefix.
-
-    Raises UserError if there is none.
-    """
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise UserError(f"{path}: holds no state dict, neither by itself nor as 'state_dict' or 'model'")
+    """The state dict in a file's content, plain or under one of STATE_DICTS. Raises UserError if there is none."""
+    while isinstance(found, dict) and (inner := [key for key in STATE_DICTS if isinstance(found.get(key), dict)]):
+        found = found[inner[0]]
+    if not found or not matches(found, dict[str, torch.Tensor]):
+        kind = "a state dict (dense tensors of real numbers, by their names)"
+        raise UserError(f"{path}: does not hold {kind}, neither by itself nor as {', '.join(STATE_DICTS)}")
     if wrong := nonfinite_tensors(found):
         raise UserError(
             f"{path}: has values that are NaN or infinite, in {', '.join(at_most_ten(wrong))}; use another file"
         )
-    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return found
+
+
+def under_own_names(weights: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """The weights called `names` behind a prefix, such as that of torch.compile, DataParallel or Lightning.
+
+    All weights as they are if there is no such prefix, or more than one.
+    """
+    prefixes = [name.removesuffix(names[0]) for name in weights if name.endswith(names[0])]
+    candidates = [{p + name: name for name in names} for p in prefixes if all(p + name in weights for name in names)]
+    if len(candidates) != 1 or "" in prefixes:
+        return weights
+    return {name: weights[full] for full, name in candidates[0].items()}
 
 
 def read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -241,15 +263,15 @@ def load_weights(
     belong to another architecture, to other classes and are not trained, or to a checkpoint that is not finished.
     """
     found = read_file(path)
-    weights = state_dict_of(found, path)
+    weights = under_own_names(state_dict_of(found, path), list(model.state_dict()))
     of_last = {}
     if not named.is_named(recipe.arch) or is_of_timm(recipe.arch):  # of a network of the user's no last layer is known
         prefixes = tuple(f"{head}." for head in heads(model))
         of_last = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
-    number = len(next((weights[name] for name in of_last if name in weights), classes))
+    number = next((len(weights[name]) for name in of_last if name in weights and weights[name].ndim), len(classes))
     differing = None
-    if is_checkpoint(path) and not found.get("finished"):
-        epochs = len(found.get("history", ()))
+    if is_checkpoint(path) and not (checkpoint := Checkpoint.from_state(path, found)).finished:
+        epochs = len(checkpoint.history)
         raise UserError(f"{path}: its training is not finished ({epochs} epochs are done); resume it first")
     names = class_names(recipe)
     if names and of_last and len(names) != number:
@@ -269,7 +291,7 @@ def load_weights(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit a {recipe.arch} ({one_line(error)})") from None
+        raise UserError(f"{path}: does not fit a {recipe.arch} ({misfit(error)})") from None
 
 
 def class_names(recipe: Recipe) -> tuple[str, ...] | None:
@@ -284,6 +306,12 @@ def class_names(recipe: Recipe) -> tuple[str, ...] | None:
             raise UserError(f"{path}: its classes are {shorten(own)}; leave out class_names")
         return own
     return given
+
+
+def misfit(error: Exception) -> str:
+    """What `load_state_dict` says: missing names, unexpected names, other shapes, each of them shortened."""
+    lines = str(error).splitlines()
+    return " ".join(textwrap.shorten(line, 200, placeholder=" ...") for line in lines[1:4] or lines)
 
 
 def shorten(classes: Sequence[str]) -> str:
@@ -316,7 +344,6 @@ def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
     try:
         model.load_state_dict(checkpoint.weights)
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{title}: the weights in its checkpoint do not fit a {checkpoint.arch} ({one_line(error)})"
-        ) from None
+        fit = f"do not fit a {checkpoint.arch} ({misfit(error)})"
+        raise UserError(f"{title}: the weights in its checkpoint {fit}") from None
     return place(model, device).eval()

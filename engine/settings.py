@@ -74,7 +74,7 @@ class Config:
         "without arguments, which returns the training, perhaps the validation, and the test set: map-style data sets "
         "of (image, label)",
     )
-    image_size: int = setting(224, integer(8), "images are resized to this many pixels a side")
+    image_size: int = setting(224, integer(8, 4096), "images are resized to this many pixels a side")
     resize: str = setting(
         "squash",
         choice("squash", "crop", "pad"),

@@ -7,6 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,7 +249,12 @@ def open_image(path: str | os.PathLike, megapixels: float = Config.largest_image
             with Image.open(path, formats=IMAGE_FORMATS) as file:
                 if file.mode[0] in "IF":  # PIL would clip 16 bits to 8, which makes such an image white
                     raise OSError("more than 8 bits per channel; save it with 8")
-                image = ImageOps.exif_transpose(file)
+                if getattr(file, "is_animated", False):
+                    say_that_the_first_frame_is_used()
+                image: Image.Image = file
+                image.load()
+                with contextlib.suppress(Exception):  # of many types, for an orientation that cannot be read
+                    image = ImageOps.exif_transpose(file)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -258,6 +264,11 @@ def open_image(path: str | os.PathLike, megapixels: float = Config.largest_image
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
             reason += " --largest_image MEGAPIXELS allows larger ones"
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+
+
+@cache
+def say_that_the_first_frame_is_used() -> None:
+    log.info("some images have several frames, as animations do; of these the first frame is used")
 
 
 class Source(NamedTuple):

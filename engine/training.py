@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
 from engine import named
-from engine.checkpoints import nonfinite_tensors
+from engine.checkpoints import RETRAIN, nonfinite_tensors
 from engine.console import Progress, duration
 from engine.datasets import Batch, Dataset, batches
 from engine.device import DROPOUT, compiled, seed_torch
@@ -24,7 +24,7 @@ from engine.distributed import (
     shard,
     world_size,
 )
-from engine.errors import Diverged, UserError
+from engine.errors import Diverged, UserError, first_line
 from engine.estimate import UNKNOWN, Estimate
 from engine.images import normalisation_of
 from engine.named import is_named
@@ -187,8 +187,11 @@ class Training:
         self.best: dict[str, torch.Tensor] | None = None  # with keep = best, the weights of the best epoch so far
         self.step = 0  # done of the current epoch
         self.started = self.saved = time.perf_counter()
-        if state:
-            self.load_state_dict(state)
+        try:
+            if state:
+                self.load_state_dict(state)
+        except Exception as error:  # of many types, for a file that was made by hand
+            raise UserError(f"{model.path}: cannot be resumed ({first_line(error)}); {RETRAIN}") from None
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, precision_recall_fscore_support
 
@@ -46,6 +47,7 @@ FILES = (
 )
 
 
+@style.context("default")  # whatever the user's matplotlibrc says
 def write_report(
     config: Config,
     dataset: Dataset,

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -177,7 +178,8 @@ def report(trained, device) -> Path:
     """The folder of the report on `trained`. Tests only read it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "figures", figures)
-        evaluate.main(flags(trained, "--seeds", "0", "1", device=device))
+        with matplotlib.rc_context({"text.usetex": True, "savefig.format": "pdf", "font.size": 40}):  # a user's
+            evaluate.main(flags(trained, "--seeds", "0", "1", device=device))
     return trained / "imgs" / "demo"
 
 

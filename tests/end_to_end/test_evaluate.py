@@ -60,7 +60,8 @@ def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, caps
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.arange(30.0))
     state = {"name": "student", "seed": 0, "arch": "resnet18", "stem": "imagenet", "classes": classes, "finished": True}
-    state |= {"config": {"image_size": 16}, "settings": {}, "environment": {}, "history": [], "normalisation": {}}
+    state |= {"config": {"image_size": 16, "recipes": {}, "seeds": (0,), "swept": {}}, "environment": {}, "history": []}
+    state |= {"settings": {"recipe": {}, "config": {}}, "normalisation": {}}
     save_checkpoint(tmp_path / "checkpoints/demo/seed0/student.pt", {**state, "model": model.state_dict()})
     evaluate.main(flags(tmp_path, "--only", "student", "--predict", str(folder)))
     output = capsys.readouterr()

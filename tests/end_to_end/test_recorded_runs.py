@@ -120,7 +120,7 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
         config["recipes"]["student_kd"]["baseline"] = "teacher"
         rewrite(path, config=config)
     assert baseline() is None  # as config.py's demo has it
-    monkeypatch.setattr("config.ALL_PRESETS", {})
+    monkeypatch.setattr("config.ALL_PRESETS", {"demo": PRESETS["demo"]})
     assert baseline() == "teacher"
     edited = replace(PRESETS["scratch"].recipes["student_kd"], baseline="student")
     recipes = {**PRESETS["scratch"].recipes, "student_kd": edited}

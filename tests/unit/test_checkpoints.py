@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from sklearn.model_selection import train_test_split
 
+from custom_resnet import train_model
 from engine import checkpoints, datasets, fingerprints
 from engine.checkpoints import Checkpoint
 from engine.datasets import load_dataset
@@ -25,6 +27,7 @@ def checkpoint_of(name: str, settings: dict, **changes) -> Checkpoint:
     """A model with these settings as its fingerprint."""
     about = {"name": name, "seed": 0, "arch": "resnet18", "stem": "imagenet", "classes": [], "normalisation": {}}
     about |= {"settings": settings, "config": {}, "environment": {}, "history": [], "weights": {}}
+    about["config"] = {"recipes": {}, "seeds": (0,), "swept": {}, "image_size": 16}
     return Checkpoint(**{**about, **changes})
 
 
@@ -106,33 +109,67 @@ def test_pickled_code_is_not_executed(tmp_path):
 )
 def test_an_intact_file_without_a_model_is_refused_with_the_reason(tmp_path, wrong):
     path = tmp_path / "seed0/student.pt"
-    about = {
-        "name": "student",
-        "seed": 0,
-        "settings": {},
-        "environment": {},
-        "history": [],
-        "classes": [],
-        "finished": True,
-    }
-    about |= {"model": {}, "arch": "resnet18", "stem": "imagenet", "config": {}, "normalisation": {}}
-    checkpoints.save_checkpoint(path, about)
-    assert checkpoints.load_finished(path)
-    checkpoints.save_checkpoint(path, {**about, wrong: None})
+    checkpoint_of("student", {"recipe": {}, "config": {}}).save(path)
+    state = checkpoints.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, {**state, wrong: None})
     with pytest.raises(UserError, match=rf"is not the checkpoint of a model \(wrong: {wrong}\)"):
         checkpoints.load_finished(path)
+
+
+RECORD = {"epoch": 1, "loss": 0.5, "train_accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        *[({"classes": classes}, "classes") for classes in ([["a"], ["b"]], [0, 1], "ab")],
+        *[({"history": history}, "history") for history in ([1, 2], [{}], [{**RECORD, "loss": "x"}], {"epoch": 1})],
+        *[({"settings": settings}, "settings") for settings in ({}, {"recipe": 3, "config": {}})],
+        *[({"config": {field: None}}, "config") for field in ("recipes", "seeds", "swept", "image_size")],
+        *[({"config": {"recipes": recipes}}, "config") for recipes in ([1], {"student": 3})],
+        ({"config": {"swept": {"student": 3}}}, "config"),
+        *[({"config": {"image_size": size}}, "config.image_size") for size in (10**6, -1)],
+        ({"config": {"seeds": "abc"}}, "config.seeds"),
+        ({"environment": {"precision": 3}}, "environment"),
+        ({"normalisation": {"mean": 3}}, "normalisation"),
+        *[({"weights": weights}, "model") for weights in ({0: torch.ones(2)}, {"w": torch.eye(2).to_sparse()})],
+    ],
+    ids=str,
+)
+def test_a_checkpoint_made_by_hand_is_refused_with_what_is_wrong(tmp_path, changes, wrong):
+    """Its digest is right, and each field has the right type on the outside."""
+    path, made = tmp_path / "seed0/student.pt", checkpoint_of("student", {"recipe": {}, "config": {}}, history=[RECORD])
+    made.save(path)
+    assert checkpoints.load_finished(path)
+    if "config" in changes:
+        changes = {"config": {**made.config, **changes["config"]}}
+    replace(made, **changes).save(path)
+    with pytest.raises(UserError, match=rf"is not the checkpoint of a model \(wrong: {re.escape(wrong)}"):
+        checkpoints.load_finished(path)
+    assert checkpoints.read_metadata(path) is None
+
+
+def test_a_training_state_made_by_hand_is_refused(config, digits):
+    model = Model("student", 0, config)
+    train_model(model, digits)
+    checkpoint = checkpoints.load_finished(model.path)
+    for progress in ({}, {"optimizer": 3, "scheduler": {}, "step": "x"}):
+        replace(checkpoint, progress=progress).save(model.path)
+        with pytest.raises(UserError, match=r"student\.pt: cannot be resumed"):
+            train_model(model, digits)
 
 
 @pytest.mark.parametrize("progress", [None, {"step": 3, "optimizer": {"lr": 0.5}}], ids=["finished", "unfinished"])
 def test_a_model_round_trip(tmp_path, progress):
     path, weights = tmp_path / "seed0/student.pt", {"w": torch.arange(3.0)}
-    saved = checkpoint_of("student", {"seed": 0}, weights=weights, history=[{"loss": 0.5}], progress=progress)
+    settings, history = {"recipe": {}, "config": {}}, [{"epoch": 1, "loss": 0.5, "train_accuracy": 0.5}]
+    saved = checkpoint_of("student", settings, weights=weights, history=history, progress=progress)
     assert checkpoints.load_training(path) is None
     saved.save(path)
     loaded = checkpoints.load_training(path)
     assert torch.equal(loaded.weights["w"], weights["w"])
     assert replace(loaded, weights=weights) == saved
-    state = {"model": weights, "history": [{"loss": 0.5}], **(progress or {})}
+    state = {"model": weights, "history": history, **(progress or {})}
     assert {**loaded.training_state, "model": weights} == state
     assert (checkpoints.load_finished(path) is None) == (progress is not None)
 

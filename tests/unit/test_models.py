@@ -1,6 +1,8 @@
+import argparse
 import json
 import pickle
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from engine.checkpoints import Checkpoint, load_checkpoint, load_training, save_
 from engine.errors import UserError
 from engine.images import IMAGENET, Normalisation, normalisation_of
 from engine.inference import predict
-from engine.models import build_model, check_image_size, chosen_normalisation, initial_model, load_model
+from engine.models import build_model, check_image_size, chosen_normalisation, initial_model, load_model, read_weights
 from engine.recipes import ARCHS, Recipe
 from engine.settings import Model
 
@@ -132,25 +134,48 @@ def test_timm_missing_is_an_error(monkeypatch):
 # Weights
 
 
-@pytest.fixture
-def theirs() -> nn.Module:
-    """A torchvision model of ten classes, with statistics as after some training."""
+def prefixed(prefix: str, state: dict) -> dict:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+LAYOUTS = {  # as training programs write them
+    "plain": lambda state: state,
+    "timm": lambda state: {"state_dict": state, "args": argparse.Namespace(lr=0.1), "metric": np.float64(76.1)},
+    "torchvision": lambda state: {"model": state, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1)},
+    "nested": lambda state: {"ema": {"module": state}, "epoch": 3},
+    **{key: lambda state, key=key: {key: state, "acc": np.float32(0.5)} for key in ("net", "model_state_dict", "ema")},
+    **{p: lambda state, p=p: prefixed(p, state) for p in ("module.", "_orig_mod.", "_orig_mod.module.", "backbone.")},
+    "Lightning": lambda state: {"state_dict": {**prefixed("model.", state), "criterion.weight": torch.ones(10)}},
+    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **prefixed("module.", state)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_of_weights_is_used_as_it_is(tmp_path, layout):
     torch.manual_seed(3)
-    model = torchvision.models.resnet50(num_classes=10)
-    with torch.no_grad():
-        model(torch.randn(8, 3, 32, 32))
-    return model.eval()
+    theirs = build_model("timm:test_resnet", 10)
+    torch.save(LAYOUTS[layout](theirs.state_dict()), tmp_path / "teacher.pth")
+    loaded = initial_model(Recipe(arch="timm:test_resnet", weights=str(tmp_path / "teacher.pth"), epochs=0), DIGITS)
+    assert loaded.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module."])
-def test_a_file_of_weights_is_used_as_it_is(tmp_path, theirs, wrap):
-    state = theirs.state_dict()
-    if wrap == "module.":
-        state = {f"module.{name}": tensor for name, tensor in state.items()}
-    torch.save({wrap: state, "epoch": 3} if wrap in ("state_dict", "model") else state, tmp_path / "teacher.pth")
-    recipe = Recipe(arch="resnet50", weights=str(tmp_path / "teacher.pth"), epochs=0)
-    images = torch.randn(4, 3, 32, 32)
-    assert torch.equal(initial_model(recipe, DIGITS).eval()(images), theirs(images))
+def test_of_two_models_in_a_file_none_is_guessed(tmp_path):
+    state = build_model("timm:test_resnet", 10).state_dict()
+    torch.save({**prefixed("a.", state), **prefixed("b.", state), "c.weight": torch.ones(1)}, tmp_path / "both.pth")
+    with pytest.raises(UserError, match=r"does not fit.*Missing.*Unexpected.*a\."):
+        initial_model(Recipe(arch="timm:test_resnet", weights=str(tmp_path / "both.pth"), epochs=0), DIGITS)
+
+
+def test_a_compressed_file_is_refused_before_it_fills_the_memory(tmp_path):
+    """torch.save compresses nothing. A hundred times more values would take 100 MB here."""
+    torch.save({"w": torch.zeros(250_000)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", 8) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+    with pytest.raises(UserError, match="it is compressed"):
+        read_weights(str(tmp_path / "bomb.pth"))
 
 
 def test_weights_named_as_timm_names_them_are_used(tmp_path):
@@ -173,9 +198,14 @@ class Payload:
     [
         (b"not weights", "cannot be read as weights"),
         (pickle.dumps(Payload()), "cannot be read as weights"),
-        ({"epoch": 3}, "holds no state dict"),
-        ({}, "holds no state dict"),
-        ([1, 2], "holds no state dict"),
+        ({"model": {}, "best": Payload}, "it holds test_models.Payload"),
+        ({"epoch": 3}, "does not hold a state dict"),
+        ({0: torch.zeros(3)}, "does not hold a state dict"),
+        ({"fc.weight": torch.eye(3).to_sparse()}, "does not hold a state dict"),
+        ({"fc.weight": torch.zeros(1).expand(10**12)}, "does not hold a state dict"),
+        ({"fc.weight": torch.tensor(1.0)}, "does not fit a "),
+        ({}, "does not hold a state dict"),
+        ([1, 2], "does not hold a state dict"),
         ({"fc.weight": torch.zeros(10, 3)}, "does not fit a "),
         ({"bn1.running_var": torch.tensor([1.0, torch.nan])}, "NaN or infinite, in bn1.running_var"),
         ({"fc.weight": torch.zeros(1000, 128)}, "classifies into 1000 classes, and the data set has 10"),
@@ -271,8 +301,15 @@ def own_checkpoint(path, **changes) -> nn.Module:
     """A checkpoint of this program, of a ResNet18 for the digits; returns the model."""
     torch.manual_seed(3)
     model = torchvision.models.resnet18(num_classes=10)
-    state = {"name": "teacher", "classes": list(DIGITS), "finished": True, "normalisation": IMAGENET.as_recorded()}
-    save_checkpoint(path, {**state, "model": model.state_dict(), "history": [{}] * 6, **changes})
+    state = {"name": "teacher", "seed": 0, "arch": "resnet18", "stem": "imagenet", "environment": {}, "finished": True}
+    state |= {
+        "classes": list(DIGITS),
+        "normalisation": IMAGENET.as_recorded(),
+        "settings": {"recipe": {}, "config": {}},
+    }
+    state |= {"config": {"recipes": {}, "seeds": (0,), "swept": {}, "image_size": 16}, "model": model.state_dict()}
+    state |= {"history": [{"epoch": n, "loss": 0.5, "train_accuracy": 0.5} for n in range(1, 7)]}
+    save_checkpoint(path, {**state, **changes})
     return model
 
 

@@ -251,6 +251,31 @@ def test_exif_orientation_is_applied(config, image_folder, tmp_path):
     assert one.digest == other.digest
 
 
+@pytest.mark.parametrize("exif", [b"garbage" * 3, b"MM\0*\0\0\0\x08\0\x09", b""], ids=["header", "truncated", "empty"])
+def test_an_orientation_that_cannot_be_read_is_none(tmp_path, recwarn, exif):
+    image = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(4, 3, 3))
+    image.save(tmp_path / "image.png", exif=b"Exif\0\0" + exif)
+    assert np.array_equal(sources.open_image(tmp_path / "image.png"), image)
+    assert not recwarn.list
+
+
+def test_a_truncated_image_stays_an_error(tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    (tmp_path / "image.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        sources.open_image(tmp_path / "image.png")
+
+
+def test_of_an_animated_image_the_first_frame_is_used_and_that_is_said_once(tmp_path, capsys):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "image.gif", save_all=True, append_images=frames[1:])
+    sources.say_that_the_first_frame_is_used.cache_clear()
+    for _ in range(2):
+        assert sources.open_image(tmp_path / "image.gif").getpixel((0, 0)) == (255, 0, 0)
+    assert capsys.readouterr().err.count("first frame") == 1
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_become_white(tmp_path, mode):
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))

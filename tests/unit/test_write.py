@@ -21,6 +21,7 @@ from engine import checkpoints
 from engine.datasets import load_dataset
 from engine.device import resolve_device
 from engine.settings import Model
+from report import figures
 from report.markdown import align_tables, escape_markdown, results_markdown, summary, verdict
 from report.metrics import fit_temperature
 from report.statistics import wilson_interval
@@ -31,6 +32,15 @@ HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
 def table(header, rows):
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return align_tables("".join("| " + " | ".join(escape_markdown(cell) for cell in line) + " |\n" for line in lines))
+
+
+def test_a_users_settings_of_matplotlib_change_no_figure(report):
+    """The fixture has some, such as LaTeX, which need not be there."""
+    arrays, classes = np.load(report / "predictions.npz"), tuple("0123456789")
+    predictions = [arrays[f"teacher/seed{seed}"].argmax(1) for seed in (0, 1)]
+    counts = sum(sklearn.metrics.confusion_matrix(arrays["labels"], found, labels=range(10)) for found in predictions)
+    figure = figures.confusion_figure(counts, classes, "teacher, timm:test_resnet, sum of 2 seeds")
+    assert (report / "teacher/confusion_matrix.png").read_bytes() == figures.png(figure)
 
 
 def test_the_report_writes_every_file(report):
