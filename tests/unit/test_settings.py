@@ -18,6 +18,7 @@ from engine.errors import (
     UserError,
     at_most_ten,
     check_duplicate_keys,
+    closest,
     escape_control,
     exit_on_error,
     first_line,
@@ -214,6 +215,7 @@ def test_each_preset_has_its_own_run():
     [
         ("--batch_sise 64", ["--batch_sise", "did you mean --batch_size?"]),
         ("--student_dk.alpha 0.5", ["--student_dk.alpha", "did you mean --student_kd.alpha?"]),
+        ("--lr=--", ["--lr: needs a value"]),
         ("--preset dem", ["--preset dem", "did you mean demo?"]),
         ("64", ["'64'", "a value without a flag"]),
         ("--batch_size", ["--batch_size", "expected one argument"]),
@@ -325,6 +327,12 @@ def test_distillation_settings_without_a_teacher_are_refused(flag):
         parse([f"--student.{field}", flag.split()[1]])
     assert parse([f"--student_kd.{field}", flag.split()[1]]) != PRESETS["cifar10"]
     assert parse([f"--student.{field}", flag.split()[1], "--student.teacher", "teacher"])
+
+
+def test_a_loss_of_which_nothing_is_left_is_refused():
+    with pytest.raises(UserError, match=r"^student_kd\.soft_weight = 0"):
+        parse(["--student_kd.alpha", "0", "--student_kd.soft_weight", "0"])
+    assert parse(["--student_kd.alpha", "0"]).recipes["student_kd"].weight_of_soft_loss == 1
 
 
 def test_recipes_whose_names_differ_only_in_case_are_refused():
@@ -481,6 +489,7 @@ def test_a_preset_that_is_only_a_table_is_an_error():
 
 def test_suggest_names_the_closest_or_all():
     assert suggest("studnet", ["teacher", "student"]) == "did you mean student?"
+    assert closest("early_stopping", ["epochs", "teacher.label_smoothing"]) is None  # worse than no suggestion
     assert suggest("x", ["teacher", "student"]) == "known: teacher, student"
 
 
