@@ -44,10 +44,6 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Print a UserError to stderr and exit with its status; exit with 130 on Ctrl-C."""

@@ -11,7 +11,7 @@ from torch import nn
 from engine import named
 from engine.checkpoints import CODE, RETRAIN, Checkpoint, is_checkpoint, load_checkpoint, nonfinite_tensors
 from engine.device import place
-from engine.errors import MISTAKES, UserError, at_most_ten, first_line, one_line, suggest
+from engine.errors import UserError, at_most_ten, first_line, suggest
 from engine.images import NORMALISATION
 from engine.recipes import ARCHS, Recipe, is_of_timm
 
@@ -121,7 +121,7 @@ def check_image_size(model: nn.Module, arch: str, image_size: int, num_classes: 
     try:
         with torch.inference_mode():
             logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, *MISTAKES) as error:
+    except Exception as error:  # of many types, in a network of the user's
         raise UserError(
             f"image_size = {image_size}: {arch} cannot be applied to images of this size ({first_line(error)})"
             + usual_size(model, arch)
@@ -227,7 +227,7 @@ def load_weights(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit a {recipe.arch} ({one_line(error)})") from None
+        raise UserError(f"{path}: does not fit a {recipe.arch} ({' '.join(str(error).split())[:300]})") from None
 
 
 def check_origin(path: str, state: dict[str, Any]) -> None:
@@ -269,7 +269,5 @@ def load_model(checkpoint: Checkpoint, device: str) -> nn.Module:
     try:
         model.load_state_dict(checkpoint.weights)
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{title}: the weights in its checkpoint do not fit a {checkpoint.arch} ({one_line(error)})"
-        ) from None
+        raise UserError(f"{title}: the weights in its checkpoint do not fit a {checkpoint.arch} ({error})") from None
     return place(model, device).eval()
