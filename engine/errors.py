@@ -59,14 +59,6 @@ def explain_system_errors() -> Iterator[None]:
         raise UserError(": ".join(str(part) for part in (error.filename, error.strerror) if part)) from None
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-# What a mistake in code of the user's raises.
-MISTAKES = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, TypeError, ValueError)
-
-
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
     """Print a UserError or an error of the system to stderr and exit with its status; exit with 130 on Ctrl-C.

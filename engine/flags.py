@@ -24,6 +24,8 @@ class StoreOnce(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         if self.given:
             parser.error(f"{option}: is given twice; give it once, with all its values")
+        if values == []:  # as argparse reads --lr=--
+            parser.error(f"{option}: needs a value")
         self.given = True
         setattr(namespace, self.dest, values)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine import reach
 from engine.console import log
-from engine.errors import MISTAKES, UserError, first_line, locate_errors, suggest
+from engine.errors import UserError, first_line, locate_errors, suggest
 from engine.reach import OURS, SCRIPTS
 
 Named = Any  # the type of such a setting: a name of ours, MODULE:NAME, or in config.py the object itself
@@ -59,7 +59,9 @@ def running(setting: str, value: str) -> Iterator[None]:
     """Within it the user's code runs. A mistake in it becomes a UserError, with the file and the line if it has one."""
     try:
         yield
-    except (RuntimeError, *MISTAKES) as error:
+    except UserError:
+        raise
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         places = [(Path(frame.filename), frame.lineno) for frame in frames]
         theirs = [place for place in places if place[0].parent == reach.ROOT and place[0].stem not in SCRIPTS]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError, exit_on_error
+from engine.errors import UserError, exit_on_error, first_line
 from engine.files import write_durably
 from experiments.presets import FURTHER, STUDY
 from report.metrics import Evaluated
@@ -60,8 +60,10 @@ def keep(run: str, report: Path) -> list[Path]:
         with np.load(report / "predictions.npz") as arrays:
             found = {key: arrays[key] for key in arrays if not key.startswith("validation/")}
         results = json.loads((report / "results.json").read_text(encoding="utf-8"))["models"]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{report}: cannot be read ({error}); python evaluate.py --run {run} writes it") from None
+    except Exception as error:  # of many types, for a damaged file
+        raise UserError(
+            f"{report}: cannot be read ({first_line(error)}); python evaluate.py --run {run} writes it"
+        ) from None
     labels = found.pop("labels").astype(np.uint8)
     by_file: dict[Path, dict[str, np.ndarray]] = {}
     written = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,31 @@ def test_an_export_says_of_which_weights_it_is_and_goes_with_them(trained, tmp_p
     teacher_student_model.main(flags(tmp_path, "--student_kd.epochs=1", "--overwrite"))
     assert not export.exists()
     assert f"{export}: removed" in capsys.readouterr().err
+
+
+def test_an_export_without_a_distilled_model_names_it(trained, tmp_path, capsys):
+    (copy_of(trained, tmp_path) / "seed0/student_kd.pt").unlink()
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(flags(tmp_path, "--export"))
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "student_kd" in message
+    assert "--only" in message
+
+
+def test_the_command_that_training_recommends_can_be_pasted(trained, tmp_path, capsys):
+    folder = tmp_path / "my models"
+    copy_of(trained, tmp_path).parent.rename(folder)
+    teacher_student_model.main(flags(tmp_path, "--checkpoints_path", str(folder)))
+    words = shlex.split(capsys.readouterr().err.splitlines()[-1].partition("report: ")[2])
+    assert words == ["python", "evaluate.py", "--run", "demo", "--checkpoints_path", str(folder)]
+
+
+def test_help_needs_no_run(capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--run", "nothere", "--help"])
+    assert exit.value.code == 0
+    assert "--predict" in capsys.readouterr().out
 
 
 def files(folder: Path) -> dict[str, bytes]:

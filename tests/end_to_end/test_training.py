@@ -60,7 +60,7 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
     custom_resnet.main(small)
     output = capsys.readouterr().err
     assert "demo: digits, 1,297 training and 500 test images of 10 classes at 16 px; cpu" in output
-    assert "0.388 million parameters, from random weights, 2 epochs of 100 images" in output
+    assert "0.374 million parameters, from random weights, 2 epochs of 100 images" in output
     assert output.count("epoch  ") == 2
     path = tmp_path / "checkpoints/demo/seed0/student.pt"
     before = path.read_bytes()
@@ -72,8 +72,12 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
     assert exit.value.code == 2
     output = capsys.readouterr().err
     assert "student.lr was 0.01, is now 0.02; batch_size was 25, is now 20" in output
+    assert "train student again: python teacher_student_model.py" in output
     assert "--overwrite" in output
     assert path.read_bytes() == before
+    with pytest.raises(SystemExit):
+        custom_resnet.main([*small, "--student.weights", "typo.pth"])
+    assert "weights = 'typo.pth': no such file" in capsys.readouterr().err
 
     path.write_bytes(before[:1000])
     with pytest.raises(SystemExit):
@@ -112,6 +116,7 @@ def test_bad_input_is_one_error_and_status_2(tmp_path, hub, capsys, flags, messa
     output = capsys.readouterr().err
     assert output.count("error: ") == 1
     assert message in output.split("error: ")[1]
+    assert not (tmp_path / "checkpoints/demo").exists()
 
 
 def test_auto_precision_is_measured_once_per_run(tmp_path, monkeypatch, capsys):

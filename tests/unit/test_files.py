@@ -70,6 +70,20 @@ def test_a_pipe_is_not_read(tmp_path, config, digits):
     assert find_identical_model(Model("student", 0, config), {}) is None
 
 
+def test_only_a_full_disk_is_answered_with_free_some_space(tmp_path, monkeypatch):
+    def fails_with(number: int):
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    for number, full in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EROFS, False), (errno.EACCES, False)):
+        monkeypatch.setattr(os, "fsync", fails_with(number))
+        with pytest.raises(UserError) as error:
+            files.write_durably(tmp_path / "file", b"")
+        assert ("space" in str(error.value).partition(")")[2]) == full
+
+
 def test_the_lock_refuses_a_second_process_and_outlives_no_process(tmp_path):
     folder = tmp_path / "run"
     code = f"""

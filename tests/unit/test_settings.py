@@ -20,6 +20,7 @@ from engine.errors import (
     UserError,
     at_most_ten,
     check_duplicate_keys,
+    closest,
     escape_control,
     exit_on_error,
     first_line,
@@ -216,6 +217,7 @@ def test_each_preset_has_its_own_run():
     [
         ("--batch_sise 64", ["--batch_sise", "did you mean --batch_size?"]),
         ("--student_dk.alpha 0.5", ["--student_dk.alpha", "did you mean --student_kd.alpha?"]),
+        ("--lr=--", ["--lr: needs a value"]),
         ("--preset dem", ["--preset dem", "did you mean demo?"]),
         ("64", ["'64'", "a value without a flag"]),
         ("--batch_size", ["--batch_size", "expected one argument"]),
@@ -331,6 +333,12 @@ def test_distillation_settings_without_a_teacher_are_refused(flag):
         parse([f"--student.{field}", flag.split()[1]])
     assert parse([f"--student_kd.{field}", flag.split()[1]]) != PRESETS["cifar10"]
     assert parse([f"--student.{field}", flag.split()[1], "--student.teacher", "teacher"])
+
+
+def test_a_loss_of_which_nothing_is_left_is_refused():
+    with pytest.raises(UserError, match=r"^student_kd\.soft_weight = 0"):
+        parse(["--student_kd.alpha", "0", "--student_kd.soft_weight", "0"])
+    assert parse(["--student_kd.alpha", "0"]).recipes["student_kd"].weight_of_soft_loss == 1
 
 
 def test_recipes_whose_names_differ_only_in_case_are_refused():
@@ -543,6 +551,7 @@ def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path, capsys, words):
 
 def test_suggest_names_the_closest_or_all():
     assert suggest("studnet", ["teacher", "student"]) == "did you mean student?"
+    assert closest("early_stopping", ["epochs", "teacher.label_smoothing"]) is None  # worse than no suggestion
     assert suggest("x", ["teacher", "student"]) == "known: teacher, student"
 
 

@@ -279,6 +279,17 @@ def test_the_share_of_the_gradient_is_that_of_a_plain_loop(config, digits, scale
     assert history[0]["soft_share"] == pytest.approx(soft / (hard + soft), rel=1e-4)
 
 
+def test_a_soft_loss_without_a_gradient_has_a_share_of_0(config, digits):
+    """In every epoch, because the report reads the first and the last one."""
+
+    def loss(logits, batch):
+        return {**custom_resnet.cross_entropy(logits, batch), "soft": 0 * logits.sum()}
+
+    recipe = replace(config.recipes["student_kd"], train_size=50)
+    history = fit(custom_resnet.build_resnet(recipe.arch, 10).to(config.device), recipe, config, 0, digits, loss)
+    assert [record["soft_share"] for record in history] == [0, 0]
+
+
 def test_without_a_soft_loss_there_is_no_share(config, digits):
     model = custom_resnet.build_resnet("resnet18", 10).to(config.device)
     recipe = replace(config.recipes["student"], epochs=1)

@@ -22,7 +22,7 @@ from engine.datasets import load_dataset
 from engine.device import resolve_device
 from engine.settings import Model
 from report import figures
-from report.markdown import align_tables, escape_markdown, results_markdown, summary, verdict
+from report.markdown import align_tables, escape_markdown, notes, results_markdown, summary, verdict
 from report.metrics import fit_temperature
 from report.statistics import wilson_interval
 
@@ -223,6 +223,16 @@ def test_with_validation_images_the_report_scales_by_their_temperature(trained, 
 def test_the_example_report_is_what_this_version_writes():
     written = (ROOT / "docs/example/results.md").read_text(encoding="utf-8")
     assert results_markdown(example_results(("teacher", "student", "student_kd", "unscaled"))) == written
+
+
+@pytest.mark.parametrize(("training_accuracy", "explained"), [(0.99, True), (0.12, False)])
+def test_a_model_that_learned_and_predicts_one_class_is_explained(training_accuracy, explained):
+    results = example_results()
+    model = results["models"]["student"]
+    model["only_class"], model["accuracy"]["mean"] = "7", 0.1
+    model["history"] = {"0": [{"train_accuracy": training_accuracy}]}
+    (warning,) = [note for note in notes(results) if note.startswith("Warning: student predicts 7")]
+    assert ("BatchNorm" in warning) == explained
 
 
 SEEDS = [0, 1, 2]
