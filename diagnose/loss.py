@@ -161,14 +161,13 @@ class Fit(NamedTuple):
         return data.gradients(lambda *given: HARD[self.hard](*given) + SOFT[self.soft](*given), temperature)
 
     def parts(self, gradient: Tensor, data: Data) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Of a gradient (B C,): the weights of the terms, the weights of the hard and of the soft loss (2,), the norms
-        of their gradients (2,), and what they leave, relative to the soft loss's."""
+        """The terms' weights, those of hard and soft loss (2,), their norms in a gradient (B C,), and what they leave."""
         columns = torch.cat(self.columns(data))
         terms = solve(gradient, list(columns.unsqueeze(1)))[0][0]
         each, n = terms.unsqueeze(1) * columns, 2 if self.hard == "CE" else 1
         terms[:n][each[:n].norm(dim=1) < 1e-6 * gradient.norm()] = 0  # rounding
         both = torch.stack([each[:n].sum(0), each[n:].sum(0)])
-        left = (gradient - both.sum(0)).norm() / both[int(bool(self.soft))].norm()
+        left = (gradient - both.sum(0)).norm() / both[int(bool(self.soft))].norm().clamp(min=1e-9 * gradient.norm())
         return terms, torch.stack([terms[:n].sum(), terms[n : n + 1].sum()]), both.norm(dim=1), left.item()
 
 
@@ -237,12 +236,10 @@ def examine(
     It is called with random logits, and with yours if they are given: (B, C), (B, C) and labels (B,), tensors or
     arrays. Raises CannotExamine if it cannot be called or returns no scalar.
     """
-    own, given = None, loss
-    if isinstance(loss, nn.Module):
-        given = loss = copy.deepcopy(loss).double().forward
+    own, given = None, copy.deepcopy(loss).double().forward if isinstance(loss, nn.Module) else loss
     kinds = [parameter.kind.name for parameter in inspect.signature(given).parameters.values()]
-    if kinds.count("POSITIONAL_OR_KEYWORD") == 2 and "VAR_POSITIONAL" not in kinds:
-        loss = lambda z, v, y: given(z, v)  # noqa: E731
+    takes_two = kinds.count("POSITIONAL_OR_KEYWORD") == 2 and "VAR_POSITIONAL" not in kinds
+    loss = (lambda z, v, y: given(z, v)) if takes_two else given
     if student_logits is not None:
         z, v, y = (torch.as_tensor(logits).detach().cpu() for logits in (student_logits, teacher_logits, labels))
         own, num_classes = Data(z.double(), v.double(), y.long()), z.shape[1]
@@ -307,8 +304,8 @@ def describe(loss: Loss, data: Data, own: Data | None) -> Examined:
     weights = weights / images ** powers[0]
     (hard, soft), (a, w) = weights.tolist(), (weights / classes ** powers[1]).tolist()
 
-    t, power, findings, of_hard, of_soft = fit.temperature, None, [], *map(averaging, powers.T.tolist())
-    suffix = list(of_soft if fit.soft else of_hard)
+    t, power, findings, (of_hard, of_soft) = fit.temperature, None, [], map(averaging, powers.T.tolist())
+    suffix = [*(of_soft if fit.soft else of_hard)]
     if fit.soft and t and abs(t - 1) > 1e-5:
         power = power_of_temperature(a, w, t)
         reading = f"A weight of {w:.4g} is {w / t**2:.4g} x T^2, or a weight of its own"
