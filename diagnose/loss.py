@@ -161,7 +161,7 @@ class Fit(NamedTuple):
         return data.gradients(lambda *given: HARD[self.hard](*given) + SOFT[self.soft](*given), temperature)
 
     def parts(self, gradient: Tensor, data: Data) -> tuple[Tensor, Tensor, Tensor, float]:
-        """The terms' weights, those of hard and soft loss (2,), their norms in a gradient (B C,), and what they leave."""
+        """Weights of the terms, of hard and soft loss (2,), their norms in a gradient (B C,), and what they leave."""
         columns = torch.cat(self.columns(data))
         terms = solve(gradient, list(columns.unsqueeze(1)))[0][0]
         each, n = terms.unsqueeze(1) * columns, 2 if self.hard == "CE" else 1
@@ -218,8 +218,8 @@ def differentiate(loss: Loss, data: Data) -> tuple[Tensor, Tensor, Tensor]:
             return value.detach(), student.flatten(), teacher.flatten()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        shapes = f"logits {tuple(z.shape)} of student and teacher in float64, and labels {tuple(data.y.shape)}"
-        raise CannotExamine(f"it cannot be called with {shapes}: {type(error).__name__}: {reason}") from error
+        given = f"(student_logits, teacher_logits, labels), here {tuple(z.shape)} in float64 and {tuple(data.y.shape)}"
+        raise CannotExamine(f"it cannot be called with {given}: {type(error).__name__}: {reason}") from error
     what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise CannotExamine(f"it must return a scalar, and returns {what}")
 
@@ -233,8 +233,7 @@ def examine(
 ) -> Examined:
     """What loss(student_logits, teacher_logits, labels) computes; a loss that takes two arguments gets no labels.
 
-    It is called with random logits, and with yours if they are given: (B, C), (B, C) and labels (B,), tensors or
-    arrays. Raises CannotExamine if it cannot be called or returns no scalar.
+    It is called with random logits, and with yours (B, C), labels (B,). Raises CannotExamine if it cannot be called.
     """
     own, given = None, copy.deepcopy(loss).double().forward if isinstance(loss, nn.Module) else loss
     kinds = [parameter.kind.name for parameter in inspect.signature(given).parameters.values()]
