@@ -21,8 +21,6 @@ def load(named: str) -> Loss:
     """The loss that FILE:NAME or FILE:NAME(literals) names; a fourth parameter, the temperature, is 4 if not given."""
     location, bracket, literals = named.partition("(")
     file, _, name = location.rpartition(":")
-    if not file:
-        raise ValueError("must be FILE.py:NAME or FILE.py:NAME(argument=literal, ...)")
     path = Path(f"{file.removesuffix('.py')}.py").resolve(strict=True)
     call: Any = ast.parse(f"loss({literals}" if bracket else "loss()", mode="eval").body
     arguments = [ast.literal_eval(argument) for argument in call.args]

@@ -12,19 +12,18 @@ from torch.nn.modules.dropout import _DropoutNd
 def examine_models(student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, ...]) -> list[str]:
     """Sentences on what may go wrong in distilling `teacher` into `student`; an empty list if nothing is found.
 
-    Both return logits (B, C) and are in the mode in which they are used. The batch holds 100 images or more, their
-    labels (B,), and the teacher's logits if they are stored.
+    The batch holds 100 images or more, labels (B,), and the teacher's logits (B, C) if they are stored. Both models are
+    in the mode in which they are used, and return logits (B, C).
     """
     images, labels, *stored = batch
-    if {id(parameter) for parameter in student.parameters()} & {id(parameter) for parameter in teacher.parameters()}:
+    if set(map(id, student.parameters())) & set(map(id, teacher.parameters())):
         return ["Student and teacher are the same object, or share parameters."]
     found, model = [], copy.deepcopy(teacher)
     with torch.no_grad():
         if not torch.allclose(model(images), model(images), atol=1e-4):
             found.append("The teacher's logits change from call to call: dropout is alive. Call teacher.eval().")
-        for module in model.modules():
-            if isinstance(module, _DropoutNd):
-                module.eval()
+        for dropout in [module for module in model.modules() if isinstance(module, _DropoutNd)]:
+            dropout.eval()
         if not torch.allclose(model(images)[:2], model(images[:2]), rtol=1e-2, atol=1e-2):
             found.append("The teacher's logits depend on the rest of the batch: training mode. Call teacher.eval().")
         logits, of_student = model.eval()(images), copy.deepcopy(student).eval()(images)

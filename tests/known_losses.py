@@ -73,8 +73,6 @@ def divided_by_classes(log_q, q):
 IMPLEMENTATIONS = {
     "ghnmqdtg/Teacher-Student-Model-From-Scratch": kd(0.25, 0.75, 5),
     "haitongli/knowledge-distillation-pytorch": kd(0.1, 0.9 * 16, 4, divided_by_classes),
-    "Yuting-Gao/DisCo-pytorch": kd(0.1, 0.9 * 16, 4, divided_by_classes),
-    "wonbeomjang/Knowledge-Distilling-PyTorch": kd(0.1, 0.9 * 16, 4),
     "HobbitLong/RepDistiller": kd(0.1, 0.9 * 16, 4),
     "megvii-research/mdistiller, KD": kd(0.1, 0.9 * 16, 4),
     "megvii-research/mdistiller, DKD": lambda z, v, y: F.cross_entropy(z, y) + 16 * decoupled(z, v, y, 4),

@@ -115,7 +115,7 @@ class Repository:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("engine", "report", "experiments"):
+        for name in ("diagnose", "engine", "report", "experiments"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in ROOT.glob("*.py"):
             if path.name in ("config.py", "utils.py", "custom_resnet.py", "teacher_student_model.py", "evaluate.py"):
@@ -156,6 +156,7 @@ def trained_repository(tmp_path_factory):
     status, output = repository.train()
     assert status == 0, output
     assert trained_in(output) == {"teacher", "student", "student_kd"}
+    assert "my_project:powered computes 1 squared error of probabilities at T = 2" in output
     shutil.copytree(repository.folder / "checkpoints", repository.folder / "trained")
     yield repository
     repository.driver.stdin.close()
