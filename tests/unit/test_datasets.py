@@ -319,3 +319,9 @@ def test_impossible_sizes_are_refused_naming_the_recipe(config):
     for padding in (8, 100):  # digits are 8 pixels wide
         with pytest.raises(UserError, match=f"crop_padding = {padding}: must be less than the 8 pixels"):
             datasets.load_dataset(replace(config, crop_padding=padding))
+
+
+def test_jobs_need_images_that_fit_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 1000))
+    with pytest.raises(UserError, match="jobs = 2: must be 1, as the images do not fit"):
+        datasets.load_dataset(replace(PRESETS["demo"], device="cuda", jobs=2))

@@ -65,6 +65,7 @@ def options(tmp_path) -> Options:
 def test_the_page_shows_what_was_measured(options):
     environment = {"device": "NVIDIA H200", "python": "3.12", "torch": "2.11.0", "torchvision": "0.26"}
     stopped = {"compiled_speed": "stopped after 9 s; missing: fit"}
+    options = options._replace(image_size=224)
     written = {"options": options._asdict(), "environment": environment, "sections": FOUND, "stopped": stopped}
     page = gpu.page(written)
     for number in ("2.15e+12", "| 60% or more | 50% |", "| 1,200 to 1,300 | 3 | 9.0 s | 2.0 GiB |", "| 1.250 |"):
