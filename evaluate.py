@@ -37,10 +37,10 @@ from engine.datasets import Dataset, load_dataset
 from engine.distributed import on_rank0, rank, world_size
 from engine.errors import UserError
 from engine.files import lock, write_durably
-from engine.fingerprints import check_settings, load_teacher_state, logits_fingerprint, training_settings
+from engine.fingerprints import check_settings, check_teacher, load_teacher_state, logits_fingerprint, training_settings
 from engine.flags import Parser
 from engine.inference import predict
-from engine.models import load_model
+from engine.models import load_model, shorten
 from engine.settings import Config, Model
 from engine.sources import square
 from report.comparisons import Models, TrainingLogits, distilled
@@ -62,12 +62,12 @@ TRAIN_FIRST = "train first: python teacher_student_model.py, with the same flags
 
 
 def finished_checkpoints(
-    config: Config, dataset: Dataset, missing: list[Path]
+    config: Config, dataset: Dataset | None, missing: list[Path]
 ) -> Iterator[tuple[Model, Checkpoint, str]]:
     """Each trained model with its checkpoint and its digest, teachers first; the paths of the others go into `missing`.
 
     Raises UserError if a checkpoint is damaged, was trained with different settings, or was distilled from a teacher
-    that has been retrained since.
+    that has been retrained since. Without a data set the settings are not checked.
     """
     for model in config.models():
         checkpoint = load_finished(model.path)
@@ -75,7 +75,12 @@ def finished_checkpoints(
             log.info(f"not trained yet, skipped: {model.path}")
             missing.append(model.path)
             continue
-        check_settings(model.path, checkpoint, training_settings(model, dataset))
+        if dataset:
+            check_settings(model.path, checkpoint, training_settings(model, dataset))
+            if tuple(checkpoint.classes) != dataset.classes:
+                raise UserError(f"{model.path}: has other classes: {shorten(checkpoint.classes)}")
+        else:
+            check_teacher(model, checkpoint)
         yield model, checkpoint, checkpoint.digest
 
 
@@ -143,6 +148,8 @@ def logits_for_student(
 def training_logits(config: Config, dataset: Dataset, models: Models) -> TrainingLogits:
     """The teacher's logits on the training images of each distilled model."""
     logits: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    if not dataset.has_training_images:
+        return logits
     for name, (_, seeds) in distilled(models).items():
         logits[name] = {}
         for student in (Model(name, seed, config) for seed in seeds):
@@ -155,6 +162,8 @@ def training_logits(config: Config, dataset: Dataset, models: Models) -> Trainin
 def evaluate(config: Config, dataset: Dataset, pdf: bool = False) -> None:
     """Write the report, with figures in PDF if asked for, and print its table and its verdicts."""
     with lock(Path(config.imgs_path, config.run)):
+        if not dataset.has_training_images:
+            log.info(f"{config.dataset}: has no training images, so that these test images go with them is not checked")
         models, missing = evaluate_checkpoints(config, dataset)
         if not models:
             raise UserError(f"nothing to evaluate; {TRAIN_FIRST}")
@@ -168,11 +177,16 @@ def evaluate(config: Config, dataset: Dataset, pdf: bool = False) -> None:
             log.info(f"The report: {Path(config.imgs_path, config.run, 'results.md')}")
 
 
-def export(config: Config, dataset: Dataset, suffix: str) -> None:
-    """Write MODEL.pt2 or .onnx for each distilled model (or each that `only` names), checked on the test images."""
+def export(config: Config, dataset: Dataset | None, suffix: str) -> None:
+    """Write MODEL.pt2 or .onnx for each distilled model, or each that `only` names.
+
+    It is checked on the test images, or on noise if there are none.
+    """
     selected = config.selected()
     names = selected if config.only else [n for n in selected if config.recipes[n].teacher] or selected
-    images, exported = dataset.test.images.cpu(), 0
+    exported, generator = 0, torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (100, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    images, kind = (dataset.test.images.cpu(), "test images") if dataset else (noise, "images of noise")
     photographs = [torch.cat([*images[:2]], axis)[None] for axis in (1, 2)]  # (1, 3, 2H, W) and (1, 3, H, 2W)
     squares = [pil_to_tensor(square(to_pil_image(image[0]), config.resize))[None] for image in photographs]
     with lock(Path(config.checkpoints_path, config.run)):
@@ -193,7 +207,7 @@ def export(config: Config, dataset: Dataset, suffix: str) -> None:
             write_durably(path, content)
             log.info(
                 f"{model}  exported: {path}, {len(content) / 1e6:.1f} MB. Loaded back, it predicts the "
-                f"checkpoint's class on all {len(images):,} test images, and a wide and a tall one, with probabilities "
+                f"checkpoint's class on all {len(images):,} {kind}, and a wide and a tall one, with probabilities "
                 f"at most {largest:.1g} apart"
             )
             exported += 1
@@ -201,6 +215,14 @@ def export(config: Config, dataset: Dataset, suffix: str) -> None:
         raise UserError(
             f"nothing to export: no {' and no '.join(names)} is trained. Name others with --only, or {TRAIN_FIRST}"
         )
+
+
+def dataset_if_there(config: Config) -> Dataset | None:
+    try:
+        return load_dataset(config, trained=True)
+    except UserError as error:
+        log.info(f"{error}; so exports are checked on noise, and not on test images")
+        return None
 
 
 @on_rank0
@@ -236,11 +258,10 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"nothing to predict with; {TRAIN_FIRST}")
             print_result("\n".join(tables).rstrip())
             return
-        dataset = load_dataset(config)
         if own.export:
-            export(config, dataset, own.export)
+            export(config, dataset_if_there(config), own.export)
         else:
-            evaluate(config, dataset, pdf=own.figures == "pdf")
+            evaluate(config, load_dataset(config, trained=True), pdf=own.figures == "pdf")
 
 
 if __name__ == "__main__":

@@ -178,3 +178,16 @@ def log_summary(config: Config, dataset: Dataset) -> None:
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
         f"{device_name(config)}{describe_threads(config)}{several}, {describe_precision(config)}{pinned}"
     )
+    few: dict[str, list[str]] = {}  # in words -> the rows
+    for name in config.selected():
+        recipe = config.recipes[name]
+        images = recipe.train_size or len(dataset.train.labels)
+        steps = images // config.batch_size
+        if recipe.epochs and steps < 10:
+            few.setdefault(
+                f"{steps} steps an epoch ({images:,} images, batch_size {config.batch_size}). If that is too few: more "
+                f"--epochs, or --batch_size {max(2, images // 10)}",
+                [],
+            ).append(name)
+    for text, names in few.items():
+        log.info(f"{', '.join(names)}: {text}")

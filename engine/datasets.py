@@ -56,7 +56,14 @@ class Dataset(NamedTuple):
         The same numbers give the same images; other numbers for `choice` give other random ones.
         """
         everything = torch.arange(len(self.train.labels))
-        return everything if size is None else stratified(self.train.labels, size, "train_size", choice)[0]
+        if size is None or not self.has_training_images:
+            return everything
+        return stratified(self.train.labels, size, "train_size", choice)[0]
+
+    @property
+    def has_training_images(self) -> bool:
+        """False where trained models are evaluated and the training images have gone."""
+        return len(self.train.labels) > 0
 
     @property
     def held_out(self) -> tuple[str, Split]:
@@ -157,12 +164,13 @@ def batches(
         yield Batch(prepared, split.labels[order[part]], order[part], view, images)
 
 
-def load_dataset(config: Config) -> Dataset:
+def load_dataset(config: Config, trained: bool = False) -> Dataset:
     """The images of `config.dataset` as uint8 tensors on `config.device`, or in pinned host memory if too large.
 
-    Raises UserError, with instructions, if they cannot be read, or if machines hold different images.
+    For models that are `trained` a folder needs no training images. Raises UserError, with instructions, if images
+    cannot be read, or if machines hold different ones.
     """
-    dataset = main_process_first(lambda: read_dataset(config))
+    dataset = main_process_first(lambda: read_dataset(config, trained))
     if on_rank0(lambda: dataset.digest)() != dataset.digest:
         raise RankError(
             f"rank {rank()}: {config.dataset} differs from the copy on rank 0's machine; copy that one here"
@@ -170,7 +178,7 @@ def load_dataset(config: Config) -> Dataset:
     return dataset
 
 
-def read_dataset(config: Config) -> Dataset:
+def read_dataset(config: Config, trained: bool = False) -> Dataset:
     if config.dataset in TORCHVISION:
         read = read_torchvision
     elif config.dataset == "digits":
@@ -182,11 +190,14 @@ def read_dataset(config: Config) -> Dataset:
     else:
         raise UserError(
             f"dataset = {config.dataset!r}: no such folder ({suggest(config.dataset, NAMES)}); must be "
-            f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME"
+            f"{', '.join(NAMES)}, a folder with train/CLASS/* or MODULE:NAME. If it has moved: --dataset FOLDER"
         )
     classes, train, validation, test, unreadable = read(config)
     parts = {name: part for name, part in (("train", train), ("test", test), ("val", validation)) if part}
     train, test, validation = number_images(train, test, validation)  # type: ignore[assignment]
+    present = len(train.labels) > 0
+    if not present and not trained:
+        raise UserError(f"{config.dataset}: has no folder train/ for the training images")
     if test is None:
         train, test = split_off_test_images(train, config)
     if validation and config.validation_size:
@@ -196,17 +207,21 @@ def read_dataset(config: Config) -> Dataset:
         for tensor in split[:2] if split else ():
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
-    check_sizes(config, train)
+    warn_of_shared_images(train, {"validation": validation, "test": test})
+    if present:
+        check_sizes(config, train)
     check_soft_losses(config, len(classes))
-    if config.validation_size:
+    if config.validation_size and present:
         held_out, kept = stratified(train.labels, config.validation_size, "validation_size")
         digest.update(held_out.numpy().data)
-        validation, train = train.select(held_out), train.select(kept)
-    for name, recipe in config.recipes.items():
-        if recipe.train_size is not None:
+        train, validation = train.divide(kept, held_out)
+    for name in config.selected():
+        recipe = config.recipes[name]
+        if recipe.train_size is not None and present:
             stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
-    check_schedules(config, len(train.labels))
-    check_kept_epochs(config, validation)
+    if present:
+        check_schedules(config, len(train.labels))
+        check_kept_epochs(config, validation)
     on_host = False
     if torch.device(config.device).type == "cuda":
         total = sum(split.images.nbytes for split in (train, validation, test) if split)
@@ -250,7 +265,19 @@ def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
         f"{config.dataset}: has no folder test/ or val/, so {len(held_out):,} of its {len(train.labels):,} images, "
         "stratified by class, are the test images"
     )
-    return train.select(kept), train.select(held_out)
+    return train.divide(kept, held_out)
+
+
+def warn_of_shared_images(train: Split, others: dict[str, Split | None]) -> None:
+    """Say how many images have the pixels of a training image, which makes an accuracy too high."""
+    known = {hash(image.tobytes()) for image in train.images.numpy()}
+    for name, split in others.items():
+        shared = sum(hash(image.tobytes()) in known for image in split.images.numpy()) if split else 0
+        if split and shared:
+            log.info(
+                f"warning: {shared:,} of {len(split.labels):,} {name} images are training images, too, so the "
+                "accuracy on them says nothing about new images; remove them from one of the folders"
+            )
 
 
 def check_sizes(config: Config, train: Split) -> None:

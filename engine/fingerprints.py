@@ -78,6 +78,10 @@ def training_settings(model: Model, dataset: Dataset) -> dict[str, Any]:
             settings["config"][CODE.format("augment")] = named.code_of(config.augment)
         settings["selected training images"] = hashlib.sha256(subset.numpy().data).hexdigest()
     settings["images of the data set"] = dataset.digest
+    if not dataset.has_training_images:  # for models that are trained already; nothing is known of these
+        settings.pop("selected training images", None)
+        del settings["images of the data set"]
+        settings["recipe"].pop("train_size", None)
     if model.teacher:
         try:
             digest = weights_digest(model.teacher.path)

@@ -37,6 +37,15 @@ class Split(NamedTuple):
         ids = None if self.ids is None else self.ids[indices.cpu()]
         return Split(self.images[indices], self.labels[indices], ids=ids)
 
+    def divide(self, first: torch.Tensor, second: torch.Tensor) -> tuple["Split", "Split"]:
+        """The images of two sorted lists of indices. The first take the memory of this split, which is used up."""
+        others = self.select(second)
+        for start in range(0, len(first), 100):
+            chunk = first[start : start + 100]
+            self.images[start : start + len(chunk)] = self.images[chunk]  # from behind, as they are sorted
+        ids = None if self.ids is None else self.ids[first.cpu()]
+        return Split(self.images[: len(first)], self.labels[first], ids=ids), others
+
 
 class Contents(NamedTuple):
     classes: tuple[str, ...]
@@ -58,13 +67,14 @@ def read_folder(config: Config) -> Contents:
     """The images in train/CLASS/**, test/CLASS/** and val/CLASS/**; without test/, val/ is the test set.
 
     Without train/, or with images and no folders in it, the folder holds CLASS/**. Files in formats other than
-    IMAGE_FORMATS are skipped and logged; hidden files are skipped silently. Raises UserError for what cannot be used.
+    IMAGE_FORMATS are skipped and logged; hidden files are skipped silently. No training images are given if there is
+    only test/ or val/. Raises UserError for what cannot be used.
     """
     root = Path(config.dataset)
     folders = split_folders(root)
     found = {split: image_files(folder) for split, folder in folders.items()}
     check_classes(folders, found)
-    classes = tuple(sorted(found["train"]))
+    classes = tuple(sorted(next(iter(found.values()))))
     unreadable: list[str] = []
     names: dict[str, list[str]] = {split: [] for split in found}
 
@@ -94,7 +104,8 @@ def read_folder(config: Config) -> Contents:
         log.info("left out, and listed in the report: " + "; ".join(at_most_ten(unreadable)))
     test = "test" if "test" in splits else "val"
     validation = splits.get("val") if test == "test" else None
-    return Contents(classes, splits["train"], validation, splits.get(test), tuple(unreadable))
+    train = splits.get("train", next(iter(splits.values())).select(torch.arange(0)))
+    return Contents(classes, train, validation, splits.get(test), tuple(unreadable))
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -110,10 +121,6 @@ def split_folders(root: Path) -> dict[str, Path]:
     unused = [path.name + "/" for path in beside if path not in folders.values()]
     if not folders or ("train" in folders and unused and not any(path.is_dir() for path in visible(folders["train"]))):
         return {"train": root}
-    if "train" not in folders:
-        raise UserError(
-            f"{root}: has {' and '.join(f'{path.name}/' for path in folders.values())}, but no folder train/"
-        )
     if unused:
         log.info(f"{root}: not used, as they are neither training, validation nor test images: {', '.join(unused)}")
     return {split: folders[split] for split in ("train", "val", "test") if split in folders}
@@ -133,7 +140,8 @@ def image_files(folder: Path) -> dict[str, list[Path]]:
 
 def check_classes(folders: dict[str, Path], found: dict[str, dict[str, list[Path]]]) -> None:
     """Raise UserError unless there are two classes or more, each with images in every folder."""
-    train, classes = folders["train"], sorted(set().union(*found.values()))
+    classes = sorted(set().union(*found.values()))
+    train = folders.get("train", next(iter(folders.values())))
     problems = [f"{train}: the name of class {c!r} is not UTF-8; rename the folder" for c in classes if not is_utf8(c)]
     for split, folder in folders.items():
         if not found[split]:
@@ -320,8 +328,8 @@ def read_digits(config: Config) -> Contents:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, axis=1)  # (N, 3, 8, 8)
     split = Split(torch.from_numpy(images), torch.from_numpy(digits.target))
-    training, test = stratified(split.labels, 1_297, "train_size")
-    return Contents(tuple("0123456789"), split.select(training), None, split.select(test))
+    train, test = split.divide(*stratified(split.labels, 1_297, "train_size"))
+    return Contents(tuple("0123456789"), train, None, test)
 
 
 def is_of_the_user(dataset: str) -> bool:

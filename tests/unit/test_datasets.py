@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+import shutil
 import tarfile
 import threading
 from collections import Counter
@@ -14,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.transforms import v2
 
 from config import PRESETS
-from engine import datasets
+from engine import datasets, sources
 from engine.device import AUGMENTATION, DROPOUT, seed_torch
 from engine.errors import UserError
 from engine.images import prepare
@@ -194,6 +195,35 @@ def test_validation_images_are_held_out(config, digits):
     assert (len(train), len(validation), len(train & validation)) == (1197, 100, 0)
     assert Counter(with_validation.validation.labels.tolist()).most_common()[-1][1] >= 9
     assert torch.equal(with_validation.test.images, digits.test.images)
+
+
+def test_dividing_a_split_is_selecting_its_parts(digits):
+    train = digits.train._replace(images=digits.train.images.cpu().clone(), labels=digits.train.labels.cpu())
+    first, second = sources.stratified(train.labels, 900, "size")
+    expected = train.select(first), train.select(second)
+    for found, part in zip(train.divide(first, second), expected, strict=True):
+        assert torch.equal(found.images, part.images)
+        assert torch.equal(found.labels, part.labels)
+
+
+def test_more_images_than_memory_are_refused_before_they_are_read(config, image_folder, monkeypatch):
+    root = image_folder({f"{split}/{c}": 40 for split in ("train", "test") for c in "ab"})
+    config = replace(config, recipes=PRESETS["cifar10"].recipes)
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal: 9 kB MemAvailable: 30 kB")
+    with pytest.raises(UserError, match="160 images of 8 x 8 px"):  # 30,720 bytes
+        datasets.load_dataset(replace(config, dataset=str(root)))
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal: 9 kB MemAvailable: 31 kB")
+    datasets.load_dataset(replace(config, dataset=str(root)))
+
+
+def test_images_of_training_and_test_set_that_are_the_same_are_counted(config, image_folder, capsys):
+    root = image_folder({f"train/{c}": 20 for c in "ab"} | {f"val/{c}": 2 for c in "ab"} | {"test/b": 3})
+    (root / "test" / "a").symlink_to(root / "train" / "a", target_is_directory=True)
+    config = replace(config, recipes=PRESETS["cifar10"].recipes)
+    for split in ("train", "test"):
+        shutil.copy(root / "train" / "b" / "7.png", root / split / "b" / "copy.png")
+    datasets.load_dataset(replace(config, dataset=str(root)))
+    assert "21 of 24 test images are training images" in capsys.readouterr().err
 
 
 def cifar10(folder: Path):

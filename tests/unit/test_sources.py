@@ -75,7 +75,7 @@ def test_problems_of_a_folder_are_reported(config, image_folder, tmp_path):
     assert "no such folder" in message(tmp_path / "nowhere")
     assert "did you mean cifar10?" in message("cifra10")
     root = image_folder({"test/a": 1, "test/c": 1})
-    assert "has test/, but no folder train/" in message(root)
+    assert "has no folder train/" in message(root)
     image_folder({"train/a": 2, "train/b": 2})
     output = message(root)
     assert f"{root / 'test'}: has no folder for class 'b'" in output
