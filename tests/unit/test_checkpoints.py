@@ -279,7 +279,9 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
     changes |= {"weight_decay": 0.1, "nesterov": True, "schedule": "cosine", "label_smoothing": 0.1}
     changes |= {"pretrained": True, "alpha": 0.5, "soft_weight": 2.0, "soft_loss": "dist", "temperature": 2.0}
     changes |= {"scale_soft_loss": False, "shuffle_teacher": True, "train_size": 50}
-    elsewhere = {"weights", "teacher", "teacher_seed", "baseline"}  # digests of weights; and the last has no effect
+    changes |= {"train_subset": 1, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    changes |= {"clip_norm": 1.0, "class_weights": "balanced", "keep": "best"}
+    elsewhere = {"class_names", "weights", "teacher", "teacher_seed", "baseline"}  # of weights; the last has no effect
     assert {field.name for field in fields(Recipe)} == {*changes, "loss_options"} | elsewhere
 
     def settings(row):
@@ -315,7 +317,7 @@ def test_the_fingerprint_says_which_images_were_drawn(config, digits, monkeypatc
     def found():
         return [fingerprints.training_settings(Model("student", 0, c), load_dataset(c)) for c in configs]
 
-    def draw(labels, size, setting):
+    def draw(labels, size, setting, choice=0):
         indices = np.arange(len(labels))
         parts = train_test_split(indices, train_size=size, stratify=labels.cpu().numpy(), random_state=1)
         return tuple(torch.from_numpy(np.sort(part)) for part in parts)
