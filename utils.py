@@ -63,7 +63,7 @@ def parse_recorded(argv: list[str] | None, script_flags: Mapping[str, str]) -> C
         names = {name for name in recorded.recipes if f"--{name}.baseline" not in by_flag}
         recorded = with_baselines_of(import_config().ALL_PRESETS.get(recorded.preset), recorded, names)
         return flags.parse({"recorded": recorded}, argv, script_flags)
-    return import_config().parse(argv, script_flags)
+    return flags.parse(import_config().ALL_PRESETS, argv, script_flags)
 
 
 def load_config(argv: list[str] | None, script_flags: Mapping[str, str] | None = None) -> Config:
@@ -79,7 +79,9 @@ def parse_config(argv: list[str] | None, script_flags: Mapping[str, str] | None 
 
     @on_rank0
     def parse() -> Config:
-        return import_config().parse(argv) if script_flags is None else parse_recorded(argv, script_flags)
+        if script_flags:
+            return parse_recorded(argv, script_flags)
+        return flags.parse(import_config().ALL_PRESETS, argv, {})
 
     return parse()
 
