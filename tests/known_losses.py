@@ -69,7 +69,7 @@ def divided_by_classes(log_q, q):
     return kl(log_q, q) / q.shape[1]
 
 
-# The formulas of public implementations, with their own settings if they have some. Sources: docs/diagnosis.md
+# The formulas of public implementations, with example weights and temperatures. Sources: docs/diagnosis.md
 IMPLEMENTATIONS = {
     "ghnmqdtg/Teacher-Student-Model-From-Scratch": kd(0.25, 0.75, 5),
     "haitongli/knowledge-distillation-pytorch": kd(0.1, 0.9 * 16, 4, divided_by_classes),
