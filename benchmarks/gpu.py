@@ -40,7 +40,7 @@ MEASUREMENT = {
 }
 REHEARSAL = {
     **{"image_size": 32, "batch_size": 8, "steps": 4, "repeats": 2, "folder": Path("imgs/gpu")},
-    "experiment": "--preset demo --seeds 0 --epochs 3",
+    "experiment": "--preset demo --seeds 0 --epochs 3 --train_size 50",
 }
 Found = dict[str, dict[str, dict[str, Any]]]  # section -> variant -> record
 
