@@ -121,7 +121,7 @@ def test_fit_temperature_agrees_with_a_general_optimiser(scale):
     found = fit_temperature(scale * logits, labels)
 
     def loss(temperature: float) -> float:
-        return sklearn.metrics.log_loss(labels, probabilities_of(scale * logits / temperature), labels=range(4))
+        return sklearn.metrics.log_loss(labels, probabilities_of(scale * logits.astype(np.float64) / temperature), labels=range(4))
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-9})
     assert found == pytest.approx(best.x, rel=1e-5)
