@@ -118,10 +118,11 @@ def test_reliability_is_accuracy_in_bins_of_equal_mass_with_the_interval_of_one_
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 def test_fit_temperature_agrees_with_a_general_optimiser(scale):
     logits, labels = some_logits()
-    found = fit_temperature(scale * logits, labels)
+    logits = scale * logits.astype(np.float64)
+    found = fit_temperature(logits, labels)
 
     def loss(temperature: float) -> float:
-        return sklearn.metrics.log_loss(labels, probabilities_of(scale * logits / temperature), labels=range(4))
+        return sklearn.metrics.log_loss(labels, probabilities_of(logits / temperature), labels=range(4))
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-9})
     assert found == pytest.approx(best.x, rel=1e-5)

