@@ -141,9 +141,9 @@ class Benchmark:
         precision = (
             {"bf16": "fp32", "fp32": "bf16"}[self.config.precision] if other_precision else self.config.precision
         )
-        recipe = Recipe(arch=arch, epochs=1, teacher="teacher" if distilled else None)
+        recipe = Recipe(arch=arch, epochs=1)
         logits = torch.randn(2, self.n, 10, device=self.config.device)
-        loss_fn = Distillation(recipe, stored_logits(logits)) if distilled else cross_entropy
+        loss_fn = Distillation(Recipe(teacher="teacher"), stored_logits(logits)) if distilled else cross_entropy
         convolution = torch.conv2d if conv2d_alone else engine.convolution.convolution
         with (
             contextlib.redirect_stderr(io.StringIO()),  # its line for each epoch
