@@ -127,7 +127,7 @@ def test_a_run_uses_the_code_of_its_start(tmp_path):
     """The students start after the edits: of a loss, and of config.py, which is half-typed."""
     for name in ("config.py", "custom_resnet.py", "teacher_student_model.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("engine", "experiments"):
+    for name in ("diagnose", "engine", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "teacher_student_model.py", *flags(tmp_path, *SWEEP)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

@@ -77,7 +77,7 @@ def test_finished_models_are_skipped_and_other_settings_need_overwrite(tmp_path,
     assert path.read_bytes() == before
     with pytest.raises(SystemExit):
         custom_resnet.main([*small, "--student.weights", "typo.pth"])
-    assert "weights = 'typo.pth': no such file" in capsys.readouterr().err
+    assert "typo.pth: cannot be read as weights (No such file or directory)" in capsys.readouterr().err
 
     path.write_bytes(before[:1000])
     with pytest.raises(SystemExit):

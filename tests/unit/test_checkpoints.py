@@ -168,6 +168,7 @@ def test_a_model_round_trip(tmp_path, progress):
     saved.save(path)
     loaded = checkpoints.load_training(path)
     assert torch.equal(loaded.weights["w"], weights["w"])
+    assert loaded.config.pop("resize") == "squash"  # as in every checkpoint from before there was a choice
     assert replace(loaded, weights=weights) == saved
     state = {"model": weights, "history": history, **(progress or {})}
     assert {**loaded.training_state, "model": weights} == state
@@ -297,6 +298,7 @@ def test_every_field_that_can_change_the_weights_is_in_the_fingerprint(config, d
             assert settings(replace(of_loss, loss_options={option: default})) == settings(of_loss), option
 
     harmless = {"recipes", "run", "only", "overwrite", "checkpoint_minutes", "device", "compile", "deterministic"}
+    harmless |= {"skip_unreadable", "largest_image"}  # decide which images are read, of which there is a digest
     harmless |= {"precision", "sweep", "swept", "preset", "jobs", "data_path", "checkpoints_path", "imgs_path"}
     others = {field.name for field in fields(Config)} - harmless - {"dataset", "seeds"}  # a digest, and "seed"
     assert set(settings(row)["config"]) == others
