@@ -346,6 +346,7 @@ def test_impossible_sizes_are_refused_naming_the_recipe(config):
     recipes = {**config.recipes, "student": replace(config.recipes["student"], train_size=1290)}
     with pytest.raises(UserError, match=r"student.train_size = 1290: must select and leave at least one image"):
         datasets.load_dataset(replace(config, recipes=recipes))
+    datasets.load_dataset(replace(config, recipes=recipes, only=("teacher",)))
     for padding in (8, 100):  # digits are 8 pixels wide
         with pytest.raises(UserError, match=f"crop_padding = {padding}: must be less than the 8 pixels"):
             datasets.load_dataset(replace(config, crop_padding=padding))
