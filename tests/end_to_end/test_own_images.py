@@ -65,7 +65,7 @@ def test_a_checkpoint_from_before_there_was_a_choice_has_squashed_its_images(pho
 def test_a_report_needs_no_training_images_and_an_export_no_images_at_all(photographs, tmp_path, capsys):
     words = settings(tmp_path, photographs)
     teacher_student_model.main(words)
-    assert "teacher: 2 steps an epoch (12 images, batch_size 5)" in capsys.readouterr().err
+    assert "teacher: 2 steps an epoch (12 images, batch_size = 5)" in capsys.readouterr().err
     config = load_config(words)
 
     def logits(dataset):
