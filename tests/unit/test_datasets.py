@@ -260,7 +260,7 @@ def test_without_network_the_error_says_which_file_to_put_where(tmp_path, monkey
 def test_a_damaged_archive_is_called_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     (tmp_path / CIFAR10.filename).write_bytes(b"the first half")
-    with pytest.raises(UserError, match=rf"{tmp_path / CIFAR10.filename}: damaged"):
+    with pytest.raises(UserError, match=rf"{tmp_path / CIFAR10.filename}: is damaged"):
         datasets.load_dataset(cifar10(tmp_path / "x"))
 
 
