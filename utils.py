@@ -127,6 +127,7 @@ def prepare(models: list[Model], dataset: Dataset) -> tuple[list[Model], Estimat
     config = models[0].config
     resolved, estimates = check_and_plan()
     config = replace(config, precision=resolved.precision)  # each rank keeps its own device
+    log_few_steps(config, dataset)
     log_summary(config, dataset)
     return with_config(models, config), estimates
 
@@ -180,16 +181,18 @@ def log_summary(config: Config, dataset: Dataset) -> None:
         f"{len(dataset.test.labels):,} test images of {len(dataset.classes)} classes at {config.image_size} px; "
         f"{device_name(config)}{describe_threads(config)}{several}, {describe_precision(config)}{pinned}"
     )
-    few: dict[str, list[str]] = {}  # in words -> the rows
+
+
+def log_few_steps(config: Config, dataset: Dataset) -> None:
+    """Say which selected recipes have fewer than ten steps an epoch, and what to do."""
+    few: dict[tuple[int, int], list[str]] = {}  # steps and images -> the names
     for name in config.selected():
-        recipe = config.recipes[name]
-        images = recipe.train_size or len(dataset.train.labels)
+        images = config.recipes[name].train_size or len(dataset.train.labels)
         steps = images // config.batch_size
-        if recipe.epochs and steps < 10:
-            few.setdefault(
-                f"{steps} steps an epoch ({images:,} images, batch_size {config.batch_size}). If that is too few: more "
-                f"--epochs, or --batch_size {max(2, images // 10)}",
-                [],
-            ).append(name)
-    for text, names in few.items():
-        log.info(f"{', '.join(names)}: {text}")
+        if steps < 10 and config.recipes[name].epochs:
+            few.setdefault((steps, images), []).append(name)
+    for (steps, images), names in few.items():
+        log.info(
+            f"{', '.join(names)}: {steps} step{'s' if steps > 1 else ''} an epoch ({images:,} images, batch_size = "
+            f"{config.batch_size}). If that is too few: more --epochs, or --batch_size {max(2, images // 10)}"
+        )

@@ -313,7 +313,7 @@ def read_torchvision(config: Config) -> Contents:
     except (OSError, RuntimeError) as error:  # OSError: no network, space or permission; RuntimeError: damaged
         files = " and ".join(f"{name} (md5 {md5}, from {url})" for name, md5, url in source.files)
         there = [str(path) for name, *_ in source.files if (path := Path(config.data_path, name)).exists()]
-        found = f"{' and '.join(there)}: damaged" if there else f"{config.dataset} is not in {config.data_path}/"
+        found = f"{' and '.join(there)}: is damaged," if there else f"{config.dataset} is not in {config.data_path}/"
         raise UserError(
             f"{found} and could not be downloaded{' again' if there else ''} ({error}). Put {files} into "
             f"{config.data_path}/ and run this again, or run the demo, which needs no download: "

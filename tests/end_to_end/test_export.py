@@ -34,7 +34,7 @@ def test_the_exported_resize_is_bit_equal_to_resize():
 def test_an_exported_program_makes_photographs_square_as_pil_does(how, tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(16, 3))
-    content = export_program(network, 16, how, about={})
+    program = load_pt2(export_program(network, 16, how, about={}))
     boxes = {(30, 40): {"crop": (5, 0, 35, 30), "pad": (0, -5, 40, 35)}}  # PIL's crop fills what is outside with black
     boxes |= {(41, 30): {"crop": (0, 5, 30, 35), "pad": (-6, 0, 35, 41)}}
     boxes |= {
@@ -47,6 +47,6 @@ def test_an_exported_program_makes_photographs_square_as_pil_does(how, tmp_path)
             square = to_pil_image(image).crop(box[how]).resize((16, 16), Image.Resampling.BILINEAR)
             expected.append(network(prepare(pil_to_tensor(square)[None])).softmax(1))
     expected = torch.cat(expected).detach()
-    assert check_export(load_pt2(content), tmp_path, images, expected) < 1e-6
+    assert check_export(program, tmp_path, images, expected) < 1e-6
     with pytest.raises(UserError, match="differs from the checkpoint"):
-        check_export(load_pt2(content), tmp_path, images, expected.roll(1, 0))
+        check_export(program, tmp_path, images, expected.roll(1, 0))

@@ -1,5 +1,8 @@
 """A folder of photographs, from training to predictions."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import flags
@@ -8,6 +11,7 @@ import evaluate
 import teacher_student_model
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.datasets import load_dataset
+from engine.errors import UserError
 from utils import load_config
 
 
@@ -56,3 +60,26 @@ def test_a_checkpoint_from_before_there_was_a_choice_has_squashed_its_images(pho
     with pytest.raises(SystemExit):
         teacher_student_model.main(settings(tmp_path, photographs, "--resize", "pad"))
     assert "resize was squash, is now pad" in capsys.readouterr().err
+
+
+def test_a_report_needs_no_training_images_and_an_export_no_images_at_all(photographs, tmp_path, capsys):
+    words = settings(tmp_path, photographs)
+    teacher_student_model.main(words)
+    assert "teacher: 2 steps an epoch (12 images, batch_size = 5)" in capsys.readouterr().err
+    config = load_config(words)
+
+    def logits(dataset):
+        return evaluate.evaluate_checkpoints(config, dataset)[0]["teacher"].logits[0]
+
+    expected = logits(load_dataset(config))
+    moved = photographs.rename(tmp_path / "moved")
+    shutil.rmtree(moved / "train")
+    dataset = load_dataset(replace(config, dataset=str(moved)), trained=True)
+    assert (logits(dataset) == expected).all()
+    assert evaluate.dataset_if_there(config) is None
+    assert [str(model) for model, *_ in evaluate.finished_checkpoints(config, None, [])] == ["teacher seed 0"]
+    with pytest.raises(UserError, match="has no folder train/"):
+        load_dataset(replace(config, dataset=str(moved)))
+    (moved / "test" / "b").rename(moved / "test" / "c")
+    with pytest.raises(UserError, match="has other classes: a, b"):
+        logits(load_dataset(replace(config, dataset=str(moved)), trained=True))
