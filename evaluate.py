@@ -54,6 +54,7 @@ from utils import load_config, run_script
 FLAGS = {
     "--predict IMAGE ...": "no report: the class and the probabilities of these image files, and of those in these "
     "folders, from each trained model",
+    "--csv FILE": "with --predict: write the classes and probabilities to this file, too",
     "--figures pdf": "write each figure as a PDF file, too",
     "--export [pt2|onnx]": "no report: write MODEL.pt2, which needs only PyTorch, or MODEL.onnx, for each distilled "
     "model (or each in --only)",
@@ -232,6 +233,7 @@ def script_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--predict", nargs="+")
     one_of.add_argument("--export", nargs="?", const="pt2", choices=("pt2", "onnx"))
+    parser.add_argument("--csv")
     parser.add_argument("--figures", choices=("png", "pdf"), default="png")
     return parser.parse_known_args(argv)
 
@@ -249,11 +251,13 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(rest, FLAGS)
         if world_size() > 1 and (own.predict or own.export):
             raise UserError("--predict and --export run in a single process: python evaluate.py, without torchrun")
+        if own.csv is not None and not own.predict:
+            raise UserError("--csv: goes with --predict; a report writes predictions.csv by itself")
         config = replace(config, precision=chosen_precision(rest))
         if own.export and config.precision == "bf16":
             log.info("--precision bf16 has no effect: exports are float32 programs")
         if own.predict:
-            tables = predict_files(own.predict, config)
+            tables = predict_files(own.predict, config, own.csv)
             if not tables:
                 raise UserError(f"nothing to predict with; {TRAIN_FIRST}")
             print_result("\n".join(tables).rstrip())

@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import os
@@ -46,6 +47,25 @@ def test_predict_prints_each_models_probabilities_for_each_file(trained, digit_f
             p = probabilities_of(arrays[name.replace(" seed ", "/seed")][number : number + 1])[0]
             assert rows[2][column] == f"**{p.argmax()}**"
             assert [float(row[column]) for row in rows[3:]] == pytest.approx(list(100 * p), abs=0.051)
+
+
+def test_predictions_are_written_to_a_csv_file(trained, digit_files, report, tmp_path, capsys):
+    path = tmp_path / "predicted.csv"
+    evaluate.main(flags(trained, "--seeds", "0", "--predict", *digit_files, "--csv", str(path)))
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(file) for file in digit_files]
+    with np.load(report / "predictions.npz") as arrays:
+        for number, row in enumerate(rows):
+            if number == 1:  # has been enlarged before: other pixels
+                continue
+            p = probabilities_of(arrays["student_kd/seed0"][number : number + 1])[0]
+            assert row["student_kd/seed0"] == str(p.argmax())
+            assert float(row["student_kd/seed0/probability"]) == pytest.approx(p.max(), abs=1e-4)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(flags(trained, "--csv", str(path)))
+    assert exit.value.code == 2
+    assert "goes with --predict" in capsys.readouterr().err
 
 
 def test_predict_takes_folders_and_shows_the_likeliest_20_classes(tmp_path, capsys):
