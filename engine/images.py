@@ -122,8 +122,12 @@ def square_box(width: Any, height: Any, how: str) -> tuple[Any, Any, Any, Any]:
 
     The sizes are numbers, or symbols while a model is exported.
     """
-    side = torch.sym_min(width, height) if how == "crop" else torch.sym_max(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    if how == "crop":
+        side = torch.sym_min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+    else:  # ONNX rounds a negative quotient up, and Python down
+        side = torch.sym_max(width, height)
+        left, top = -((side - width) // 2), -((side - height) // 2)
     return left, top, left + side, top + side
 
 

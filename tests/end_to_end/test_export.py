@@ -36,9 +36,9 @@ def test_an_exported_program_makes_photographs_square_as_pil_does(how, tmp_path)
     network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(16, 3))
     program = load_pt2(export_program(network, 16, how, about={}))
     boxes = {(30, 40): {"crop": (5, 0, 35, 30), "pad": (0, -5, 40, 35)}}  # PIL's crop fills what is outside with black
-    boxes |= {(41, 30): {"crop": (0, 5, 30, 35), "pad": (-6, 0, 35, 41)}}
+    boxes |= {(41, 30): {"crop": (0, 5, 30, 35), "pad": (-5, 0, 36, 41)}}
     boxes |= {
-        (5, 8): {"crop": (1, 0, 6, 5), "pad": (0, -2, 8, 6)},
+        (5, 8): {"crop": (1, 0, 6, 5), "pad": (0, -1, 8, 7)},
         (9, 9): dict.fromkeys(("crop", "pad"), (0, 0, 9, 9)),
     }
     images, expected = [random_images(2, *size) for size in boxes], []

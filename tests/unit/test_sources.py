@@ -51,8 +51,8 @@ def test_images_become_squares_as_pil_crops_and_pastes(config, image_folder, how
             ("crop", (30, 41)): lambda: original.crop((0, 5, 30, 35)),
             ("crop", (5, 8)): lambda: original.crop((0, 1, 5, 6)),
             ("pad", (40, 30)): lambda: on_black(original, 40, (0, 5)),
-            ("pad", (30, 41)): lambda: on_black(original, 41, (6, 0)),
-            ("pad", (5, 8)): lambda: on_black(original, 8, (2, 0)),
+            ("pad", (30, 41)): lambda: on_black(original, 41, (5, 0)),
+            ("pad", (5, 8)): lambda: on_black(original, 8, (1, 0)),
         }.get((how, size), original.copy)()
     if max(expected.size) > 16:
         expected = expected.resize((16, 16), Image.Resampling.BILINEAR)
@@ -60,7 +60,7 @@ def test_images_become_squares_as_pil_crops_and_pastes(config, image_folder, how
 
 
 def on_black(image, side, corner):
-    """Pillow's canvas; where a pixel cannot be shared out evenly, `pad` puts it left or above."""
+    """Pillow's canvas; where a pixel cannot be shared out evenly, `pad` puts it right or below."""
     canvas = Image.new("RGB", (side, side))
     canvas.paste(image, corner)
     return canvas
