@@ -281,7 +281,7 @@ def test_tables_say_the_number_of_seeds_of_each_column_and_comparison_where_they
     results = example_results()
     (comparison,) = results["comparisons"]
     several = [replace(comparison, model=name, seeds=SEEDS[:n]) for name, n in (("a", 1), ("b", 2), ("c", 3))]
-    text = results_markdown({**results, "comparisons": several}).split("Effects, sorted")[1].split("## Cost")[0]
+    text = results_markdown({**results, "comparisons": several}).split("Effects; p after")[1].split("## Cost")[0]
     assert {name: cells(text)[name][1] for name in "abc"} == {"a": "1", "b": "2", "c": "3"}
 
 
