@@ -13,8 +13,6 @@ from engine.distributed import all_reduce_max, all_reduce_sum, shard
 from engine.errors import UserError
 from engine.images import normalisation_of, prepare
 
-FOLD_FROM = 1000  # images; folding takes as long as predicting some hundred small ones
-
 
 class Stopped(Exception):
     """Interrupted by a signal; the whole prediction has to be repeated."""
@@ -61,6 +59,7 @@ def predict(
     batch_size: int = 500,
     title: str = "predicting",
     stop: Callable[[], int] = lambda: 0,
+    fold: bool = True,
 ) -> torch.Tensor:
     """Logits (N, C) float32 of a model in evaluation mode, on its device; the model itself is left unchanged.
 
@@ -68,6 +67,7 @@ def predict(
     them; float images are passed on as they are. Batches that do not fit into the GPU's memory are halved. With several
     processes, all of which must call this, each computes its part and receives all logits. Raises Stopped, in all of
     them, if `stop` returns a signal in one, and NotFinite, which begins with `title`, if logits are NaN or infinite.
+    `fold` folds BatchNorm first, which takes as long as predicting some hundred small images.
     """
     device = next(model.parameters()).device
 
@@ -75,10 +75,7 @@ def predict(
         chunk = chunk.to(device, non_blocking=True)
         return prepare(chunk, image_size, normalisation_of(model)) if chunk.dtype == torch.uint8 else chunk
 
-    if len(images) >= FOLD_FROM:
-        network = fold_batchnorm(model, prepared(images[:4]), precision)
-    else:
-        network = copy.deepcopy(model).eval()
+    network = fold_batchnorm(model, prepared(images[:4]), precision) if fold else copy.deepcopy(model).eval()
     own, parts = shard(len(images)), []
     waiting = list(images[own].split(batch_size))
     with torch.inference_mode(), Progress(title, own.stop - own.start) as progress:

@@ -46,7 +46,7 @@ class Limited(nn.Module):
 
 
 def test_predict_halves_batches_that_are_too_large(monkeypatch):
-    monkeypatch.setattr(inference.copy, "deepcopy", lambda model: model)
+    monkeypatch.setattr(inference, "fold_batchnorm", lambda model, *_: model)
     model, images = Limited(limit=8), torch.randn(30, 3, 4, 4)
     torch.testing.assert_close(predict(model, images, batch_size=25), model.layer(images.mean((2, 3))))
     assert model.seen == [25, 13, 7, 6, 6, 6, 2, 1, 1, 1]  # the two that fail halve all that is left
@@ -164,8 +164,7 @@ class OwnPrecisionInside(OwnPrecision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [SharedConvolution, OwnPrecision, OwnPrecisionInside])
-def test_a_model_that_folding_would_change_is_predicted_unfolded(make, precision, device, monkeypatch):
-    monkeypatch.setattr(inference, "FOLD_FROM", 0)
+def test_a_model_that_folding_would_change_is_predicted_unfolded(make, precision, device):
     torch.manual_seed(0)
     model, images = make(), torch.randn(6, 3, 8, 8)
     for _ in range(3):  # statistics, scale and shift as after some training
