@@ -131,7 +131,7 @@ def test_a_run_uses_the_code_of_its_start(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "teacher_student_model.py", *flags(tmp_path, *SWEEP)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    output = process.stderr.readline()  # about the data, before any model is trained
+    output = process.stderr.readline() + process.stderr.readline()  # about the data, before any model is trained
     assert "demo: digits" in output
     for name in ("config.py", "engine/soft_losses.py", "teacher_student_model.py", "engine/settings.py"):
         with open(tmp_path / name, "a") as file:
