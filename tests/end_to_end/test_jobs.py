@@ -123,6 +123,7 @@ def test_jobs_of_a_process_that_cannot_fork_train_the_whole_experiment(tmp_path,
     check_experiment(tmp_path, capfd.readouterr().err)
 
 
+@pytest.mark.chaos
 def test_a_run_uses_the_code_of_its_start(tmp_path):
     """The students start after the edits: of a loss, and of config.py, which is half-typed."""
     for name in ("config.py", "custom_resnet.py", "teacher_student_model.py", "utils.py"):

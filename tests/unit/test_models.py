@@ -105,6 +105,7 @@ def distil_evaluate_and_export(tmp_path, teacher: str, student: str, image_size:
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.chaos
 def test_another_architecture_is_distilled_evaluated_and_exported(tmp_path):
     distil_evaluate_and_export(tmp_path, "squeezenet1_1", "mobilenet_v3_small", 32)
 
