@@ -56,6 +56,7 @@ def test_a_killed_process_is_named(tmp_path, capfd):
     assert "signal 9" in output
 
 
+@pytest.mark.chaos
 def test_a_worker_ends_with_its_parent_whatever_it_computes():
     """The parent is killed, so that it can tell its workers nothing."""
     code = """

@@ -187,6 +187,7 @@ def test_a_student_of_a_retrained_teacher_is_not_predicted_with(trained, tmp_pat
 # What is derived from a model does not outlive it
 
 
+@pytest.mark.chaos
 def test_an_export_says_of_which_weights_it_is_and_goes_with_them(trained, tmp_path, capsys):
     folder = copy_of(trained, tmp_path)
     evaluate.main(flags(tmp_path, "--export"))

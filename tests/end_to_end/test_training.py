@@ -197,6 +197,7 @@ def test_a_finished_student_does_not_need_its_teacher(trained, tmp_path, capsys)
     evaluate.main(words)
 
 
+@pytest.mark.chaos
 def test_the_original_set_up_runs_end_to_end(miniature_cifar10, hub, tmp_path, capsys):
     """CIFAR-10 and ImageNet weights from torchvision's own places, with stand-ins in them; smaller and shorter."""
     hub.mkdir(parents=True)

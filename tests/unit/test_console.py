@@ -79,6 +79,7 @@ def test_results_are_printed_in_any_encoding(monkeypatch):
         assert written.getvalue().strip() == expected
 
 
+@pytest.mark.chaos
 def test_a_closed_pipe_is_not_an_error():
     """As `| true` does; more text than a pipe holds, and once more after the pipe is closed."""
     code = "from engine.console import print_result; print_result('名' * 200_000); print_result('again')"

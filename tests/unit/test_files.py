@@ -18,6 +18,7 @@ from engine.sources import open_image
 STATE = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "history": [{"loss": 0.5}], "classes": ["a", "b"]}
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit on file sizes is POSIX")
 def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):
     path = tmp_path / "model.pt"

@@ -72,6 +72,7 @@ def test_a_run_has_one_precision_whatever_it_copies(tmp_path, trained, capsys):
     assert found == ["bf16", "fp32", "fp32"]
 
 
+@pytest.mark.chaos
 def test_a_renamed_row_is_copied_and_evaluated_under_its_new_name(tmp_path, trained, monkeypatch, capsys):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
     recipes = dict(config_module.PRESETS["scratch"].recipes)
@@ -99,6 +100,7 @@ def test_a_damaged_checkpoint_is_not_copied(tmp_path, trained, capsys, run):
     assert load_checkpoint(tmp_path / f"checkpoints/{run}/seed0/student.pt")["finished"]
 
 
+@pytest.mark.chaos
 def test_one_teacher_teaches_students_of_several_seeds(tmp_path, capsys):
     words = flags(tmp_path, "--seeds", "0", "1", "--student_kd.teacher_seed=5", "--student_kd.epochs=1")
     words = override(words, "--student.epochs=1")

@@ -34,6 +34,7 @@ def table(header, rows):
     return align_tables("".join("| " + " | ".join(escape_markdown(cell) for cell in line) + " |\n" for line in lines))
 
 
+@pytest.mark.chaos
 def test_a_users_settings_of_matplotlib_change_no_figure(report):
     """The fixture has some, such as LaTeX, which need not be there."""
     arrays, classes = np.load(report / "predictions.npz"), tuple("0123456789")
