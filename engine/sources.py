@@ -215,7 +215,7 @@ def read_splits(parts: dict[str, tuple[int, Items]], config: Config, largest: in
                 if images.shape[2:] != (size, size):
                     check_memory(left, size, size)
                     small, images = images[: len(labels)], images.new_empty((count, 3, size, size))
-                    map_chunks(lambda chunk: resize(chunk, size), small, images)
+                    map_chunks(lambda chunk: resize(chunk, size), small, images[: len(labels)])
             images[len(labels)] = pil_to_tensor(image)
             labels.append(label)
         splits[name] = Split(images[: len(labels)], torch.as_tensor(labels))

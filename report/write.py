@@ -185,8 +185,10 @@ def predictions_csv(models: Models, labels: np.ndarray, classes: Sequence[str], 
 
 
 def kept_epochs(model: Evaluated) -> dict[str, int]:
-    """Of a recipe that keeps the best epoch, that epoch by seed."""
-    return {str(s): best_epoch(history) for s, history in model.history.items() if model.recipe.keep == "best"}
+    """Of a recipe that keeps the best epoch, that epoch by seed; not of a model that is used as it is."""
+    if model.recipe.keep != "best":
+        return {}
+    return {str(seed): best_epoch(history) for seed, history in model.history.items() if history}
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from engine.errors import UserError
 from engine.images import prepare, resize
-from report.export import check_export, export_program, load_pt2, resize_by_matrices
+from report.export import Run, check_export, export_program, load_onnx, load_pt2, onnx_program, resize_by_matrices
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,18 @@ def test_the_exported_resize_is_bit_equal_to_resize():
         assert torch.equal(resize_by_matrices(images, 32).to(torch.uint8), resize(images, 32))
 
 
+def onnx(content: bytes) -> Run:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    return load_onnx(onnx_program(content, about={}))
+
+
+@pytest.mark.parametrize("load", [load_pt2, onnx])
 @pytest.mark.parametrize("how", ["crop", "pad"])
-def test_an_exported_program_makes_photographs_square_as_pil_does(how, tmp_path):
+def test_an_exported_program_makes_photographs_square_as_pil_does(how, load, tmp_path):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(16, 3))
-    program = load_pt2(export_program(network, 16, how, about={}))
+    program = load(export_program(network, 16, how, about={}))
     boxes = {(30, 40): {"crop": (5, 0, 35, 30), "pad": (0, -5, 40, 35)}}  # PIL's crop fills what is outside with black
     boxes |= {(41, 30): {"crop": (0, 5, 30, 35), "pad": (-5, 0, 36, 41)}}
     boxes |= {

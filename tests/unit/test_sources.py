@@ -32,10 +32,11 @@ def test_a_folder_is_read_class_by_class(config, image_folder, test):
 
 
 def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config, image_folder):
-    image_folder({"train/a": 1, "test/a": 1}, size=(40, 30))
-    root = image_folder({"train/b": 1, "test/b": 1}, size=(8, 8))
+    sizes = {"a": (8, 8), "b": (5, 9), "c": (40, 30), "d": (8, 8)}
+    for name, size in sizes.items():
+        root = image_folder({f"train/{name}": 2, f"test/{name}": 1}, size=size)
     dataset = datasets.load_dataset(folder_config(config, root))
-    for image, path in zip(dataset.train.images, ("a/0.png", "b/0.png"), strict=True):
+    for image, path in zip(dataset.train.images, (f"{c}/{i}.png" for c in sizes for i in range(2)), strict=True):
         expected = transforms.Resize((16, 16))(Image.open(root / "train" / path))
         assert torch.equal(image.cpu(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
