@@ -47,6 +47,7 @@ class Dataset(NamedTuple):
     test: Split
     digest: str  # sha256 of the classes, of every image and label, and of which are held out for validation
     unreadable: tuple[str, ...] = ()  # a message for each file of a folder that has been left out
+    shared: int = 0  # how many test images are training images, too
     names: tuple[str, ...] = ()  # of the files of a folder, by Split.ids: train/CLASS/FILE
     sizes: Mapping[str, int] = {}  # train, test, val -> the number of images, as they were read, in the order of ids
 
@@ -207,7 +208,7 @@ def read_dataset(config: Config, trained: bool = False) -> Dataset:
         for tensor in split[:2] if split else ():
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
-    warn_of_shared_images(train, {"validation": validation, "test": test})
+    shared = count_shared(train, {"validation": validation, "test": test})
     if present:
         check_sizes(config, train)
     check_soft_losses(config, len(classes))
@@ -237,6 +238,7 @@ def read_dataset(config: Config, trained: bool = False) -> Dataset:
         to_device(test, config.device, on_host),
         digest.hexdigest(),
         unreadable=unreadable,
+        shared=shared["test"],
         names=sum((part.names for part in parts.values()), ()),
         sizes={name: len(part.labels) for name, part in parts.items()},
     )
@@ -268,16 +270,19 @@ def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
     return train.divide(kept, held_out)
 
 
-def warn_of_shared_images(train: Split, others: dict[str, Split | None]) -> None:
-    """Say how many images have the pixels of a training image, which makes an accuracy too high."""
+def count_shared(train: Split, others: dict[str, Split | None]) -> dict[str, int]:
+    """How many images have the pixels of a training image, which makes an accuracy too high. Logs a warning."""
     known = {hash(image.tobytes()) for image in train.images.numpy()}
+    shared = {}
     for name, split in others.items():
-        shared = sum(hash(image.tobytes()) in known for image in split.images.numpy()) if split else 0
-        if split and shared:
+        if split:
+            shared[name] = sum(hash(image.tobytes()) in known for image in split.images.numpy())
+        if split and shared[name]:
             log.info(
-                f"warning: {shared:,} of {len(split.labels):,} {name} images are training images, too, so the "
+                f"warning: {shared[name]:,} of {len(split.labels):,} {name} images are training images, too, so the "
                 "accuracy on them says nothing about new images; remove them from one of the folders"
             )
+    return shared
 
 
 def check_sizes(config: Config, train: Split) -> None:

@@ -222,9 +222,9 @@ def not_compared(models: Models) -> dict[str, str]:
     for name, model in models.items():
         baseline = baseline_of(name, models)
         if baseline is None and model.recipe.teacher:
+            row = row_alone(name, model.recipe)
             reasons[name] = (
-                "no row without a teacher that has been evaluated has the same settings. Such a row is "
-                f"{row_alone(name, model.recipe)}"
+                f"no row without a teacher has the same settings and has been evaluated; add {row} to config.py"
             )
         elif baseline and baseline not in models:
             reasons[name] = f"its baseline {baseline} has not been evaluated"

@@ -169,6 +169,11 @@ def verdict(c: Comparison, n_test: int) -> str:
 def notes(results: Results) -> list[str]:
     """Sentences below the verdicts: what is not compared, or not like with like."""
     sentences = [f"{name} is not compared: {reason}." for name, reason in results["not_compared"].items()]
+    if results["shared_images"]:
+        sentences.append(
+            f"Warning: {results['shared_images']:,} of {results['n_test']:,} test images are training images, too, so "
+            "the accuracy on them says nothing about new images."
+        )
     in_seeds = ", in at least one seed" if len(seeds_of(results)) > 1 else ""
     for name, model in results["models"].items():
         if model["only_class"] is not None:

@@ -139,6 +139,7 @@ def collect(
         },
         "missing": [str(path) for path in missing],
         "unreadable": list(dataset.unreadable),
+        "shared_images": dataset.shared,  # how many test images are training images, too
         "settings": {
             **dataclasses.asdict(config),
             "recipes": {name: dataclasses.asdict(model.recipe) for name, model in models.items()},

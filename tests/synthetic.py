@@ -25,8 +25,6 @@ def example_results(rows: tuple[str, ...] = ("teacher", "student", "student_kd")
     results = json.loads((ROOT / "docs/example/results.json").read_text(encoding="utf-8"))
     for name in [name for name in results["models"] if name not in rows]:
         results = without(results, name)
-    for entry in results["models"].values():
-        entry.setdefault("kept_epochs", {})  # the example was made before there were any
     for entry in results["comparisons"]:
         del entry["verdict"]  # follows from the others
         entry["disagreements"] = Disagreements(**entry["disagreements"])

@@ -284,7 +284,7 @@ def test_the_ten_lines_of_the_documentation_do_what_they_say(mine):
     p, q = ((x.double() / 3).softmax(1).numpy() for x in (z, v))
     assert found["reversed_kl"](z, v, labels, 3.0).item() == pytest.approx(9 * rel_entr(p, q).sum(1).mean(), rel=1e-4)
     assert found["hard_labels"](z, v, labels, 3.0).item() == pytest.approx(
-        log_loss(v.argmax(1), z.softmax(1), labels=range(4)), rel=1e-5
+        log_loss(v.argmax(1), z.double().softmax(1), labels=range(4)), rel=1e-5
     )
     variance = np.var((z - v).double().numpy(), axis=1).mean()
     assert found["squared_error"](z, v, labels, 3.0).item() == pytest.approx(variance, rel=1e-5)

@@ -222,7 +222,7 @@ def test_images_of_training_and_test_set_that_are_the_same_are_counted(config, i
     config = replace(config, recipes=PRESETS["cifar10"].recipes)
     for split in ("train", "test"):
         shutil.copy(root / "train" / "b" / "7.png", root / split / "b" / "copy.png")
-    datasets.load_dataset(replace(config, dataset=str(root)))
+    assert datasets.load_dataset(replace(config, dataset=str(root))).shared == 21
     assert "21 of 24 test images are training images" in capsys.readouterr().err
 
 

@@ -236,6 +236,13 @@ def test_a_model_that_learned_and_predicts_one_class_is_explained(training_accur
     assert ("BatchNorm" in warning) == explained
 
 
+def test_a_report_warns_of_test_images_that_are_training_images():
+    results = example_results()
+    before = notes(results)
+    (warning,) = set(notes({**results, "shared_images": 7})) - set(before)
+    assert "7 of 500 test images" in warning
+
+
 SEEDS = [0, 1, 2]
 BETTER = {"p_value": 0.01, "p_holm": 0.01}
 UNDECIDED = {"p_value": 0.06, "p_holm": 0.06, "detectable_difference": 0.01}
