@@ -35,7 +35,7 @@ from engine.errors import UserError
 from engine.estimate import UNKNOWN, Estimate
 from engine.fingerprints import load_or_copy, training_settings
 from engine.given_logits import read_logits
-from engine.images import IMAGENET, normalisation_of
+from engine.images import IMAGENET, Normalisation, normalisation_of
 from engine.inference import NotFinite, Stopped, predict
 from engine.models import build_model, initial_model, network_of, shorten
 from engine.named import is_named
@@ -171,23 +171,33 @@ def train_model(
         log.info(f"{model}  is finished: {model.path}{differences(checkpoint, config)}")
         return
     settings = training_settings(model, dataset)
-    if recipe.logits_file:
-        logits = read_logits(recipe, dataset)
-        report_accuracy_of_given_logits(logits, model, dataset)
-        given = Checkpoint(
+
+    def save(
+        weights: dict[str, torch.Tensor],
+        history: list[dict[str, float]],
+        progress: dict[str, Any] | None,
+        arch: str,
+        normalisation: Normalisation,
+    ) -> None:
+        Checkpoint(
             name=model.name,
             seed=model.seed,
-            arch=LOGITS,
+            arch=arch,
             stem=recipe.stem,
             classes=list(dataset.classes),
-            normalisation=IMAGENET.as_recorded(),
+            normalisation=normalisation.as_recorded(),
             settings=settings,
             config=asdict(config),
             environment=environment(config),
-            history=[],
-            weights={"logits": logits},
-        )
-        given.save(model.path)
+            history=history,
+            weights=weights,
+            progress=progress,
+        ).save(model.path)
+
+    if recipe.logits_file:
+        logits = read_logits(recipe, dataset)
+        report_accuracy_of_given_logits(logits, model, dataset)
+        save({"logits": logits}, [], None, LOGITS, IMAGENET)
         return
     network = start_network(model, dataset, checkpoint)
 
@@ -196,20 +206,7 @@ def train_model(
         finished = len(history) == recipe.epochs
         chosen = state["best"] if finished and state.get("best") else last
         weights = {name: tensor.cpu().contiguous() for name, tensor in chosen.items()}
-        Checkpoint(
-            name=model.name,
-            seed=model.seed,
-            arch=recipe.arch,
-            stem=recipe.stem,
-            classes=list(dataset.classes),
-            normalisation=normalisation_of(network).as_recorded(),
-            settings=settings,
-            config=asdict(config),
-            environment=environment(config),
-            history=history,
-            weights=weights,
-            progress=None if finished else state,
-        ).save(model.path)
+        save(weights, history, None if finished else state, recipe.arch, normalisation_of(network))
 
     if recipe.epochs == 0:
         report_accuracy_of_given_weights(network, model, dataset)

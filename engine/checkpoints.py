@@ -237,19 +237,19 @@ class Checkpoint:
         return {"model": self.weights, "history": self.history, **(self.progress or {})}
 
     def save(self, path: Path) -> None:
-        """Write the file, and remove an export of the model that was there before."""
+        """Write the file, and remove the exports of the model that was there before."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del state["weights"], state["progress"]
         save_checkpoint(path, {**state, "finished": self.finished, "model": self.weights, **(self.progress or {})})
-        remove_export(path)
+        remove_exports(path)
 
 
 @on_rank0
-def remove_export(path: Path) -> None:
-    export = path.with_suffix(".pt2")
-    if export.exists():
-        export.unlink()
-        log.info(f"{export}: removed, because the model that it was exported from has been replaced")
+def remove_exports(path: Path) -> None:
+    for export in (path.with_suffix(".pt2"), path.with_suffix(".onnx")):
+        if export.exists():
+            export.unlink()
+            log.info(f"{export}: removed, because the model that it was exported from has been replaced")
 
 
 def load_training(path: Path) -> Checkpoint | None:

@@ -175,6 +175,13 @@ def test_a_model_round_trip(tmp_path, progress):
     assert (checkpoints.load_finished(path) is None) == (progress is not None)
 
 
+def test_a_new_model_removes_the_exports_of_the_old_one(tmp_path):
+    for name in ("student.pt2", "student.onnx", "student_kd.onnx", "student.onnx.notes"):
+        (tmp_path / name).touch()
+    checkpoint_of("student", {}).save(tmp_path / "student.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"student.pt", "student_kd.onnx", "student.onnx.notes"}
+
+
 def test_an_unknown_format_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     monkeypatch.setattr(checkpoints, "FORMAT", 5)
