@@ -151,7 +151,7 @@ def evaluate_held_out(
     title = f"{title} {held_out}"
     many = len(split.labels) >= 1000
     logits = predict(network, split.images, config.image_size, config.precision, title=title, stop=stop, fold=many)
-    return held_out, (logits.argmax(1) == split.labels).float().mean().item()
+    return held_out, (logits.argmax(1) == split.labels).sum().item() / len(split.labels)
 
 
 def train_model(
@@ -233,7 +233,7 @@ def report_accuracy_of_given_logits(logits: torch.Tensor, model: Model, dataset:
     accuracies = []
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         if (found := logits[split.ids]).isfinite().all():
-            accuracy = (found.argmax(1) == split.labels.cpu()).float().mean().item()
+            accuracy = (found.argmax(1) == split.labels.cpu()).sum().item() / len(found)
             accuracies.append(f"{accuracy:.2%} on the {name} images")
     log.info(f"{model}  is the logits in {model.recipe.logits_file}, with an accuracy of {' and '.join(accuracies)}")
 

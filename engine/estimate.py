@@ -1,5 +1,6 @@
 """Before a run starts: whether its models fit, which precision is faster, how long it takes, and the room on disk."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterable
@@ -8,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine import soft_losses
 from engine.console import duration, log
@@ -108,11 +111,9 @@ def plan(jobs: list[Job], config: Config, dataset: Dataset) -> tuple[Config, dic
         log.info(f"precision = auto: {chosen} is faster for this run; {'; '.join(rates)}")
     each = [seconds(job, chosen)[1] for job in jobs]
     estimates = {job.model: Estimate(seconds(job, chosen)[0], sum(each[i + 1 :])) for i, job in enumerate(jobs)}
-    if sum(each) > 3600:
-        log.info(
-            f"This will take about {duration(sum(each))} on this machine. For a quick demo: "
-            "python teacher_student_model.py --preset demo"
-        )
+    if sum(each) > 60:
+        demo = " For a quick demo: python teacher_student_model.py --preset demo" if sum(each) > 3600 else ""
+        log.info(f"This will take about {duration(sum(each))} on this machine.{demo}")
     return replace(config, precision=chosen), estimates
 
 
@@ -154,10 +155,28 @@ def check_models(jobs: list[Job], config: Config, dataset: Dataset) -> dict[str,
         arch = Architecture.of(recipe)
         model = arch.build(len(dataset.classes)) if resumed else initial_model(recipe, dataset.classes)
         check_image_size(model, recipe.arch, config.image_size, len(dataset.classes))
+        if not resumed and not recipe.imagenet_weights and not recipe.weights_file:
+            steps = recipe.epochs * (len(dataset.subset(recipe.train_size, recipe.train_subset)) // config.batch_size)
+            warn_of_slow_batchnorm(name, model, steps)
         if recipe.teacher and is_named(recipe.soft_loss):
             soft_losses.check(recipe.soft_loss, recipe.soft_loss_options, len(dataset.classes))
         sizes[name] = sum(tensor.nbytes for tensor in model.state_dict().values())
     return sizes
+
+
+def warn_of_slow_batchnorm(name: str, model: nn.Module, steps: int) -> None:
+    """Say if so few steps leave the running statistics of BatchNorm near their initial values.
+
+    Only evaluation uses them. After n steps with momentum m the initial value still counts (1 - m)^n; below 2% is fine.
+    """
+    momenta = [layer.momentum for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.momentum]
+    if momenta and steps and (1 - min(momenta)) ** steps > 0.02:
+        needed = math.ceil(math.log(0.02) / math.log1p(-min(momenta)))
+        log.info(
+            f"warning: {name} has {steps:,} steps, and the running statistics of its BatchNorm (momentum "
+            f"{min(momenta):g}) need {needed:,} or more. Evaluation uses these, so its accuracy may stay low while the "
+            "training accuracy rises. More --epochs or a smaller --batch_size helps"
+        )
 
 
 def space_needed(jobs: list[Job], sizes: dict[str, int], config: Config, dataset: Dataset) -> int:

@@ -117,7 +117,7 @@ def load_imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
         problem = "cannot be used" if file.exists() else "is missing and could not be downloaded"
         raise UserError(
             f"{file}: {problem} ({first_line(error)}). Put the file from {weights.url} there, or start from "
-            "random weights: --preset scratch, or --RECIPE.pretrained false"
+            "random weights: --preset scratch, or --pretrained false"
         ) from None
 
 

@@ -15,6 +15,7 @@ from engine.fields import show
 from engine.recipes import DEFAULTS, DISTILLATION_FIELDS, Recipe
 from engine.soft_losses import options
 from report.comparisons import ENVIRONMENT, Comparison
+from report.statistics import half_width
 
 # Settings that the report leaves out where no model has them.
 UNUSUAL = ("mean", "std", "clip_norm", "class_weights", "keep", "train_subset")
@@ -162,8 +163,26 @@ def verdict(c: Comparison, n_test: int) -> str:
     if c.verdict == "indistinguishable" and c.detectable_difference is not None:
         these = f"these {n} seeds" if several else f"{n_test:,} test images"
         words += f" With 80% power, {these} can detect a difference of {percent(c.detectable_difference, 2)} points"
-        words += "." if several else " between two trained models."
+        if several and n_test and c.std is not None:
+            of_seeds = half_width(0.05, 0.0, c.std / math.sqrt(n), n)  # without the sampling of images
+            limit = "number of seeds" if of_seeds**2 > (c.ci95[1] - c.ci95[0]) ** 2 / 8 else f"{n_test:,} test images"
+            words += f", limited more by the {limit}."
+        else:
+            words += "." if several else " between two trained models."
     return words
+
+
+def verdicts(results: Results) -> list[str]:
+    """Each comparison in sentences, with a warning if one of the two models has not learned to tell classes apart."""
+    constant = {name for name, model in results["models"].items() if model["only_class"] is not None}
+    sentences = []
+    for c in results["comparisons"]:
+        sentences.append(verdict(c, results["n_test"]))
+        if doubtful := constant.intersection((c.model, c.baseline)):
+            sentences[-1] += (
+                f" This says nothing about the recipes: see the warning about {' and '.join(sorted(doubtful))}."
+            )
+    return sentences
 
 
 def notes(results: Results) -> list[str]:
@@ -229,7 +248,7 @@ def results_markdown(results: Results) -> str:
             trained.setdefault(pairs(environment), []).append(f"{name} seed {seed}")
     text = env.get_template("results.md.jinja").render(
         results,
-        verdicts=[verdict(c, results["n_test"]) for c in results["comparisons"]],
+        verdicts=verdicts(results),
         notes=notes(results),
         accuracy_table=accuracy_table(results),
         seeds=seeds_of(results),
@@ -243,5 +262,4 @@ def results_markdown(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The table of accuracies, the verdicts and the notes, for the terminal."""
-    verdicts = [verdict(c, results["n_test"]) for c in results["comparisons"]]
-    return "\n".join([accuracy_table(results).rstrip(), *verdicts, *notes(results)])
+    return "\n".join([accuracy_table(results).rstrip(), *verdicts(results), *notes(results)])

@@ -17,7 +17,16 @@ from config import parse
 from engine import estimate
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.errors import UserError
-from engine.estimate import Estimate, Job, check_models, check_space, plan, space_needed, time_training
+from engine.estimate import (
+    Estimate,
+    Job,
+    check_models,
+    check_space,
+    plan,
+    space_needed,
+    time_training,
+    warn_of_slow_batchnorm,
+)
 from engine.fingerprints import training_settings
 from engine.models import Architecture
 from engine.recipes import Recipe
@@ -158,16 +167,17 @@ def test_the_estimate_counts_validation_images_if_there_are_any(config, timed):
 
 
 @pytest.mark.parametrize(
-    ("hours", "announced"), [(31.4, "about 31 h 24 min on"), (1.99, "about 1 h 59 min on"), (0.99, None)]
+    ("hours", "announced"),
+    [(31.4, "about 31 h 24 min on"), (1.99, "about 1 h 59 min on"), (0.99, "about 59 min on"), (0.016, None)],
 )
-def test_a_run_above_an_hour_is_announced(config, digits, timed, capsys, hours, announced):
+def test_a_run_above_a_minute_is_announced(config, digits, timed, capsys, hours, announced):
     jobs = [Job(Model("student", 0, config), 2), Job(Model("student", 1, config), 2)]
     timed({(RESNET18, "fp32"): hours * 3600 / sum(images_of(job, config, digits) for job in jobs)})
     plan(jobs, config, digits)
     output = capsys.readouterr().err
     if announced:
         assert output.startswith("This will take " + announced)
-        assert "python teacher_student_model.py --preset demo" in output
+        assert ("python teacher_student_model.py --preset demo" in output) == (hours > 1)
     else:
         assert output == ""
 
@@ -460,3 +470,16 @@ def test_a_new_run_uses_the_faster_precision(partial, timed, bf16):
     with open_run(students(replace(partial, run="new", recipes=recipes))) as (models, _, estimates):
         assert [model.config.precision for model in models] == ["fp32", "fp32"]
         assert list(estimates) == models
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "warned"), [(0.1, 37, True), (0.1, 38, False), (0.01, 389, True), (0.01, 390, False)]
+)
+def test_few_steps_for_batchnorm_are_said(momentum, steps, warned, capsys):
+    network = nn.Sequential(nn.BatchNorm2d(3, momentum=0.5), nn.BatchNorm2d(3, momentum=momentum))
+    network[1].running_mean.fill_(1.0)
+    for _ in range(steps):  # of zeros, towards which the mean goes
+        network[1](torch.zeros(2, 3, 1, 1))
+    assert (network[1].running_mean.max() > 0.02) == warned
+    warn_of_slow_batchnorm("student", network, steps)
+    assert ("student has" in capsys.readouterr().err) == warned

@@ -22,7 +22,7 @@ from engine.datasets import load_dataset
 from engine.device import resolve_device
 from engine.settings import Model
 from report import figures
-from report.markdown import align_tables, escape_markdown, notes, results_markdown, summary, verdict
+from report.markdown import align_tables, escape_markdown, notes, results_markdown, summary, verdict, verdicts
 from report.metrics import fit_temperature
 from report.statistics import wilson_interval
 
@@ -263,7 +263,9 @@ UNDECIDED = {"p_value": 0.06, "p_holm": 0.06, "detectable_difference": 0.01}
          "Settings that differ: alpha is 0.5, not 0.25, nesterov is true, not false."),
         ({**BETTER, "seeds": [0]}, "1 seed): these two trained models differ."),
         ({**UNDECIDED, "seeds": [0]}, "1 seed): no difference was detected between these two trained models."),
-        (UNDECIDED, "these 3 seeds can detect a difference of 1.00 points."),
+        (UNDECIDED, "these 3 seeds can detect a difference of 1.00 points, "),
+        ({**UNDECIDED, "std": 0.001, "ci95": (-0.01, 0.01)}, "limited more by the 500 test images."),
+        ({**UNDECIDED, "std": 0.01, "ci95": (-0.026, 0.026)}, "limited more by the number of seeds."),
         ({**UNDECIDED, "seeds": [0]},
          "500 test images can detect a difference of 1.00 points between two trained models."),
     ],
@@ -291,6 +293,13 @@ def test_tables_say_the_number_of_seeds_of_each_column_and_comparison_where_they
     several = [replace(comparison, model=name, seeds=SEEDS[:n]) for name, n in (("a", 1), ("b", 2), ("c", 3))]
     text = results_markdown({**results, "comparisons": several}).split("Effects; p after")[1].split("## Cost")[0]
     assert {name: cells(text)[name][1] for name in "abc"} == {"a": "1", "b": "2", "c": "3"}
+
+
+def test_a_comparison_with_a_model_that_predicts_one_class_is_marked():
+    results = example_results()
+    (before,) = verdicts(results)
+    results["models"]["student"]["only_class"] = "7"
+    assert verdicts(results)[0].removeprefix(before).endswith("see the warning about student.")
 
 
 def test_the_terminal_warns_of_models_that_predict_one_class_or_have_no_baseline():
