@@ -207,6 +207,11 @@ def notes(results: Results) -> list[str]:
                     "BatchNorm, which only evaluation uses, are usually out of date, as after few steps with a small "
                     "momentum: train for more steps, or use a network of your own whose BatchNorm has momentum 0.1."
                 )
+    baselines = {c.model: c.baseline for c in results["comparisons"]}
+    for row in results["versus_teacher"]:
+        baseline = baselines.get(row["model"])
+        if baseline and row["accuracy_of_teacher"] <= results["models"][baseline]["accuracy"]["mean"]:
+            sentences.append(f"{row['teacher']}, the teacher of {row['model']}, is not more accurate than {baseline}.")
     trained: dict[str, list[str]] = {}
     for c in results["comparisons"]:
         if c.environments_differ:

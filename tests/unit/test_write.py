@@ -243,6 +243,16 @@ def test_a_report_warns_of_test_images_that_are_training_images():
     assert "7 of 500 test images" in warning
 
 
+def test_a_teacher_that_is_not_more_accurate_than_the_baseline_is_mentioned():
+    results = example_results()
+    before = notes(results)
+    (row,) = results["versus_teacher"]
+    row["accuracy_of_teacher"] = results["models"]["student"]["accuracy"]["mean"]
+    assert len(notes(results)) == len(before) + 1
+    row["accuracy_of_teacher"] += 0.001
+    assert notes(results) == before
+
+
 SEEDS = [0, 1, 2]
 BETTER = {"p_value": 0.01, "p_holm": 0.01}
 UNDECIDED = {"p_value": 0.06, "p_holm": 0.06, "detectable_difference": 0.01}
