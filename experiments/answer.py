@@ -9,6 +9,7 @@ and differences have one decimal, because the order of the classes, or a repetit
 
 import csv
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,12 +26,12 @@ from engine.errors import exit_on_error
 from engine.files import write_durably
 from engine.reach import ROOT
 from engine.recipes import baseline_of
-from experiments.archive import FOLDER, Correct, load, load_correct
+from experiments.archive import FOLDER, RUNS, Correct, load, load_correct
 from experiments.presets import STUDY
 from report.comparisons import shares_teacher
 from report.figures import blank_figure, confusion_figure, png
 from report.markdown import interval, markdown_table
-from report.statistics import holm, paired_interval, paired_p, paired_t_p, seeds_half_width
+from report.statistics import half_width, holm, image_variance, paired_interval, paired_p, paired_t_p, seeds_half_width
 
 Study = dict[str, tuple[Correct, np.ndarray]]  # run -> its kept models, and the labels of the test images
 
@@ -49,6 +50,20 @@ FURTHER = {
     ],
     "controls": [(row, "student") for row in ("label_smoothing", "kd_untrained", "kd_shuffled", "kd_self")],
 }
+
+# The comparisons of docs/finetuning.md, one family of Holm's correction, and the number of seeds planned for each.
+FINETUNING = {
+    ("kd_unscaled", "kd"): 6,
+    ("kd", "student"): 6,
+    ("kd_unscaled", "student"): 6,
+    ("kd_unscaled_lr_3_6x", "kd"): 6,
+    ("kd_unscaled_lr_3_6x", "student"): 6,
+    ("kd_unscaled_10_epochs", "student"): 3,
+    ("kd_unscaled_10_epochs", "student_10_epochs"): 3,
+    ("kd_lr_0_001", "student_lr_0_001"): 3,
+    ("kd_unscaled_lr_0_001", "kd_lr_0_001"): 3,
+}
+SMALLEST_MARGIN, LARGEST_MARGIN = 0.003, 0.007  # the rules 3 and 4 of docs/finetuning.md
 
 # Comparisons that a reviewer asked for when all results were known; in no family. `controls` has the rows of both runs.
 NOT_PLANNED = [
@@ -139,7 +154,7 @@ def pair(run: str, model: str, baseline: str, correct: Correct) -> Paired | None
         first.mean(1) - second.mean(1),
         paired_interval(first, second),
         paired_p(first, second),
-        any(shares_teacher(name, STUDY[run].recipes) for name in (model, baseline)),
+        any(shares_teacher(name, RUNS[run].recipes) for name in (model, baseline)),
     )
 
 
@@ -258,6 +273,59 @@ def not_planned(study: Study) -> str:
         for p in found
     ]
     return markdown_table(("model", "against", "seeds", "difference", "95% interval", "p"), rows)
+
+
+def finetuning_rows(study: Study) -> str:
+    """The accuracy of each row of docs/finetuning.md, and how far the teacher is ahead of the student alone."""
+    correct, _ = load_correct("finetuning")
+    lead = pair("finetuning", "teacher", "student", correct)
+    rows = []
+    for name, by_seed in correct.items():
+        ahead = (
+            (points(lead.difference), interval(lead.ci95, 1, signed=True)) if lead and name == "teacher" else ("", "")
+        )
+        rows.append((f"`{name}`", len(by_seed), accuracies(by_seed), *ahead))
+    return markdown_table(("model", "seeds", "accuracy (%)", "above `student`", "95% interval"), rows)
+
+
+def margin(correct: Correct, model: str, baseline: str, planned: int) -> float | None:
+    """The margin of a pair by rule 3 of docs/finetuning.md, from the seeds 1 to 3; None if they are not all there.
+
+    It is 1.65 times the half-width that an interval with so many seeds will have, as far as three seeds say.
+    """
+    seeds = (1, 2, 3)
+    if not all(seed in correct.get(name, {}) for name in (model, baseline) for seed in seeds):
+        return None
+    first, second = (np.stack([correct[name][seed] for seed in seeds]) for name in (model, baseline))  # (3, n)
+    std = float((first.mean(1) - second.mean(1)).std(ddof=1))
+    over_images = math.sqrt(image_variance(first, second)[1])
+    return max(SMALLEST_MARGIN, 1.65 * half_width(0.05, over_images, std / math.sqrt(planned), planned))
+
+
+def margins(study: Study) -> str:
+    """The margin of each comparison of docs/finetuning.md, in points."""
+    correct, _ = load_correct("finetuning")
+    found = {key: margin(correct, *key, planned) for key, planned in FINETUNING.items()}
+    rows = [(f"`{m}`", f"`{b}`", FINETUNING[m, b], f"{100 * size:.2f}") for (m, b), size in found.items() if size]
+    return markdown_table(("model", "against", "planned seeds", "margin"), rows)
+
+
+def finetuning(study: Study) -> str:
+    """The comparisons of docs/finetuning.md, with its verdicts. Those that have not been run count as p = 1."""
+    correct, _ = load_correct("finetuning")
+    made = [p for model, baseline in FINETUNING if (p := pair("finetuning", model, baseline, correct))]
+    adjusted = holm([p.p_value for p in made] + [1.0] * (len(FINETUNING) - len(made)))
+    rows = []
+    for p, p_holm in zip(made, adjusted, strict=False):
+        size = margin(correct, p.model, p.baseline, FINETUNING[p.model, p.baseline])
+        verdict = replace(p, p_holm=p_holm).verdict
+        if verdict == "indistinguishable":
+            low, high = p.ci95
+            small = size is not None and size <= LARGEST_MARGIN and -size <= low <= 0 <= high <= size
+            verdict = "no difference that matters" if small else "undecided"
+        cells = points(p.difference), interval(p.ci95, 1, signed=True), f"{p.p_value:.2g}", f"{p_holm:.2g}", verdict
+        rows.append((f"`{p.model}`", f"`{p.baseline}`", len(p.by_seed), *cells))
+    return markdown_table(("model", "against", "seeds", "difference", "95% interval", "p", "p, Holm", "verdict"), rows)
 
 
 def faults(study: Study) -> str:
@@ -401,10 +469,13 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "repetitions": repetitions,
     "whole_study": whole_study,
     "not_planned": not_planned,
+    "margins": margins,
+    "finetuning_rows": finetuning_rows,
+    "finetuning": finetuning,
     "faults": faults,
     "capacity_gap": nearest_study,
 }
-PAGES = (Path("README.md"), Path("docs/answer.md"))
+PAGES = (Path("README.md"), Path("docs/answer.md"), Path("docs/finetuning.md"))
 
 
 def with_tables(text: str, study: Study) -> str:

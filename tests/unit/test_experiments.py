@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 
 import numpy as np
@@ -17,7 +18,7 @@ from experiments.compare import p_value, published
 from experiments.presets import STUDY
 from report.comparisons import differing_settings
 from report.metrics import Evaluated, count_ties
-from report.statistics import paired_p
+from report.statistics import image_variance, paired_p
 
 
 def write_report(folder, labels, arrays) -> None:
@@ -188,6 +189,51 @@ def test_the_figures_show_each_kept_row_and_its_seeds(kept):
     teacher, alone = (np.mean([kept[name, s].mean() for s in range(3)]) for name in ("teacher", "student"))
     gap, comparison = answer.gaps(study())["ablation", "kd"]
     assert (gap, 100 * comparison.difference) == pytest.approx((100 * (teacher - alone), np.mean(gains)))
+
+
+def right_images(net: list[int], changed: int = 600) -> dict[int, np.ndarray]:
+    """Seeds from 1 on: 6,000 of 10,000 images right and so many more, after `changed` of each kind have changed."""
+    found = {}
+    for seed, more in enumerate(net, start=1):
+        random, right = np.random.default_rng(seed), np.arange(10_000) < 6_000
+        lost = random.choice(6_000, changed, replace=False)
+        won = 6_000 + random.choice(4_000, changed + more, replace=False)
+        right[lost], right[won] = False, True
+        found[seed] = right.astype(float)
+    return found
+
+
+def test_the_verdicts_of_finetuning_follow_its_rules(monkeypatch):
+    correct = {
+        "student": right_images([0] * 6, changed=0),
+        "kd": right_images([5, -5, 10, -10, 3, -3]),
+        "kd_unscaled": right_images([-300, -310, -290, -300, -305, -295]),
+        "kd_unscaled_lr_3_6x": right_images([300, -300, 200, -200, 400, -400]),
+        "kd_lr_0_001": right_images([40, 50]),
+    }
+    monkeypatch.setattr(answer, "load_correct", lambda run: (correct, np.zeros(10_000)))
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in answer.finetuning({}).splitlines()[2:]]
+    found = {(row[0], row[1]): row for row in rows}
+    assert {key: row[-1] for key, row in found.items()} == {
+        ("kd_unscaled", "kd"): "worse",
+        ("kd", "student"): "no difference that matters",
+        ("kd_unscaled", "student"): "worse",
+        ("kd_unscaled_lr_3_6x", "kd"): "undecided",
+        ("kd_unscaled_lr_3_6x", "student"): "undecided",
+    }
+    smallest = min(rows, key=lambda row: float(row[5]))
+    assert float(smallest[6]) == pytest.approx(9 * float(smallest[5]), rel=0.1)  # of nine planned comparisons
+    first, second = (np.stack([correct[name][seed] for seed in (1, 2, 3)]) for name in ("kd_unscaled_lr_3_6x", "kd"))
+    of_seeds = stats.t.ppf(0.975, 5) * stats.sem(first.mean(1) - second.mean(1)) * math.sqrt(3 / 6)
+    half = math.hypot(of_seeds, stats.norm.ppf(0.975) * math.sqrt(image_variance(first, second)[1]))
+    assert answer.margin(correct, "kd_unscaled_lr_3_6x", "kd", 6) == pytest.approx(1.65 * half)
+    assert answer.margin(correct, "kd_lr_0_001", "student", 3) is None  # two seeds
+
+
+def test_the_pairs_of_finetuning_are_rows_of_its_preset_and_of_its_predictions():
+    rows = re.findall(r"^\| \d \| `(\w+)` \| `(\w+)` \|", (ROOT / "docs/finetuning.md").read_text(), re.MULTILINE)
+    assert list(answer.FINETUNING) == rows
+    assert set(sum(rows, ())) <= set(PRESETS["finetuning"].recipes)
 
 
 # The documents
