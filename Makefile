@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: demo train evaluate reproduce test chaos bench gpu lint clean
+.PHONY: demo train evaluate reproduce finetuning test chaos bench gpu lint clean
 
 demo: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset demo $(ARGS)
@@ -25,6 +25,18 @@ reproduce: .venv/installed
 	$(PYTHON) teacher_student_model.py --preset ablation --run reproduction --dataset $(DATASET) --only $(MAIN_ROWS) --jobs 2 $(ARGS)
 	$(PYTHON) evaluate.py --run reproduction --only $(MAIN_ROWS) $(ARGS)
 	$(PYTHON) -m experiments.compare imgs/reproduction/results.json
+
+# The table of docs/finetuning.md from nothing: 15 hours on two CPU cores, resumable
+FINETUNED := $(PYTHON) teacher_student_model.py --preset finetuning --run finetuned --jobs 2
+
+finetuning: DATASET := data/cifar10-jpeg
+finetuning: .venv/installed
+	$(PYTHON) -m pip install --quiet timm
+	$(PYTHON) -m experiments.imagenet_weights
+	$(FINETUNED) --dataset $(DATASET) --only teacher student kd kd_unscaled kd_unscaled_lr_3_6x $(ARGS)
+	$(FINETUNED) --dataset $(DATASET) --seeds 1 2 3 --only student_10_epochs kd_unscaled_10_epochs student_lr_0_001 kd_lr_0_001 kd_unscaled_lr_0_001 $(ARGS)
+	$(PYTHON) evaluate.py --run finetuned $(ARGS)
+	$(PYTHON) -m experiments.compare imgs/finetuned/results.json finetuning
 
 # A process per core, each with one thread
 test: .venv/installed-for-tests

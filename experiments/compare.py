@@ -1,8 +1,9 @@
-"""Whether a reproduction of the ablation agrees with the published results.
+"""Whether a reproduction of a preset agrees with the published results.
 
-    python -m experiments.compare imgs/reproduction/results.json
+    python -m experiments.compare imgs/reproduction/results.json              # of the preset ablation
+    python -m experiments.compare imgs/RUN/results.json finetuning
 
-For each model of `ablation` that the reproduction has too: the two accuracies (mean ± standard deviation over seeds),
+For each model of the preset that the reproduction has too: the two accuracies (mean ± standard deviation over seeds),
 their difference, and whether chance could explain it. Exit status 1 if for any model it could not.
 """
 
@@ -16,14 +17,14 @@ import numpy as np
 from scipy import stats
 
 from engine.errors import UserError, exit_on_error, first_line
-from experiments.archive import load
+from experiments.archive import RUNS, load
 
 Accuracies = Mapping[str, np.ndarray]  # model -> the accuracy of each seed (S,)
 
 
-def published() -> tuple[Accuracies, int]:
-    """The accuracies of the kept models of `ablation`, and the number of test images."""
-    models, labels = load("ablation")
+def published(preset: str) -> tuple[Accuracies, int]:
+    """The accuracies of the kept models of a preset, and the number of test images."""
+    models, labels = load(preset)
     return {name: model.correct(labels).mean(1) for name, model in models.items()}, len(labels)
 
 
@@ -68,12 +69,13 @@ def describe(accuracies: np.ndarray) -> str:
 
 def main() -> None:
     with exit_on_error():
-        if len(sys.argv) != 2:
-            raise UserError("usage: python -m experiments.compare imgs/RUN/results.json")
-        (before, n), (here, n_here) = published(), read(Path(sys.argv[1]))
+        path, preset = [*sys.argv[1:], "ablation"][:2] if len(sys.argv) in (2, 3) else ("", "")
+        if preset not in RUNS:
+            raise UserError(f"usage: python -m experiments.compare imgs/RUN/results.json [{'|'.join(RUNS)}]")
+        (before, n), (here, n_here) = published(preset), read(Path(path))
         common = [name for name in before if name in here]
         if not common:
-            raise UserError(f"{sys.argv[1]}: has no model of the preset ablation")
+            raise UserError(f"{path}: has no model that is published of the preset {preset}")
     print(f"{'model':<20} | published (seeds) | here (seeds) | difference (points) | equal means")
     agree = True
     for name in common:

@@ -58,7 +58,7 @@ def test_a_reproduction_with_one_seed_allows_for_the_sampling_of_images():
 def test_what_is_published_is_what_was_kept(kept_predictions):
     path, arrays, labels = kept_predictions
     archive.keep("ablation", path)
-    accuracies, n = published()
+    accuracies, n = published("ablation")
     assert (list(accuracies), n) == (["student"], 20)
     each = [(arrays[f"student/seed{seed}"].argmax(1) == labels).mean() for seed in (0, 1)]
     assert accuracies["student"].tolist() == pytest.approx(each)
@@ -68,7 +68,7 @@ def test_what_is_published_is_what_was_kept(kept_predictions):
 def test_the_comparison_as_a_program(tmp_path, monkeypatch, capsys, other, status):
     (tmp_path / "reproduced.json").write_text(json.dumps(results(student=other, only_here=[0.5])))
     here = {"student": np.array([0.6, 0.61, 0.62]), "only_published": np.array([0.5])}
-    monkeypatch.setattr(compare, "published", lambda: (here, 10_000))
+    monkeypatch.setattr(compare, "published", lambda preset: (here, 10_000))
     monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "reproduced.json")])
     with pytest.raises(SystemExit) as ended:
         compare.main()
@@ -76,6 +76,16 @@ def test_the_comparison_as_a_program(tmp_path, monkeypatch, capsys, other, statu
     _, row, _ = capsys.readouterr().out.splitlines()
     assert row.split()[0] == "student"
     assert row.endswith("differs") == bool(status)
+
+
+def test_a_preset_that_is_not_published_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(results(student=[0.5])))
+    for preset in ("cifar10", "finetunin"):
+        monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "results.json"), preset])
+        with pytest.raises(SystemExit) as ended:
+            compare.main()
+        assert ended.value.code == 2
+        assert "finetuning" in capsys.readouterr().err
 
 
 def test_two_perfect_models_have_the_same_mean_and_a_perfect_and_a_useless_one_have_not():
