@@ -275,45 +275,82 @@ def power_of_temperature(hard: float, soft: float, t: float) -> int | None:
 
 
 def describe(loss: Loss, data: Data, own: Data | None) -> Examined:
+    """What a loss computes on random `data`, and on `own` logits if there are some."""
     value, gradient, _ = differentiate(loss, data)
-    z, v = (1e4 * logits / logits.abs().amax(1, keepdim=True) for logits in (data.z, data.v))
-    finite = all(tensor.isfinite().all() for tensor in differentiate(loss, Data(z, v, data.y))[:2])
-    last = [] if value.isfinite() else ["Its value is NaN or infinite."]
-    last.append(f"At logits of 1e4 it is {'finite' if finite else 'NaN or infinite; log_softmax avoids that'}.")
+    notes = numerics(loss, data, value)
     if not gradient.isfinite().all() or not gradient.any():
         why = "no gradient" if gradient.isfinite().all() else "NaN or infinity in the gradient"
-        last.insert(0, f"{NOT_RECOGNISED}: {why} at the student's logits")
-        return Examined(NOT_RECOGNISED, 0.0, 0.0, None, None, math.inf, last)
-
+        line = f"{NOT_RECOGNISED}: {why} at the student's logits"
+        return Examined(NOT_RECOGNISED, 0.0, 0.0, None, None, math.inf, [line, *notes])
     fit = best_fit(gradient, data, 100 * torch.finfo(value.dtype).eps)
     terms, weights, norms, _ = fit.parts(gradient, data)
     if own:
         *_, norms, left = fit.parts(differentiate(loss, own)[1], own)
         fit = fit._replace(residual=max(fit.residual, left))
     recognised, (images, classes) = fit.residual < TOLERANCE, data.z.shape
-    powers = torch.zeros(2, 2, dtype=torch.float64)  # of batch size and number of classes, in the hard and soft weight
-    for i, size in enumerate(((2 * images, classes), (images, 2 * classes)) if recognised else ()):
+    powers = torch.zeros(2, 2, dtype=torch.float64)
+    if recognised:
+        powers, failures = powers_of_sizes(loss, fit, weights, images, classes)
+        notes = failures + notes
+    weights = weights / images ** powers[0]
+    (hard, soft), (a, w) = weights.tolist(), (weights / classes ** powers[1]).tolist()
+    t = fit.temperature or 1.0
+    softened = bool(fit.soft) and abs(t - 1) > 1e-5
+    power = power_of_temperature(a, w, t) if softened else None
+    own_weight = w / t ** (power or 0)  # without a factor T or T^2
+    name, line = in_words(fit, terms, a, own_weight, power or 0)
+    if not recognised:
+        line = f"{NOT_RECOGNISED}; the nearest, {line}, leaves {fit.residual:.2g} of the gradient"
+        return Examined(NOT_RECOGNISED, hard, soft, fit.temperature, None, fit.residual, [line, *notes])
+
+    of_hard, of_soft = map(averaging, powers.T.tolist())
+    suffix, findings = of_soft if fit.soft else of_hard, []
+    if softened:
+        reading = f"A weight of {w:.4g} is {w / t**2:.4g} x T^2, or a weight of its own"
+        if power != 2 and fit.soft != ONLY_TEACHER:
+            reading += ", without the factor T^2"
+            suffix = ["without the factor T^2"] * (power is not None) + suffix
+        findings.append(f"{reading}. The gradient is the same.")
+    for kind, there, words in (("hard", a, of_hard), ("soft", fit.soft, of_soft)):
+        if there:
+            findings.append(f"The {kind} loss is {' and '.join(words) or 'averaged over the batch'}.")
+    share = (norms[1] / norms.sum()).item() if fit.soft else None
+    if a and fit.soft:
+        where, suggested = "your" if own else "random", abs(own_weight) / (abs(a) + abs(own_weight))
+        findings.append(f"At {where} logits it has {share:.0%} of the gradient; its weight suggests {suggested:.0%}.")
+    return Examined(
+        name, hard, soft, fit.temperature, share, fit.residual, [", ".join([line, *suffix]), *findings, *notes]
+    )
+
+
+def numerics(loss: Loss, data: Data, value: Tensor) -> list[str]:
+    """Whether the loss is finite, here and at large logits, in sentences."""
+    z, v = (1e4 * logits / logits.abs().amax(1, keepdim=True) for logits in (data.z, data.v))
+    finite = all(tensor.isfinite().all() for tensor in differentiate(loss, Data(z, v, data.y))[:2])
+    sentences = [] if value.isfinite() else ["Its value is NaN or infinite."]
+    return [*sentences, f"At logits of 1e4 it is {'finite' if finite else 'NaN or infinite; log_softmax avoids that'}."]
+
+
+def powers_of_sizes(loss: Loss, fit: Fit, weights: Tensor, images: int, classes: int) -> tuple[Tensor, list[str]]:
+    """The powers (2, 2) of the batch size and of the number of classes in the weights (2,) of the hard and soft loss.
+
+    Also a sentence for each size with which the loss fails or computes something else.
+    """
+    powers = torch.zeros(2, 2, dtype=torch.float64)
+    failures: list[str] = []
+    for i, size in enumerate(((2 * images, classes), (images, 2 * classes))):
         other, left = Data.draw(*size), math.inf
         with contextlib.suppress(CannotExamine):
             _, now, _, left = fit.parts(differentiate(loss, other)[1], other)
         if left < TOLERANCE:
             powers[i] = torch.where(weights == 0, 1, now / weights).log2().round(decimals=3)
         else:
-            last.insert(0, f"With {size[0]} images of {size[1]} classes it fails, or computes something else.")
-    weights = weights / images ** powers[0]
-    (hard, soft), (a, w) = weights.tolist(), (weights / classes ** powers[1]).tolist()
+            failures.insert(0, f"With {size[0]} images of {size[1]} classes it fails, or computes something else.")
+    return powers, failures
 
-    t, power, findings, (of_hard, of_soft) = fit.temperature, None, [], map(averaging, powers.T.tolist())
-    suffix = [*(of_soft if fit.soft else of_hard)]
-    if fit.soft and t and abs(t - 1) > 1e-5:
-        power = power_of_temperature(a, w, t)
-        reading = f"A weight of {w:.4g} is {w / t**2:.4g} x T^2, or a weight of its own"
-        if power != 2 and fit.soft != ONLY_TEACHER:
-            reading += ", without the factor T^2"
-            if power is not None:
-                suffix.insert(0, "without the factor T^2")
-        findings.append(f"{reading}. The gradient is the same.")
-    w /= (t or 1.0) ** (power or 0)
+
+def in_words(fit: Fit, terms: Tensor, a: float, w: float, power: int) -> tuple[str, str]:
+    """The name of the loss, and its formula: a times the hard loss and w T^power times the soft loss."""
     name, parts = fit.hard, []
     if name == "CE" and terms[1]:
         name += f" with label smoothing {terms[1] / terms[:2].sum():.4g}"
@@ -322,16 +359,6 @@ def describe(loss: Loss, data: Data, own: Data | None) -> Examined:
     if fit.soft:
         name = fit.soft
         others = f", {terms[-1] / terms[-2]:.4g} x as much among the other classes," if name == DKD else ""
-        parts.append(f"{w:.4g}{('', ' T', ' T^2')[power or 0]} {name}{others}")
-    line = " + ".join(parts).replace("+ -", "- ") + (f" at T = {t:.4g}" if t else "")
-    if not recognised:
-        line = f"{NOT_RECOGNISED}; the nearest, {line}, leaves {fit.residual:.2g} of the gradient"
-        return Examined(NOT_RECOGNISED, hard, soft, t, None, fit.residual, [line, *last])
-    share = (norms[1] / norms.sum()).item() if fit.soft else None
-    for kind, there, words in (("hard", a, of_hard), ("soft", fit.soft, of_soft)):
-        if there:
-            findings.append(f"The {kind} loss is {' and '.join(words) or 'averaged over the batch'}.")
-    if a and fit.soft:
-        where, suggested = "your" if own else "random", abs(w) / (abs(a) + abs(w))
-        findings.append(f"At {where} logits it has {share:.0%} of the gradient; its weight suggests {suggested:.0%}.")
-    return Examined(name, hard, soft, t, share, fit.residual, [", ".join([line, *suffix]), *findings, *last])
+        parts.append(f"{w:.4g}{('', ' T', ' T^2')[power]} {name}{others}")
+    at = f" at T = {fit.temperature:.4g}" if fit.temperature else ""
+    return name, " + ".join(parts).replace("+ -", "- ") + at
