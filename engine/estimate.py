@@ -173,9 +173,9 @@ def warn_of_slow_batchnorm(name: str, model: nn.Module, steps: int) -> None:
     if momenta and steps and (1 - min(momenta)) ** steps > 0.02:
         needed = math.ceil(math.log(0.02) / math.log1p(-min(momenta)))
         log.info(
-            f"warning: {name} has {steps:,} step{'s' * (steps > 1)}, and the running statistics of its BatchNorm (momentum "
-            f"{min(momenta):g}) need {needed:,} or more. Evaluation uses these, so its accuracy may stay low while the "
-            "training accuracy rises. More --epochs or a smaller --batch_size helps"
+            f"warning: {name} has {steps:,} step{'s' * (steps > 1)}, and the running statistics of its BatchNorm "
+            f"(momentum {min(momenta):g}) need {needed:,} or more. Evaluation uses these, so its accuracy may stay low "
+            "while the training accuracy rises. More --epochs or a smaller --batch_size helps"
         )
 
 
