@@ -91,13 +91,16 @@ def logits_of(network: nn.Module, images: torch.Tensor, config: Config, title: s
 
 
 def logits_of_splits(model: Model, checkpoint: Checkpoint, dataset: Dataset) -> Iterator[tuple[str, np.ndarray]]:
-    """Those of the validation and the test images, (N, C) float32, where there are such; computed or given."""
+    """Those of the validation and the test images, (N, C) float32, where there are such; computed or given.
+
+    Given logits are stored by an image's place in the whole data set, which is unknown without the training images.
+    """
     given, config = checkpoint.given_logits, model.config
     network = None if given is not None else load_model(checkpoint, config.device)
     for name, split in (("validation", dataset.validation), ("test", dataset.test)):
         if split and network is not None:
             yield name, logits_of(network, split.images, config, f"{model} {name} images")
-        elif split and given is not None and given[split.ids].isfinite().all():
+        elif split and given is not None and dataset.has_training_images and given[split.ids].isfinite().all():
             yield name, given[split.ids].numpy()
 
 
@@ -108,7 +111,8 @@ def evaluate_checkpoints(config: Config, dataset: Dataset) -> tuple[dict[str, Ev
     for model, checkpoint, digest in finished_checkpoints(config, dataset, missing):
         seed, logits = model.seed, dict(logits_of_splits(model, checkpoint, dataset))
         if "test" not in logits:
-            log.info(f"{model}  has no logits of the test images and is not in the report")
+            unknown = "" if dataset.has_training_images else " that can be found without the training images"
+            log.info(f"{model}  has no logits of the test images{unknown} and is not in the report")
             continue
         found = models.get(model.name, Evaluated(model.recipe, {}, {}))
         validation = {seed: logits["validation"]} if "validation" in logits else {}
@@ -189,18 +193,18 @@ def export(config: Config, dataset: Dataset | None, suffix: str) -> None:
     noise = torch.randint(0, 256, (100, 3, 64, 64), dtype=torch.uint8, generator=generator)
     images, kind = (dataset.test.images.cpu(), "test images") if dataset else (noise, "images of noise")
     photographs = [torch.cat([*images[:2]], axis)[None] for axis in (1, 2)]  # (1, 3, 2H, W) and (1, 3, H, 2W)
-    squares = [pil_to_tensor(square(to_pil_image(image[0]), config.resize))[None] for image in photographs]
     with lock(Path(config.checkpoints_path, config.run)):
         for model, checkpoint, digest in finished_checkpoints(replace(config, only=tuple(names)), dataset, missing=[]):
             if checkpoint.given_logits is not None:
                 log.info(f"{model}  is only logits, not exported")
                 continue
             network, path = load_model(checkpoint, "cpu"), model.path.with_suffix(f".{suffix}")
-            groups = [images, *squares]
-            logits = torch.cat([predict(network, group, config.image_size, title=str(model)) for group in groups])
+            size, how = checkpoint.config["image_size"], checkpoint.config["resize"]
+            squares = [pil_to_tensor(square(to_pil_image(image[0]), how))[None] for image in photographs]
+            logits = torch.cat([predict(network, group, size, title=str(model)) for group in (images, *squares)])
             about = {"name": model.name, "seed": model.seed, "classes": checkpoint.classes}
-            about |= {"image_size": config.image_size, "resize": config.resize, "weights": digest}
-            content = export_program(network, config.image_size, config.resize, about)
+            about |= {"image_size": size, "resize": how, "weights": digest}
+            content = export_program(network, size, how, about)
             if suffix == "onnx":
                 content = onnx_program(content, about)
             program = load_onnx(content) if suffix == "onnx" else load_pt2(content)

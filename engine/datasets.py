@@ -23,6 +23,7 @@ from engine.images import (
     erase,
     flip,
     prepare,
+    resize,
     shift,
 )
 from engine.settings import Config
@@ -208,7 +209,7 @@ def read_dataset(config: Config, trained: bool = False) -> Dataset:
         for tensor in split[:2] if split else ():
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.contiguous().numpy().data)
-    shared = count_shared(train, {"validation": validation, "test": test})
+    shared = count_shared(train, {"validation": validation, "test": test}, config.image_size)
     if present:
         check_sizes(config, train)
     check_soft_losses(config, len(classes))
@@ -222,6 +223,7 @@ def read_dataset(config: Config, trained: bool = False) -> Dataset:
             stratified(train.labels, recipe.train_size, f"{name}.train_size")  # raises UserError if it cannot be
     if present:
         check_schedules(config, len(train.labels))
+    if present and not trained:
         check_kept_epochs(config, validation)
     on_host = False
     if torch.device(config.device).type == "cuda":
@@ -270,13 +272,21 @@ def split_off_test_images(train: Split, config: Config) -> tuple[Split, Split]:
     return train.divide(kept, held_out)
 
 
-def count_shared(train: Split, others: dict[str, Split | None]) -> dict[str, int]:
-    """How many images have the pixels of a training image, which makes an accuracy too high. Logs a warning."""
-    known = {hash(image.tobytes()) for image in train.images.numpy()}
-    shared = {}
+def count_shared(train: Split, others: dict[str, Split | None], size: int) -> dict[str, int]:
+    """How many images have the pixels of a training image, which makes an accuracy too high. Logs a warning.
+
+    Parts whose images are not stored in one size are compared as the models see them, in `size` pixels a side.
+    """
+
+    def pixels(split: Split) -> Iterator[int]:
+        images = split.images if len(stored) == 1 else resize(split.images, size)
+        return (hash(image.tobytes()) for image in images.numpy())
+
+    stored = {split.images.shape[2:] for split in (train, *others.values()) if split}
+    known, shared = {*pixels(train)}, {}
     for name, split in others.items():
         if split:
-            shared[name] = sum(hash(image.tobytes()) in known for image in split.images.numpy())
+            shared[name] = sum(found in known for found in pixels(split))
         if split and shared[name]:
             log.info(
                 f"warning: {shared[name]:,} of {len(split.labels):,} {name} images are training images, too, so the "

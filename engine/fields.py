@@ -115,7 +115,7 @@ def accepts_class_names(value: Any) -> bool:
 def read_class_names(path: str) -> tuple[str, ...]:
     """The lines of a file that are not empty. Raises UserError if it cannot be read."""
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read ({error})") from None
     return tuple(line.strip() for line in lines if line.strip())

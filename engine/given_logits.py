@@ -6,14 +6,18 @@ unique. They are used for an image and its mirror image alike.
 """
 
 import zipfile
+from collections import Counter
 from pathlib import PurePosixPath
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from engine.datasets import Dataset, Split
 from engine.errors import UserError, at_most_ten, first_line
 from engine.recipes import Recipe
+
+NOWHERE = -1  # in place of an id: no file ends like this, or several do
 
 
 def read_logits(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
@@ -25,7 +29,7 @@ def read_logits(recipe: Recipe, dataset: Dataset) -> torch.Tensor:
     try:
         with np.load(str(path), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # of a foreign or an empty file
         raise UserError(f"{path}: cannot be read as an .npz file ({first_line(error)})") from None
     names = recipe.class_names or dataset.classes
     if missing := set(dataset.classes) - set(names):
@@ -64,13 +68,29 @@ def rows_of(path: str | None, part: str, count: int, names: np.ndarray | None, d
         return torch.arange(first, first + size)
     if len(names) != count or not dataset.names:
         raise UserError(f"{path}: {part}_names must be the names of {count:,} files of a data set that is a folder")
-    ids: dict[str, int] = {}  # -1: several files end like this
     own = range(first, first + size) if size else range(len(dataset.names))
-    for id_ in own:
-        for end in ends(dataset.names[id_]):
-            ids[end] = -1 if end in ids else id_
-    found = [next((ids[end] for end in ends(str(name)) if end in ids), -1) for name in names]
+    anywhere, here = ids_by_end(dataset, range(len(dataset.names))), ids_by_end(dataset, own)
+
+    def place(name: str) -> int:
+        end = next((end for end in ends(name) if end in anywhere), "")
+        found = anywhere.get(end, NOWHERE)
+        return here.get(end, NOWHERE) if found == NOWHERE else found if found in own else NOWHERE
+
+    found = [place(str(name)) for name in names]
+    known = [id_ for id_ in found if id_ != NOWHERE]
+    for id_, rows in Counter(known).most_common(1):
+        if rows > 1:
+            raise UserError(f"{path}: {part}_names has {rows} rows for {dataset.names[id_]}")
     return torch.tensor(found)
+
+
+def ids_by_end(dataset: Dataset, ids: range) -> dict[str, int]:
+    """The id of the image whose file name ends so, of those in `ids`."""
+    found: dict[str, int] = {}
+    for id_ in ids:
+        for end in ends(dataset.names[id_]):
+            found[end] = NOWHERE if end in found else id_
+    return found
 
 
 def ends(name: str) -> list[str]:
@@ -83,17 +103,22 @@ def check_rows(path: str | None, part: str, table: torch.Tensor, split: Split, d
     """Raise UserError if logits are missing, or agree with the labels no more than in a random order."""
     assert split.ids is not None
     logits, labels = table[split.ids], split.labels.cpu()
-    missing = split.ids[~logits.isfinite().all(1)].tolist()
-    if missing:
-        which = f", such as {dataset.names[missing[0]]}" if dataset.names else ""
-        raise UserError(f"{path}: has no finite logits of {len(missing):,} of {len(labels):,} {part} images{which}")
+    for problem, wrong in (("no", logits.isnan()), ("infinite", logits.isinf())):
+        if found := split.ids[wrong.any(1)].tolist():
+            which = f", such as {dataset.names[found[0]]}" if dataset.names else ""
+            raise UserError(f"{path}: has {problem} logits of {len(found):,} of {len(labels):,} {part} images{which}")
     classes, predicted = len(dataset.classes), logits.argmax(1)
-    agreement = (predicted == labels).double().mean().item()
-    shares = [v.bincount(minlength=classes).double() / len(labels) for v in (predicted, labels)]
-    chance = (shares[0] * shares[1]).sum().item()
-    if agreement <= chance + 2 * (chance * (1 - chance) / len(labels)) ** 0.5:
+    counts = torch.zeros(classes, classes, dtype=torch.int64)  # of predicted and true class
+    counts.index_put_((predicted, labels), torch.ones_like(labels), accumulate=True)
+    agreement = counts.trace().item() / len(labels)
+    rows, columns = linear_sum_assignment(-counts)
+    best = counts[rows, columns].sum().item() / len(labels)
+    chance = (counts.sum(0) / len(labels) * (counts.sum(1) / len(labels))).sum().item()
+    by_chance = agreement < 1 and agreement <= chance + 2 * (chance * (1 - chance) / len(labels)) ** 0.5
+    if by_chance or (best > 0.5 and agreement < best / 2):
         raise UserError(
-            f"{path}: the largest logit is that of the label for {agreement:.1%} of the {part} images, and in a random "
-            f"order it would be for {chance:.1%}. Their order, or that of the classes, is another one; add names of "
-            "files (train_names, test_names) or class_names"
+            f"{path}: the largest logit is that of the label for {agreement:.1%} of the {part} images. In a random "
+            f"order it would be for {chance:.1%}, and with other columns for {best:.1%}. The images or the classes "
+            f"({', '.join(at_most_ten([*dataset.classes]))}) have another order; add names of files (train_names, "
+            "test_names) or class_names"
         )

@@ -100,6 +100,8 @@ def with_baselines_of(preset: Config | None, recorded: Config, names: Iterable[s
             named = preset.recipes[baseline]
             if loses_baseline(recipes[name], recipes[baseline], row, named):  # by a flag when it was trained
                 continue
+        if baseline is None and recipes[name].arch != row.arch:  # the baseline came by a flag, too
+            continue
         if baseline != before:
             recipes[name] = replace(recipes[name], baseline=baseline)
             log.info(f"{name}.baseline is {baseline} in config.py, which counts, and {before} in the checkpoint")

@@ -83,7 +83,7 @@ def read_folder(config: Config) -> Contents:
         with Progress(f"reading {folders[split]}", len(files)) as progress:
             for path, label in files:
                 try:
-                    image = open_image(path, config.largest_image)
+                    image = open_image(path, config.largest_image, config.resize)
                 except UserError as error:
                     unreadable.extend(error.messages)
                 else:
@@ -243,10 +243,12 @@ def square(image: Image.Image, how: str) -> Image.Image:
     return image if how == "squash" else image.crop(square_box(*image.size, how))
 
 
-def open_image(path: str | os.PathLike, megapixels: float = Config.largest_image) -> Image.Image:
-    """An image file in RGB, its EXIF orientation applied and its transparent pixels composited onto white.
+def open_image(
+    path: str | os.PathLike, megapixels: float = Config.largest_image, resize: str = "squash"
+) -> Image.Image:
+    """An image file in RGB, its EXIF orientation applied, its transparent pixels composited onto white, and `square`.
 
-    Raises UserError if it cannot be read, or has more than so many megapixels.
+    Raises UserError if it cannot be read, or has more than so many megapixels, also once a panorama is padded.
     """
     try:
         check_file(path)
@@ -266,7 +268,7 @@ def open_image(path: str | os.PathLike, megapixels: float = Config.largest_image
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
+                return square(image.convert("RGB"), resize)
     except Exception as error:  # PIL's decoders raise exceptions of many types
         reason = first_line(error)
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):

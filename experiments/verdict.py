@@ -23,7 +23,7 @@ import numpy as np
 from engine.errors import UserError, exit_on_error
 from engine.recipes import Recipe
 from report.comparisons import Comparison, compare_all
-from report.markdown import interval, markdown_table, percent, verdict
+from report.markdown import escape_markdown, interval, markdown_table, percent, verdict
 from report.metrics import Evaluated
 from report.statistics import detectable_over_seeds, half_width, holm, level_at_zero
 
@@ -51,8 +51,11 @@ def read_accuracies(path: Path) -> Accuracies:
                 found[method][seed] = accuracy
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    percentages = any(accuracy > 1 for of_seeds in found.values() for accuracy in of_seeds.values())
-    scale = 100 if percentages else 1
+    percentages = {method: max(of_seeds.values()) > 1 for method, of_seeds in found.items()}
+    if len(set(percentages.values())) > 1:
+        fraction = next(method for method, is_percentage in percentages.items() if not is_percentage)
+        raise UserError(f"{path}: {fraction} has accuracies up to 1 and others have some above; give all in percent")
+    scale = 100 if all(percentages.values()) else 1
     return {method: {s: accuracy / scale for s, accuracy in of_seeds.items()} for method, of_seeds in found.items()}
 
 
@@ -62,15 +65,19 @@ def read_logits(path: Path) -> tuple[dict[str, Evaluated], np.ndarray]:
     try:
         with np.load(path) as arrays:
             labels = arrays["labels"]
+            if labels.ndim != 1 or labels.min() < 0:
+                raise UserError(f"{path}: labels must be integers from 0, one for each image, not {labels.shape}")
             for key in arrays.files:
                 if match := re.fullmatch(r"(?!validation/)(.+)/seed(\d+)", key):
                     logits, method = arrays[key], match[1]
                     if logits.ndim != 2 or len(logits) != len(labels) or labels.max() >= logits.shape[1]:
                         raise UserError(f"{path}: {key} must be logits ({len(labels)}, classes), not {logits.shape}")
+                    if not np.isfinite(logits).all():
+                        raise UserError(f"{path}: {key} has logits that are not finite")
                     logits_of.setdefault(method, {})[int(match[2])] = logits
     except KeyError:
         raise UserError(f"{path}: has no array labels") from None
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     return {method: Evaluated(Recipe(), by_seed, {}) for method, by_seed in logits_of.items()}, labels
 
@@ -84,12 +91,20 @@ def compare_accuracies(accuracies: Accuracies, baseline: str, images: int | None
             raise UserError(f"{method} and {baseline} have {len(seeds)} seeds in common; two or more are needed")
         first, second = (np.array([accuracies[name][seed] for seed in seeds]) for name in (method, baseline))
         differences = first - second
-        variance = sum(a.mean() * (1 - a.mean()) / images for a in (first, second)) if images else 0.0
-        mean, std, over_images = float(differences.mean()), float(differences.std(ddof=1)), math.sqrt(variance)
+        mean, std, variance = float(differences.mean()), float(differences.std(ddof=1)), 0.0
+        if images:
+            shares = [(a.mean() * images + 1) / (images + 2) for a in (first, second)]  # never 0 or 1
+            variance = sum(share * (1 - share) / images for share in shares)
+            std = max(std, 1 / (images * math.sqrt(12)))  # that of rounding to whole images, as for logits
+        elif np.ptp(differences) < 1e-9:
+            raise UserError(
+                f"{method} differs from {baseline} by the same in all seeds, which says nothing about other seeds; "
+                "give accuracies with more digits, or the number of test images: --images N"
+            )
+        over_images = math.sqrt(variance)
         over_seeds = std / math.sqrt(len(seeds))
         half = half_width(0.05, over_images, over_seeds, len(seeds))
-        certain = over_images == over_seeds == 0  # all seeds differ by the same
-        p = level_at_zero(mean, over_images, over_seeds, len(seeds)) if not certain else float(mean == 0)
+        p = level_at_zero(mean, over_images, over_seeds, len(seeds))
         found.append(
             Comparison(
                 model=method,
@@ -118,7 +133,7 @@ def compare_accuracies(accuracies: Accuracies, baseline: str, images: int | None
 def table(comparisons: list[Comparison]) -> str:
     rows = [
         (
-            c.model,
+            escape_markdown(c.model),
             len(c.seeds),
             f"{100 * c.difference:+.2f}",
             interval(c.ci95, 2, signed=True),

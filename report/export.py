@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.images import PRECISION_BITS, normalisation_of, resize_weights, square_box, statistics
 from engine.inference import fold_batchnorm
 
@@ -102,8 +102,13 @@ def check_export(program: Run, path: Path, images: list[torch.Tensor], expected:
 
     The images are of several sizes, (m, 3, H, W) each.
     """
-    with torch.inference_mode():
-        found = torch.cat([program(chunk) for group in images for chunk in group.split(100)])
+    try:
+        with torch.inference_mode():
+            found = torch.cat([program(chunk) for group in images for chunk in group.split(100)])
+    except (AssertionError, RuntimeError) as error:  # of torch.export's guards
+        raise UserError(
+            f"{path}: the exported model cannot take some images ({first_line(error)}); sides must have 2 px or more"
+        ) from None
     differing, largest = int((found.argmax(1) != expected.argmax(1)).sum()), (found - expected).abs().max().item()
     if differing or not largest <= 1e-4:
         raise UserError(

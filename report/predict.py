@@ -16,7 +16,7 @@ from engine.fingerprints import check_teacher
 from engine.inference import predict
 from engine.models import load_model
 from engine.settings import Config, Model
-from engine.sources import find_images, open_image, square
+from engine.sources import find_images, open_image
 from report.markdown import escape_markdown, markdown_table, percent
 from report.write import as_csv
 
@@ -69,7 +69,7 @@ def read(files: list[Path], view: tuple[int, str], megapixels: float, named: lis
     images = []
     for file in list(files):
         try:
-            image = square(open_image(file, megapixels), how).resize((size, size), Image.Resampling.BILINEAR)
+            image = open_image(file, megapixels, how).resize((size, size), Image.Resampling.BILINEAR)
             images.append(pil_to_tensor(image))
         except UserError as error:
             if file in named:

@@ -38,12 +38,14 @@ from report.cost import costs, versus_teacher
 from report.markdown import Results, results_markdown
 from report.metrics import Evaluated, confusion_counts, fit_temperature, log_probabilities, model_metrics
 
-# Every file of a report. Those of an earlier one that a report does not have are removed.
+# Every file of a report but its sweeps' figures. Those of an earlier one that a report does not have are removed.
+FIGURES = (
+    *("accuracy", "training_curves", "reliability", "effects", "*/confusion_matrix", "*/classification_report"),
+    *("*/class_differences", "*/confusion_difference", "*/disagreements"),
+)
 FILES = (
-    *("results.md", "results.json", "predictions.npz", "history.csv", "predictions.csv"),
-    *("accuracy.png", "training_curves.png", "reliability.png", "effects.png", "sweep_*.png"),
-    *("*/confusion_matrix.png", "*/classification_report.png", "*/classification_report.txt"),
-    *("*/class_differences.png", "*/confusion_difference.png", "*/disagreements.png", "*.pdf", "*/*.pdf"),
+    *("results.md", "results.json", "predictions.npz", "history.csv", "predictions.csv", "*/classification_report.txt"),
+    *(f"{figure}{suffix}" for figure in FIGURES for suffix in (".png", ".pdf")),
 )
 
 
@@ -92,7 +94,8 @@ def write_report(
     files["predictions.npz"] = buffer.getvalue()
     files["results.json"] = (json.dumps(results, indent=2, allow_nan=False, default=as_json) + "\n").encode()
     files["results.md"] = results_markdown(results).encode()
-    earlier = {path for pattern in FILES for path in folder.glob(pattern)}
+    of_sweeps = [f"sweep_{row}{suffix}" for row in config.recipes.keys() | config.swept for suffix in (".png", ".pdf")]
+    earlier = {path for pattern in (*FILES, *of_sweeps) for path in folder.glob(pattern)}
     replace_files(folder, files, stale=earlier - {folder / name for name in files})
     return results
 
@@ -118,7 +121,8 @@ def collect(
         "dataset": config.dataset,
         "classes": list(classes),
         "n_test": len(labels),
-        "stored_size": list(dataset.train.images.shape[2:]),  # in which images are shifted and augmented, then resized
+        # in which training images are shifted and augmented, and then resized; unknown without them
+        "stored_size": list(dataset.train.images.shape[2:]) if dataset.has_training_images else None,
         "models": {
             name: {
                 **model_metrics(model, labels, classes),
@@ -151,7 +155,7 @@ def collect(
 def as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # a file's name need not be UTF-8
 
 
 HISTORY = ("epoch", "loss", "train_accuracy", "validation_accuracy", "test_accuracy", "soft_share", "seconds")

@@ -57,3 +57,10 @@ def test_an_exported_program_makes_photographs_square_as_pil_does(how, load, tmp
     assert check_export(program, tmp_path, images, expected) < 1e-6
     with pytest.raises(UserError, match="differs from the checkpoint"):
         check_export(program, tmp_path, images, expected.roll(1, 0))
+
+
+def test_images_that_a_program_of_pytorch_cannot_take_are_said(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.Flatten(), nn.Linear(16, 3))
+    program = load_pt2(export_program(network, 16, "crop", about={}))
+    with pytest.raises(UserError, match="sides must have 2 px or more"):
+        check_export(program, tmp_path, [random_images(1, 1, 5)], torch.zeros(1, 3))

@@ -1,11 +1,12 @@
 """A folder of photographs, from training to predictions."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, override
 
 import evaluate
 import teacher_student_model
@@ -72,6 +73,11 @@ def test_a_report_needs_no_training_images_and_an_export_no_images_at_all(photog
         return evaluate.evaluate_checkpoints(config, dataset)[0]["teacher"].logits[0]
 
     expected = logits(load_dataset(config))
+    evaluate.main([*override(words, "--dataset", "gone", "--image_size", "32", "--resize", "pad"), "--export"])
+    about = {"about.json": ""}
+    torch.export.load(tmp_path / "checkpoints/demo/seed0/teacher.pt2", extra_files=about)
+    about = json.loads(about["about.json"])
+    assert (about["image_size"], about["resize"]) == (16, "squash")  # as it was trained, whatever the flags say
     moved = photographs.rename(tmp_path / "moved")
     shutil.rmtree(moved / "train")
     dataset = load_dataset(replace(config, dataset=str(moved)), trained=True)

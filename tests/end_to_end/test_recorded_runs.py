@@ -119,8 +119,10 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
         config = load_checkpoint(path)["config"]
         assert config["preset"] == "scratch"
         config["recipes"]["student_kd"]["baseline"] = "teacher"
+        for name, recipe in config["recipes"].items():
+            recipe["arch"] = PRESETS["scratch"].recipes[name].arch
         rewrite(path, config=config)
-    assert baseline() is None  # as config.py's demo has it
+    assert baseline() is None  # as config.py's scratch has it
     monkeypatch.setattr("config.ALL_PRESETS", {"demo": PRESETS["demo"]})
     assert baseline() == "teacher"
     edited = replace(PRESETS["scratch"].recipes["student_kd"], baseline="student")
@@ -147,6 +149,12 @@ def test_the_baseline_is_the_flags_else_that_of_config_py_else_the_recorded_one(
         config["recipes"]["student_kd"] |= {"arch": "resnet34", "baseline": None}
         rewrite(path, config=config)
     assert baseline() is None  # a flag gave it another architecture, so training left out the baseline
+    monkeypatch.setattr("config.ALL_PRESETS", {"scratch": PRESETS["scratch"]})  # whose row names none
+    for path in folder.glob("seed*/*.pt"):
+        config = load_checkpoint(path)["config"]
+        config["recipes"]["student_kd"] |= {"baseline": "student"}
+        rewrite(path, config=config)
+    assert baseline() == "student"  # named by a flag, too
 
 
 def test_a_report_goes_to_this_checkout_wherever_the_run_was_trained(trained, tmp_path, monkeypatch):
@@ -236,11 +244,13 @@ def test_a_report_replaces_the_earlier_one_as_a_whole(trained, tmp_path):
     before = files(folder)
     assert all(any(Path(name).match(pattern) for pattern in write.FILES) for name in before)
     (folder / "notes.txt").write_text("the user's")
-    (folder / "student_kd/own.png").write_text("the user's")
+    own = {"student_kd/own.png", "paper.pdf", "student_kd/draft.pdf", "sweep_mine.png"}
+    for name in own:
+        (folder / name).write_text("the user's")
     evaluate.main(flags(tmp_path, "--only=teacher"))
     after = set(files(folder))
     assert {name for name in before if name.startswith("student")} & after == set()
-    assert {"notes.txt", "student_kd/own.png", "results.json", "teacher/confusion_matrix.png"} <= after
+    assert {"notes.txt", *own, "results.json", "teacher/confusion_matrix.png"} <= after
     assert not any(path.is_dir() and not any(path.iterdir()) for path in folder.rglob("*"))
 
 

@@ -226,6 +226,16 @@ def test_images_of_training_and_test_set_that_are_the_same_are_counted(config, i
     assert "21 of 24 test images are training images" in capsys.readouterr().err
 
 
+def test_the_same_image_is_found_in_parts_that_are_stored_in_different_sizes(config, image_folder):
+    root = image_folder({"train/a": 6, "train/b": 6, "test/a": 1, "test/b": 1}, size=(12, 12))
+    shutil.copy(root / "train/a/5.png", root / "test/a/5.png")
+    image_folder({"test/b": 1}, size=(14, 10))
+    config = replace(config, recipes=PRESETS["cifar10"].recipes, dataset=str(root), batch_size=2, image_size=16)
+    dataset = datasets.load_dataset(config)
+    assert dataset.train.images.shape[2:] != dataset.test.images.shape[2:]
+    assert dataset.shared == 1
+
+
 def cifar10(folder: Path):
     return replace(PRESETS["cifar10"], data_path=str(folder.parent), batch_size=10, device="cpu")
 

@@ -108,6 +108,56 @@ def test_rows_are_found_by_the_names_of_files(folder, tmp_path, prefix):
     assert torch.equal(table[folder.test.ids], torch.from_numpy(test))
 
 
+def test_rows_of_the_test_images_among_train_names_are_not_taken_for_training_images(folder, tmp_path):
+    train = guesses(folder.train.labels.cpu(), 3)
+    names = [
+        f"{split}/{c}/{n}.png" for split, count in (("train", 9), ("test", 5)) for c in "abc" for n in range(count)
+    ]
+    others = -train[:15]
+    recipe = write(tmp_path / "logits.npz", train=np.concatenate([train, others]), train_names=names)
+    assert torch.equal(read_logits(recipe, folder)[folder.train.ids], torch.from_numpy(train))
+    recipe = write(
+        tmp_path / "logits.npz", train=np.concatenate([train, train[:1]]), train_names=[*names[:27], names[0]]
+    )
+    with pytest.raises(UserError, match=r"train_names has 2 rows for train/a/0\.png"):
+        read_logits(recipe, folder)
+
+
+def test_columns_in_another_order_are_refused_and_a_perfect_teacher_is_not(image_folder, config, tmp_path):
+    classes = [str(number) for number in range(12)]  # folders are sorted as text: 0, 1, 10, 11, 2
+    root = image_folder({f"{split}/{c}": 2 for split in ("train", "test") for c in classes})
+    dataset = load_dataset(replace(config, dataset=str(root), batch_size=2, recipes=PRESETS["cifar10"].recipes))
+    numbers = np.array([int(dataset.classes[label]) for label in dataset.train.labels])
+    recipe = write(tmp_path / "logits.npz", train=5 * np.eye(12, dtype=np.float32)[numbers])
+    with pytest.raises(UserError, match=r"with other columns for 100\.0%"):
+        read_logits(recipe, dataset)
+    read_logits(replace(recipe, class_names=tuple(classes)), dataset)
+    few = image_folder({f"{split}/{c}": 2 for split in ("train", "test") for c in "ab"}, root=tmp_path / "few")
+    dataset = load_dataset(replace(config, dataset=str(few), batch_size=2, recipes=PRESETS["cifar10"].recipes))
+    recipe = write(tmp_path / "few.npz", train=np.eye(2, dtype=np.float32)[dataset.train.labels.cpu()])
+    read_logits(recipe, dataset)
+
+
+def test_given_logits_are_not_evaluated_without_the_training_images_that_say_where_they_are(
+    image_folder, tmp_path, capsys
+):
+    root = image_folder({f"{split}/{c}": n for split, n in (("train", 20), ("test", 9)) for c in "ab"})
+    arrays = {
+        part: guesses([0] * (count // 2) + [1] * (count // 2), 2) for part, count in (("train", 40), ("test", 18))
+    }
+    write(tmp_path / "service.npz", **arrays)
+    words = override(flags(tmp_path), "--dataset", str(root), "--train_size", "none", "--epochs", "1")
+    words = override(words, "--only", "teacher", "student_kd", "--teacher.epochs", "0")
+    words = override(words, f"--teacher.weights={tmp_path / 'service.npz'}")
+    teacher_student_model.main(words)
+    (root / "train").rename(tmp_path / "elsewhere")
+    evaluate.main(words)
+    results = json.loads((tmp_path / "imgs/demo/results.json").read_text())
+    assert list(results["models"]) == ["student_kd"]
+    assert results["stored_size"] is None
+    assert "without the training images" in capsys.readouterr().err
+
+
 def test_a_data_set_whose_test_images_are_split_off_takes_its_logits_by_name(image_folder, config, tmp_path):
     root = image_folder({"a": 20, "b": 10})
     dataset = load_dataset(replace(config, dataset=str(root), batch_size=2, recipes=PRESETS["cifar10"].recipes))
@@ -131,10 +181,11 @@ def right(logits: np.ndarray) -> np.ndarray:
         (lambda a: {"train": a["train"][:-1]}, "train has 26 rows, and the data set has 27 train images"),
         (lambda a: {"train": a["train"][:, :2]}, "a column for each class; it is float32"),
         (lambda a: {"train": a["train"].argmax(1)}, "a column for each class; it is int64"),
-        (lambda a: {"train": np.where(a["train"] > 3, np.nan, a["train"])}, "has no finite logits of"),
-        (lambda a: {"train": a["train"][np.arange(27) % 3 * 9 + np.arange(27) // 3]}, "in a random order"),
-        (lambda a: {"train": a["train"][:, [1, 2, 0]]}, "in a random order"),
-        (lambda a: {"train": a["train"], "train_names": [f"{n}.png" for n in range(27)]}, "has no finite logits of"),
+        (lambda a: {"train": np.where(a["train"] > 3, np.nan, a["train"])}, "has no logits of"),
+        (lambda a: {"train": np.where(a["train"] < 0, -np.inf, a["train"])}, "has infinite logits of"),
+        (lambda a: {"train": a["train"][np.arange(27) % 3 * 9 + np.arange(27) // 3]}, "In a random order"),
+        (lambda a: {"train": a["train"][:, [1, 2, 0]]}, "In a random order"),
+        (lambda a: {"train": a["train"], "train_names": [f"{n}.png" for n in range(27)]}, "has no logits of"),
         (lambda a: {"train": a["train"], "test": a["train"]}, "test has 27 rows, and the data set has 15"),
     ],
 )
@@ -142,9 +193,11 @@ def test_logits_that_do_not_belong_to_the_images_are_refused(folder, tmp_path, c
     recipe = write(tmp_path / "logits.npz", **change({"train": guesses(folder.train.labels.cpu(), 3)}))
     with pytest.raises(UserError, match=message):
         read_logits(recipe, folder)
-    (tmp_path / "logits.npz").write_bytes(b"PK\3\4 no archive")
-    with pytest.raises(UserError, match="cannot be read as an"):
-        read_logits(recipe, folder)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for content in (b"PK\3\4 no archive", b"", (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "logits.npz").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as an"):
+            read_logits(recipe, folder)
 
 
 def test_logits_are_neither_trained_nor_used_with_other_augmentation(config):

@@ -20,6 +20,7 @@ import teacher_student_model
 from custom_resnet import build_resnet, train_model
 from engine.checkpoints import Checkpoint, load_checkpoint, load_training, save_checkpoint, tensors_digest
 from engine.errors import UserError
+from engine.fields import read_class_names
 from engine.images import IMAGENET, Normalisation, normalisation_of
 from engine.inference import predict
 from engine.models import build_model, check_image_size, chosen_normalisation, initial_model, load_model, read_weights
@@ -439,6 +440,11 @@ def test_logits_are_those_of_the_data_sets_classes_by_name(tmp_path, given, epoc
     images = torch.randn(4, 3, 32, 32)
     found = initial_model(recipe, OTHER_ORDER).eval()(images)
     torch.testing.assert_close(found, theirs.eval()(images)[:, [7, 0, 3]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_of_class_names_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert read_class_names(str(tmp_path / "names.txt")) == ("cat", "dog")
 
 
 def test_class_names_that_do_not_fit_are_refused(tmp_path):

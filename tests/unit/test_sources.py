@@ -41,6 +41,17 @@ def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config
         assert torch.equal(image.cpu(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
+def test_a_panorama_that_is_too_large_once_it_is_padded_is_named_or_left_out(config, image_folder):
+    image_folder({"train/a": 1}, size=(300, 30))
+    root = image_folder({"train/a": 3, "train/b": 2, "test/a": 1, "test/b": 1})
+    Image.new("RGB", (300, 30)).save(root / "train/a/panorama.png")
+    config = replace(folder_config(config, root), largest_image=0.01, resize="pad")
+    with pytest.raises(UserError, match=r"panorama\.png: cannot be read as an image .* --largest_image"):
+        datasets.load_dataset(config)
+    assert len(datasets.load_dataset(replace(config, skip_unreadable=True)).train.labels) == 5
+    assert len(datasets.load_dataset(replace(config, resize="crop")).train.labels) == 6
+
+
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (5, 8), (9, 9)])
 @pytest.mark.parametrize("how", ["crop", "pad"])
 def test_images_become_squares_as_pil_crops_and_pastes(config, image_folder, how, size):

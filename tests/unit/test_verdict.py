@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def run(monkeypatch, capsys, *words: object) -> dict[str, dict[str, str]]:
     monkeypatch.setattr("sys.argv", ["verdict", *map(str, words)])
     verdict.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
@@ -61,7 +62,8 @@ def test_images_widen_the_interval_by_their_binomial_errors(monkeypatch, capsys,
     lines = [f"{m},{seed},{scale * a}" for m, of_seeds in accuracies.items() for seed, a in enumerate(of_seeds)]
     path.write_text("\n".join(["method,seed,accuracy", *lines]))
     d = np.subtract(accuracies["new"], accuracies["old"])
-    of_images = stats.norm.ppf(0.975) * math.sqrt((0.8 * 0.2 + 0.91 * 0.09) / 500)
+    shares = [(500 * np.mean(of_seeds) + 1) / 502 for of_seeds in accuracies.values()]
+    of_images = stats.norm.ppf(0.975) * math.sqrt(sum(p * (1 - p) for p in shares) / 500)
     of_seeds = stats.t.ppf(0.975, 2) * stats.sem(d)
     half = math.hypot(of_images, of_seeds)
     row = run(monkeypatch, capsys, path, "--images", 500, "--baseline", "old")["new"]
@@ -88,6 +90,20 @@ def test_logits_are_compared_image_by_image(monkeypatch, capsys, tmp_path):
     assert row["verdict"] == "better"
 
 
+def test_differences_that_are_the_same_in_all_seeds_are_not_certain(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(HEAD + "a|b,0,70.6\na|b,1,70.9\nbase,0,70.1\nbase,1,70.4\nsure,0,100\nsure,1,100\n")
+    rows = run(monkeypatch, capsys, path, "--baseline", "base", "--images", 1000)
+    (row,) = (row for method, row in rows.items() if method.startswith("a"))
+    assert row["verdict"] == "indistinguishable"
+    path.write_text(HEAD + "alone,0,90\nalone,1,90\nsure,0,100\nsure,1,100\n")
+    row = run(monkeypatch, capsys, path, "--images", 10)["sure"]
+    assert float(row["95% interval"].split()[0]) < -10  # of ten images one was wrong
+    path.write_text(HEAD + "alone,0,70.1\nalone,1,70.4\nkd,0,70.6\nkd,1,70.9\n")
+    with pytest.raises(UserError, match="kd differs from alone by the same in all seeds"):
+        run(monkeypatch, capsys, path)
+
+
 HEAD = "method,seed,accuracy\n"
 TWO = HEAD + "a,0,0.9\na,1,0.9\nb,0,0.8\nb,1,0.7\n"
 
@@ -103,6 +119,7 @@ TWO = HEAD + "a,0,0.9\na,1,0.9\nb,0,0.8\nb,1,0.7\n"
         (HEAD + "a,0,0.9\na,0,0.8\n", [], "a has seed 0 twice"),
         (HEAD + "a,0,0.9\n", [], "has 1 methods"),
         (HEAD + "a,0,0.9\nb,1,0.8\n", [], "0 seeds in common"),
+        (HEAD + "a,0,70.1\na,1,71.3\nb,0,0.75\nb,1,0.76\n", [], "b has accuracies up to 1"),
         (TWO, ["--baseline", "c"], "must be one of a, b"),
         (TWO, ["--images", "0"], "--images: must be 1 or more"),
     ],
@@ -119,6 +136,12 @@ def test_logits_of_the_wrong_shape_are_named(monkeypatch, capsys, tmp_path):
     np.savez(tmp_path / "a.npz", **{"labels": np.arange(3), "m/seed0": np.zeros((2, 3))})
     np.savez(tmp_path / "b.npz", **{"m/seed0": np.zeros((2, 3))})
     (tmp_path / "c.npz").write_text("no archive")
-    for name, message in (("a", "m/seed0 must be logits"), ("b", "no array labels"), ("c", "cannot be read")):
+    (tmp_path / "d.npz").touch()
+    np.savez(tmp_path / "e.npz", **{"labels": np.arange(3), "m/seed0": np.full((3, 3), np.nan)})
+    np.savez(tmp_path / "f.npz", **{"labels": np.arange(3) - 1, "m/seed0": np.zeros((3, 3))})
+    np.savez(tmp_path / "g.npz", **{"labels": np.zeros((3, 1)), "m/seed0": np.zeros((3, 3))})
+    wrong = {"a": "m/seed0 must be logits", "b": "no array labels", "c": "cannot be read", "d": "cannot be read"}
+    wrong |= {"e": "m/seed0 has logits that are not finite", "f": "labels must be", "g": "labels must be"}
+    for name, message in wrong.items():
         with pytest.raises(UserError, match=message):
             run(monkeypatch, capsys, tmp_path / f"{name}.npz")

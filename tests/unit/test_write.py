@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -25,6 +26,7 @@ from report import figures
 from report.markdown import align_tables, escape_markdown, notes, results_markdown, summary, verdict, verdicts
 from report.metrics import fit_temperature
 from report.statistics import wilson_interval
+from report.write import as_csv
 
 HOSTILE = ("a|b", "two\nlines", "$\\frac{", "plain")
 
@@ -355,6 +357,24 @@ def test_a_shift_is_in_pixels_of_the_stored_images():
     results["settings"] |= {"crop_padding": 4, "image_size": 224, "augment": "crop"}
     text = results_markdown({**results, "stored_size": [32, 24]})
     assert re.search("4 pixels at 32 x 24 px, .*crop at 32 x 24 px", text)
+
+
+def test_without_training_images_the_size_in_which_they_were_shifted_is_not_given():
+    results = example_results()
+    results["settings"] |= {"crop_padding": 4}
+    assert "shifted by up to 4 pixels." in results_markdown({**results, "stored_size": None})
+
+
+def test_a_report_of_given_logits_alone_has_no_cost():
+    results = example_results()
+    for model in results["models"].values():
+        model["cost"] = None
+    assert "multiply-accumulates (million)" not in results_markdown({**results, "versus_teacher": []})
+
+
+def test_a_file_name_that_is_not_utf_8_is_written_with_escapes():
+    lines = as_csv([["image"], [os.fsdecode(b"test/caf\xe9.png")]])
+    assert lines == b"image\ntest/caf\\udce9.png\n"
 
 
 def test_students_of_one_teacher_are_said_to_share_it():
