@@ -5,6 +5,7 @@ Each is read once into uint8 tensors.
 
 import contextlib
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -147,7 +148,11 @@ def check_classes(folders: dict[str, Path], found: dict[str, dict[str, list[Path
         if not found[split]:
             problems.append(f"{folder}: has no folder for each class, so the labels of its images are unknown")
             continue
-        problems += [f"{folder}: has no folder for class {name!r}" for name in classes if name not in found[split]]
+        forms = {unicodedata.normalize("NFC", name) for name in found[split]}
+        for name in classes:
+            if name not in found[split]:
+                alike = " in the same Unicode form" if unicodedata.normalize("NFC", name) in forms else ""
+                problems.append(f"{folder}: has no folder for class {name!r}{alike}")
         problems += [f"{folder / name}: holds no images" for name, files in found[split].items() if not files]
     if len(classes) < 2:
         problem = f"{train}: needs a folder of images for each of two or more classes; has {len(classes)}"

@@ -41,6 +41,14 @@ def test_images_of_different_and_of_large_sizes_are_resized_while_reading(config
         assert torch.equal(image.cpu(), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
+def test_class_folders_that_only_look_the_same_are_said(config, image_folder):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = image_folder({"train/a": 2, f"train/{composed}": 2, "test/a": 1, f"test/{decomposed}": 1})
+    with pytest.raises(UserError) as refused:
+        datasets.load_dataset(folder_config(config, root))
+    assert [message.endswith("Unicode form") for message in refused.value.messages] == [True, True]
+
+
 def test_a_panorama_that_is_too_large_once_it_is_padded_is_named_or_left_out(config, image_folder):
     image_folder({"train/a": 1}, size=(300, 30))
     root = image_folder({"train/a": 3, "train/b": 2, "test/a": 1, "test/b": 1})
