@@ -386,7 +386,7 @@ def test_the_best_epoch_is_kept_and_resumed_exactly(config, digits, monkeypatch)
     assert best_epoch(found.history) == best
     network = load_model(found, config.device)
     predicted = predict(network, dataset.validation.images, 16).argmax(1)
-    assert (predicted == dataset.validation.labels).float().mean().item() == max(accuracies)
+    assert (predicted == dataset.validation.labels).double().mean().item() == max(accuracies)
 
     model.path.unlink()
     _, _, first = held_out(config, digits, epochs=best)
