@@ -275,9 +275,15 @@ def not_planned(study: Study) -> str:
     return markdown_table(("model", "against", "seeds", "difference", "95% interval", "p"), rows)
 
 
+def finetuned() -> Correct:
+    """The kept models of docs/finetuning.md; none before there are margins, so that nobody looks at differences."""
+    correct, _ = load_correct("finetuning")
+    return correct if all(margin(correct, *key, planned) for key, planned in FINETUNING.items() if planned == 6) else {}
+
+
 def finetuning_rows(study: Study) -> str:
     """The accuracy of each row of docs/finetuning.md, and how far the teacher is ahead of the student alone."""
-    correct, _ = load_correct("finetuning")
+    correct = finetuned()
     lead = pair("finetuning", "teacher", "student", correct)
     rows = []
     for name, by_seed in correct.items():
@@ -312,7 +318,7 @@ def margins(study: Study) -> str:
 
 def finetuning(study: Study) -> str:
     """The comparisons of docs/finetuning.md, with its verdicts. Those that have not been run count as p = 1."""
-    correct, _ = load_correct("finetuning")
+    correct = finetuned()
     made = [p for model, baseline in FINETUNING if (p := pair("finetuning", model, baseline, correct))]
     adjusted = holm([p.p_value for p in made] + [1.0] * (len(FINETUNING) - len(made)))
     rows = []

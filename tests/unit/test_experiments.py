@@ -238,6 +238,8 @@ def test_the_verdicts_of_finetuning_follow_its_rules(monkeypatch):
     half = math.hypot(of_seeds, stats.norm.ppf(0.975) * math.sqrt(image_variance(first, second)[1]))
     assert answer.margin(correct, "kd_unscaled_lr_3_6x", "kd", 6) == pytest.approx(1.65 * half)
     assert answer.margin(correct, "kd_lr_0_001", "student", 3) is None  # two seeds
+    del correct["kd"][3]
+    assert "kd" not in answer.finetuning({}) + answer.finetuning_rows({})  # no difference before there is a margin
 
 
 def test_the_pairs_of_finetuning_are_rows_of_its_preset_and_of_its_predictions():
