@@ -69,28 +69,18 @@ def rows_of(path: str | None, part: str, count: int, names: np.ndarray | None, d
     if len(names) != count or not dataset.names:
         raise UserError(f"{path}: {part}_names must be the names of {count:,} files of a data set that is a folder")
     own = range(first, first + size) if size else range(len(dataset.names))
-    anywhere, here = ids_by_end(dataset, range(len(dataset.names))), ids_by_end(dataset, own)
-
-    def place(name: str) -> int:
-        end = next((end for end in ends(name) if end in anywhere), "")
-        found = anywhere.get(end, NOWHERE)
-        return here.get(end, NOWHERE) if found == NOWHERE else found if found in own else NOWHERE
-
-    found = [place(str(name)) for name in names]
+    here: dict[str, int] = {}
+    for id_ in own:
+        for end in ends(dataset.names[id_]):
+            here[end] = NOWHERE if end in here else id_
+    anywhere = {end for name in dataset.names for end in ends(name)}
+    longest = (next((end for end in ends(str(name)) if end in anywhere), "") for name in names)
+    found = [here.get(end, NOWHERE) for end in longest]  # a file of another part is not here
     known = [id_ for id_ in found if id_ != NOWHERE]
     for id_, rows in Counter(known).most_common(1):
         if rows > 1:
             raise UserError(f"{path}: {part}_names has {rows} rows for {dataset.names[id_]}")
     return torch.tensor(found)
-
-
-def ids_by_end(dataset: Dataset, ids: range) -> dict[str, int]:
-    """The id of the image whose file name ends so, of those in `ids`."""
-    found: dict[str, int] = {}
-    for id_ in ids:
-        for end in ends(dataset.names[id_]):
-            found[end] = NOWHERE if end in found else id_
-    return found
 
 
 def ends(name: str) -> list[str]:

@@ -245,7 +245,9 @@ def check_memory(images: int, width: int, height: int) -> None:
 
 def square(image: Image.Image, how: str) -> Image.Image:
     """The part of an image that `resize` makes square: its centre (crop), all on black (pad), or all (squash)."""
-    return image if how == "squash" else image.crop(square_box(*image.size, how))
+    if how == "squash" or image.width == image.height:
+        return image
+    return image.crop(square_box(*image.size, how))
 
 
 def open_image(

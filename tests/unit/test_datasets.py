@@ -19,6 +19,7 @@ from engine import datasets, sources
 from engine.device import AUGMENTATION, DROPOUT, seed_torch
 from engine.errors import UserError
 from engine.images import prepare
+from engine.recipes import Recipe
 from teacher_student_model import stored_logits
 
 
@@ -224,6 +225,15 @@ def test_images_of_training_and_test_set_that_are_the_same_are_counted(config, i
         shutil.copy(root / "train" / "b" / "7.png", root / split / "b" / "copy.png")
     assert datasets.load_dataset(replace(config, dataset=str(root))).shared == 21
     assert "21 of 24 test images are training images" in capsys.readouterr().err
+
+
+def test_a_kept_epoch_needs_no_validation_images_once_it_is_trained(config, image_folder):
+    root = image_folder({f"{split}/{c}": 6 for split in ("train", "test") for c in "ab"})
+    recipes = {"student": Recipe(keep="best", epochs=9)}
+    config = replace(config, recipes=recipes, dataset=str(root), batch_size=2, validation_size=0)
+    with pytest.raises(UserError, match="needs validation images"):
+        datasets.load_dataset(config)
+    assert datasets.load_dataset(config, trained=True).validation is None
 
 
 def test_the_same_image_is_found_in_parts_that_are_stored_in_different_sizes(config, image_folder):
